@@ -1,0 +1,86 @@
+"""What every codec does with a memory: read it, step it, round it. Triton helpers and their bounds.
+
+One memory is held at both ends of a link, so its update must give the same bits in the encode
+kernel, in the decode kernel, on either vendor's GPU and in plain torch. Two rules make that so:
+
+* `step` adds a product that is exact in fp32, so that fusing it into a multiply-add changes nothing;
+* bfloat16 is converted with integer arithmetic, round to nearest even, which is what torch does.
+  (Triton's interpreter truncates.)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def limit(*tensors: torch.Tensor | None) -> float:
+    """The largest magnitude that is finite in every given tensor's dtype: where `step` saturates."""
+    return min(torch.finfo(tensor.dtype).max for tensor in tensors if tensor is not None)
+
+
+@triton.jit
+def bf16_bits(b_x):
+    """int32 tensor: the 16 bits of fp32 `b_x` (not NaN) rounded to bfloat16, nearest even."""
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    return ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def from_bf16_bits(b_bits):
+    """fp32 tensor with the value of the bfloat16 whose 16 bits are the low half of `b_bits`."""
+    return (b_bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load(p_x, m_x):
+    """fp32 tensor read from fp32, fp16 or bf16; 0 where the mask `m_x` is off."""
+    if p_x.dtype.scalar.element_ty == tl.bfloat16:
+        p_bits = p_x.to(tl.pointer_type(tl.int16), bitcast=True)
+        b_x = from_bf16_bits(tl.load(p_bits, m_x, other=0))
+    else:
+        b_x = tl.load(p_x, m_x, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def store(p_x, b_x, m_x):
+    """Rounds fp32 `b_x` to the dtype behind `p_x` and writes it where `m_x` is on."""
+    if p_x.dtype.scalar.element_ty == tl.bfloat16:
+        p_bits = p_x.to(tl.pointer_type(tl.int16), bitcast=True)
+        b_bits = tl.where(b_x != b_x, 0x7FC0, bf16_bits(b_x))
+        tl.store(p_bits, b_bits.to(tl.int16), m_x)
+    else:
+        tl.store(p_x, b_x.to(p_x.dtype.scalar.element_ty), m_x)
+
+
+@triton.jit
+def rounded(p_x, b_x):
+    """Finite fp32 `b_x` after rounding to the dtype behind `p_x`."""
+    if p_x.dtype.scalar.element_ty == tl.bfloat16:
+        b_rounded = from_bf16_bits(bf16_bits(b_x))
+    else:
+        b_rounded = b_x.to(p_x.dtype.scalar.element_ty).to(tl.float32)
+    return b_rounded
+
+
+@triton.jit
+def saturated(b_x, LIMIT: tl.constexpr):
+    return tl.minimum(tl.maximum(b_x, -LIMIT), LIMIT)
+
+
+@triton.jit
+def step(b_base, b_sent, LIMIT: tl.constexpr):
+    """m <- base + sent, saturated at `LIMIT`. `b_sent` is exact in fp32 (see the module)."""
+    return saturated(b_base + b_sent, LIMIT)
+
+
+@triton.jit
+def magnitude_bits(b_x):
+    """int32 tensor that orders fp32 values by magnitude: their bits without the sign."""
+    return b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def are_finite(b_magnitude_bits):
+    """Whether values with these `magnitude_bits` are finite."""
+    return b_magnitude_bits < 0x7F800000

@@ -1,0 +1,203 @@
+"""The `"clapping"` block of a DeepSpeed JSON as one frozen model. Every check of it is made here."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from clapping_ds.codecs import CODECS, Codec, Quantizer, Raw, TopK, bits_per_value
+from clapping_ds.codecs.protocol import STRICT
+from clapping_ds.codecs.quant import GroupSize
+
+BLOCK_NAME = "clapping"
+
+
+def _named(codec: object) -> object:
+    """`"int4"` is short for `{"name": "int4"}`."""
+    return {"name": codec} if isinstance(codec, str) else codec
+
+
+CodecConfig = Annotated[
+    Raw | Quantizer | TopK, BeforeValidator(_named), Field(discriminator="name")
+]
+
+
+class DirectionConfig(BaseModel):
+    """How one direction, `activations` or `gradients`, is compressed."""
+
+    model_config = STRICT
+
+    key: CodecConfig | None = None
+    """Codec of fresh slots. Default: what the strategy says (`fu`: none, `fc`: as `delta`)."""
+    delta: CodecConfig = Field(default_factory=lambda: Quantizer(name="int4"))
+    """Codec of reused slots; with the strategy `direct`, of every message."""
+    group_size: GroupSize = 128
+    """Values per scale, for the codecs of this direction that do not set their own."""
+    base: Literal["reset", "carry"] | None = None
+    """What a key message is the difference to: zero or the memory. Default: carry for `topk`."""
+    min_numel: Annotated[int, Field(ge=0)] = 4096
+    """Floating tensors with fewer values travel raw."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_group_size(cls, block: Any) -> Any:
+        if not isinstance(block, Mapping) or "group_size" not in block:
+            return block
+        shared = dict(block)
+        for field in ("key", "delta"):
+            codec = _named(shared.get(field))
+            if isinstance(codec, Mapping) and CODECS.get(str(codec.get("name"))) is Quantizer:
+                shared[field] = {"group_size": block["group_size"], **codec}
+        if "delta" not in block:
+            shared["delta"] = {"name": "int4", "group_size": block["group_size"]}
+        return shared
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        for field in ("key", "delta"):
+            codec = getattr(self, field)
+            if isinstance(codec, TopK) and codec.block > self.min_numel:
+                raise ValueError(
+                    f"{field}.block = {codec.block} is larger than the smallest tensor that is "
+                    f"compressed, min_numel = {self.min_numel}; accepted: a block of at most min_numel"
+                )
+        return self
+
+
+class MemoryConfig(BaseModel):
+    """Where and how the memories of error feedback are held."""
+
+    model_config = STRICT
+
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
+    """`same`: the dtype of the tensor that is sent."""
+    device: Literal["same", "cpu"] = "same"
+    """`same`: the device of the tensor that is sent."""
+
+    def torch_dtype(self, value_dtype: torch.dtype) -> torch.dtype:
+        return value_dtype if self.dtype == "same" else getattr(torch, self.dtype)
+
+
+class ClappingConfig(BaseModel):
+    """The whole block. `from_ds_config` reads it; all fields have defaults."""
+
+    model_config = STRICT
+
+    enabled: bool = True
+    """False: the stock engine runs."""
+    strategy: Literal["fu", "fc", "direct"] = "fu"
+    """Key messages uncompressed (`fu`), compressed as deltas are (`fc`), or no memory (`direct`)."""
+    p_new: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Probability that a slot's sample is new. 1: never reuse. Not with `direct`."""
+    refresh: Literal["step", "slot", "cycle"] = "step"
+    """One coin per step, one per slot, or round robin."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 1234
+    """Of the coin. Every rank must have the same."""
+    activations: DirectionConfig = Field(default_factory=DirectionConfig)
+    gradients: DirectionConfig = Field(default_factory=DirectionConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _direct_is_all_fresh(cls, block: Any) -> Any:
+        if not isinstance(block, Mapping) or block.get("strategy") != "direct":
+            return block
+        if block.get("p_new", 1) != 1:
+            raise ValueError(
+                f"p_new = {block['p_new']!r} with strategy = 'direct', which sends every slot fresh; "
+                "accepted: no p_new, or 1"
+            )
+        for name in ("activations", "gradients"):
+            direction = block.get(name)
+            if isinstance(direction, Mapping) and direction.get("key") is not None:
+                raise ValueError(
+                    f"{name}.key = {direction['key']!r} with strategy = 'direct', which has one codec; "
+                    "accepted: delta alone"
+                )
+        return {**block, "p_new": 1.0}
+
+    @classmethod
+    def from_ds_config(cls, ds_config: Mapping[str, Any]) -> "ClappingConfig":
+        """Reads `ds_config["clapping"]`; without that key, a configuration that is not enabled.
+
+        Raises ValueError naming every wrong key, its value and what would be accepted.
+        """
+        if BLOCK_NAME not in ds_config:
+            return cls(enabled=False)
+        try:
+            return cls.model_validate(ds_config[BLOCK_NAME])
+        except ValidationError as error:
+            raise ValueError("\n".join(_explained(error))) from None
+
+    def direction(self, name: str) -> DirectionConfig:
+        """The block of the direction `activations` or `gradients`."""
+        return self.activations if name == "activations" else self.gradients
+
+    def key_codec(self, name: str) -> Codec:
+        """The codec of fresh slots in a direction."""
+        direction = self.direction(name)
+        if direction.key is not None:
+            return direction.key
+        return Raw() if self.strategy == "fu" else direction.delta
+
+    def delta_codec(self, name: str) -> Codec | None:
+        """The codec of reused slots in a direction; None where no memory is kept."""
+        return None if self.strategy == "direct" else self.direction(name).delta
+
+    def carries(self, name: str) -> bool:
+        """Whether a key message is the difference to the memory (`carry`) or to zero (`reset`)."""
+        if self.strategy == "direct":
+            return False
+        base = self.direction(name).base
+        return self.key_codec(name).carries_by_default if base is None else base == "carry"
+
+    def holds_memory(self, name: str) -> bool:
+        """Whether some message of a direction is the difference to a memory."""
+        delta = self.delta_codec(name)
+        if delta is None:
+            return False
+        deltas_need_it = self.p_new < 1 and not isinstance(delta, Raw)
+        keys_need_it = self.carries(name) and not isinstance(self.key_codec(name), Raw)
+        return deltas_need_it or keys_need_it
+
+    def mean_bits_per_value(self, name: str, dtype: torch.dtype) -> float:
+        """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta)."""
+        key_bits = bits_per_value(self.key_codec(name), dtype)
+        delta = self.delta_codec(name)
+        delta_bits = key_bits if delta is None else bits_per_value(delta, dtype)
+        return self.p_new * key_bits + (1 - self.p_new) * delta_bits
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "activations": DirectionConfig,
+    "gradients": DirectionConfig,
+    "memory": MemoryConfig,
+    **CODECS,
+}
+
+
+def _explained(error: ValidationError) -> list[str]:
+    """A line per mistake: the key, its value, what is accepted."""
+    lines = []
+    for detail in error.errors():
+        path = [str(part) for part in detail["loc"]]
+        keys = [part for part in path if part not in CODECS]
+        key = ".".join([BLOCK_NAME, *keys])
+        value = detail["input"]
+        if detail["type"] == "extra_forbidden":
+            parent = _MODELS.get(path[-2], ClappingConfig) if len(path) > 1 else ClappingConfig
+            accepted = "unknown key; accepted: " + ", ".join(parent.model_fields)
+        elif detail["type"] == "union_tag_not_found":
+            accepted = "no codec name; accepted: a name, or an object with the key name"
+        elif detail["type"] == "union_tag_invalid":
+            accepted = "unknown codec; accepted: " + ", ".join(CODECS)
+        elif detail["type"] == "value_error" and isinstance(value, Mapping):
+            lines.append(f"{key}.{detail['ctx']['error']}")
+            continue
+        elif detail["type"] == "value_error":
+            accepted = f"accepted: {detail['ctx']['error']}"
+        else:
+            accepted = detail["msg"].replace("Input should be", "accepted:")
+        lines.append(f"{key} = {value!r}: {accepted}")
+    return lines

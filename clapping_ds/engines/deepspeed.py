@@ -1,0 +1,233 @@
+"""DeepSpeed: a `PipelineEngine` whose stages talk through channels, and which samples lazily.
+
+Of the stock engine these are replaced, in training steps only: the four instructions that send and
+receive, and `_next_batch`. Left alone: schedule, forward and backward, optimizer, loss, `eval_batch`,
+tied weights, data-parallel reduction, checkpoints.
+
+`_INSTRUCTION_MAP` holds function objects, so overriding the `_exec_*` methods would do nothing. An
+engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+from deepspeed.runtime.pipe.engine import (
+    PIPE_RECV_GRAD_TIMER,
+    PIPE_RECV_INPUT_TIMER,
+    PIPE_SEND_GRAD_TIMER,
+    PIPE_SEND_OUTPUT_TIMER,
+    PipelineEngine,
+)
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import log_dist
+
+from clapping_ds import telemetry
+from clapping_ds.channel import Spec
+from clapping_ds.config import BLOCK_NAME, ClappingConfig
+from clapping_ds.engines.stage import (
+    ACTIVATIONS_FROM_PREVIOUS,
+    ACTIVATIONS_TO_NEXT,
+    GRADIENTS_FROM_NEXT,
+    GRADIENTS_TO_PREVIOUS,
+    Stage,
+)
+from clapping_ds.transport import gather
+
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class ClappingPipelineEngine(PipelineEngine):
+    """What `deepspeed.initialize` makes of a `PipelineModule` once `enable` was called.
+
+    Without an enabled `"clapping"` block it is the stock engine.
+    """
+
+    def __init__(self, has_bool_tensors: bool = False, *args: Any, **kwargs: Any) -> None:
+        self.clapping = ClappingConfig.from_ds_config(kwargs["config_class"]._param_dict)
+        if self.clapping.enabled:
+            _check_num_stages(kwargs["model"])
+        super().__init__(has_bool_tensors, *args, **kwargs)
+        if self.clapping.enabled:
+            self._start_clapping()
+
+    def _start_clapping(self) -> None:
+        if self.is_pipe_partitioned or self.is_grad_partitioned:
+            raise ValueError(
+                "pipeline.pipe_partitioned = pipeline.grad_partitioned = true (the default with tensor "
+                f'parallelism) together with a "{BLOCK_NAME}" block: accepted: both false'
+            )
+        self._INSTRUCTION_MAP = {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.SendActivation: ClappingPipelineEngine._send_activations,
+            schedule.RecvActivation: ClappingPipelineEngine._receive_activations,
+            schedule.SendGrad: ClappingPipelineEngine._send_gradients,
+            schedule.RecvGrad: ClappingPipelineEngine._receive_gradients,
+        }
+        self._stage = Stage(
+            self.clapping,
+            self.stage_id,
+            None if self.is_first_stage() else self.grid.stage_to_global(self.prev_stage),
+            None if self.is_last_stage() else self.grid.stage_to_global(self.next_stage),
+            self.device,
+        )
+        self._sent_specs: list[Spec] | None = None
+        self._received_specs: list[Spec] | None = None
+        self._receives_tuple = False
+        dtype = self.communication_data_type or torch.float32
+        log_dist("clapping:\n" + telemetry.expectation(self.clapping, dtype), ranks=[0])
+
+    # Steps
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """As `PipelineEngine.train_batch`. Draws from `data_iter` only for fresh slots.
+
+        Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends.
+        """
+        if not self.clapping.enabled:
+            return super().train_batch(data_iter)
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        loads_data = self.is_first_stage() or self.is_last_stage()
+        reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
+        self._stage.begin_step(self.micro_batches, super()._next_batch if loads_data else None, reports)
+        loss = super().train_batch()
+        self._stage.end_step()
+        if reports and self.monitor.enabled and self.global_rank == 0:
+            self.monitor.write_events(
+                telemetry.events(self._stage.channels.values(), self.global_samples)
+            )
+        return loss
+
+    def _next_batch(self) -> Any:
+        if not (self.clapping.enabled and self.module.training):
+            return super()._next_batch()
+        return self._stage.sampler.next()
+
+    def clapping_report(self) -> list[dict[str, Any]]:
+        """A row per channel of the pipeline and replica, as counted at its sending end, and the memory
+        of both ends. A collective of all ranks."""
+        sent = [ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS]
+        rows = [telemetry.row(self._stage.channels[end]) for end in sent if end in self._stage.channels]
+        return [row for rows_of_rank in gather(rows) for row in rows_of_rank]
+
+    # Instructions
+
+    def _send_activations(self, buffer_id: int) -> None:
+        if not self.module.training:
+            return super()._exec_send_activations(buffer_id)
+        with self._timed(PIPE_SEND_OUTPUT_TIMER):
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            if self.has_attention_mask or self.has_bool_tensors:
+                outputs = (*outputs[:-1], outputs[-1].bool())
+            self._announce(outputs)
+            self._stage.send(ACTIVATIONS_TO_NEXT, _listed(outputs))
+
+    def _receive_activations(self, buffer_id: int) -> None:
+        if not self.module.training:
+            return super()._exec_recv_activations(buffer_id)
+        with self._timed(PIPE_RECV_INPUT_TIMER):
+            specs = self._announced()
+            values = self._stage.receive(ACTIVATIONS_FROM_PREVIOUS, specs)
+            for value in values:
+                value.requires_grad = value.is_floating_point()
+            self.pipe_buffers["inputs"][buffer_id] = tuple(values) if self._receives_tuple else values[0]
+
+    def _send_gradients(self, buffer_id: int) -> None:
+        with self._timed(PIPE_SEND_GRAD_TIMER):
+            inputs = [x for x in _listed(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
+            for index, tensor in enumerate(inputs):
+                if tensor.grad is None:
+                    raise ValueError(
+                        f"stage {self.stage_id}: floating input {index} of shape {tuple(tensor.shape)} "
+                        "got no gradient; accepted: every floating input takes part in the loss"
+                    )
+            self._stage.send(GRADIENTS_TO_PREVIOUS, [tensor.grad for tensor in inputs])
+            self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _receive_gradients(self, buffer_id: int) -> None:
+        with self._timed(PIPE_RECV_GRAD_TIMER):
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            specs = [Spec.of(output) for output in _listed(outputs) if output.is_floating_point()]
+            gradients = self._stage.receive(GRADIENTS_FROM_NEXT, specs)
+            self.grad_layer = gradients[0] if torch.is_tensor(outputs) else gradients
+
+    # Shapes: told once, and again only while they may differ
+
+    def reset_activation_shape(self) -> None:
+        super().reset_activation_shape()
+        self._sent_specs = self._received_specs = None
+
+    def _tells_shapes(self, told: Sequence[Spec] | None) -> bool:
+        return told is None or self.dynamic_shape or self._stage.shapes_differ
+
+    def _announce(self, outputs: Tensors) -> None:
+        specs = [Spec.of(output) for output in _listed(outputs)]
+        if self._tells_shapes(self._sent_specs):
+            self._send_tensor_meta(outputs, self.next_stage)
+        elif specs != self._sent_specs:
+            raise ValueError(
+                f"stage {self.stage_id}: activations changed from {self._sent_specs} to {specs} while the "
+                "batch kept its shape; accepted: PipelineModule(dynamic_shape=True), or "
+                "engine.reset_activation_shape() on every rank before the step"
+            )
+        self._sent_specs = specs
+
+    def _announced(self) -> list[Spec]:
+        if self._received_specs is None or self._tells_shapes(self._received_specs):
+            buffers = self._recv_tensor_meta(self.prev_stage)
+            self._receives_tuple = isinstance(buffers, tuple)
+            self._received_specs = [Spec.of(buffer) for buffer in _listed(buffers)]
+        return self._received_specs
+
+    @contextmanager
+    def _timed(self, timer: str) -> Iterator[None]:
+        if not self.wall_clock_breakdown():
+            yield
+            return
+        self.timers(timer).start()
+        yield
+        self.timers(timer).stop()
+
+
+class DualPipeVRefusal(DualPipeVEngine):
+    """The stock DualPipeV engine; with an enabled `"clapping"` block, an error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if ClappingConfig.from_ds_config(kwargs["config_class"]._param_dict).enabled:
+            raise ValueError(
+                f'"{BLOCK_NAME}" block with a DualPipeVModule: accepted: a PipelineModule, or enabled = false'
+            )
+        super().__init__(*args, **kwargs)
+
+
+def enable() -> None:
+    """From now on `deepspeed.initialize` heeds the `"clapping"` block. Calling it again changes nothing.
+
+    Rebinds `deepspeed.PipelineEngine` and `deepspeed.DualPipeVEngine`, where `deepspeed.initialize`
+    looks its engines up; both stay subclasses of the originals.
+    """
+    deepspeed.PipelineEngine = ClappingPipelineEngine
+    deepspeed.DualPipeVEngine = DualPipeVRefusal
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """As `deepspeed.initialize`, heeding the `"clapping"` block of the configuration."""
+    enable()
+    return deepspeed.initialize(*args, **kwargs)
+
+
+def _check_num_stages(model: PipelineModule) -> None:
+    if model.num_stages < 2:
+        raise ValueError(
+            f'"{BLOCK_NAME}" block with PipelineModule(num_stages={model.num_stages}): there is no link to '
+            f'compress; accepted: at least 2 stages, or "{BLOCK_NAME}": {{"enabled": false}}'
+        )
+
+
+def _listed(tensors: Tensors | Mapping[str, Any]) -> Sequence[torch.Tensor]:
+    return (tensors,) if torch.is_tensor(tensors) else tuple(tensors)

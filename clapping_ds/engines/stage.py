@@ -1,0 +1,107 @@
+"""One rank's pipeline stage, whatever the host: its channel ends, its coin, its held batches.
+
+A host's engine calls `begin_step`, then `send` and `receive` in the order of its schedule, then
+`end_step`. Messages are counted per channel and step, which gives their slots.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from clapping_ds.channel import Channel, Spec
+from clapping_ds.config import ClappingConfig
+from clapping_ds.sampling import Coin, LazySampler
+from clapping_ds.transport import Wire, all_agree
+
+ACTIVATIONS_TO_NEXT = "activations to next"
+ACTIVATIONS_FROM_PREVIOUS = "activations from previous"
+GRADIENTS_TO_PREVIOUS = "gradients to previous"
+GRADIENTS_FROM_NEXT = "gradients from next"
+
+
+class Stage:
+    """Channel ends and lazy sampling of one rank.
+
+    previous_rank, next_rank   global rank of the neighbouring stage; None at the pipeline's ends
+    """
+
+    def __init__(
+        self,
+        config: ClappingConfig,
+        stage_id: int,
+        previous_rank: int | None,
+        next_rank: int | None,
+        device: torch.device,
+    ) -> None:
+        # Configuration
+        self.coin = Coin(config.p_new, config.refresh, config.seed)
+        self.device = device
+        self.channels: dict[str, Channel] = {}
+        if next_rank is not None:
+            link, wire = f"{stage_id}-{stage_id + 1}", Wire(next_rank, device)
+            self.channels[ACTIVATIONS_TO_NEXT] = Channel(config, link, "activations", wire)
+            self.channels[GRADIENTS_FROM_NEXT] = Channel(config, link, "gradients", wire)
+        if previous_rank is not None:
+            link, wire = f"{stage_id - 1}-{stage_id}", Wire(previous_rank, device)
+            self.channels[ACTIVATIONS_FROM_PREVIOUS] = Channel(config, link, "activations", wire)
+            self.channels[GRADIENTS_TO_PREVIOUS] = Channel(config, link, "gradients", wire)
+        # State
+        self.sampler = LazySampler()
+        self.step = 0
+        self.fresh: list[bool] = []
+        self.shapes_differ = False
+        self._num_messages: Counter[str] = Counter()
+
+    def begin_step(
+        self, num_slots: int, next_batch: Callable[[], Any] | None, measures_error: bool = False
+    ) -> None:
+        """Tosses the coin and draws the new batches. A collective of all ranks when a slot is fresh.
+
+        next_batch   returns the data iterator's next batch; None on stages that load no data
+        Raises StopIteration on every rank if `next_batch` did on one. No message was sent then, and
+        what was drawn is used when the step is tried again.
+        """
+        fresh = self.coin.fresh(self.step, num_slots)
+        fresh = [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
+        has_data, has_same_shapes = True, True
+        if next_batch is not None:
+            shapes_before = self.sampler.shapes()
+            try:
+                self.sampler.draw(fresh, next_batch)
+            except StopIteration:
+                has_data = False
+            has_same_shapes = len(shapes_before | self.sampler.shapes()) <= 1
+        if any(fresh):
+            has_data, has_same_shapes = all_agree([has_data, has_same_shapes], self.device)
+            self.shapes_differ = not has_same_shapes
+        if not has_data:
+            raise StopIteration(
+                f"data_iter ended in step {self.step}, which needs {sum(fresh)} new micro-batches on "
+                "each rank that loads data; accepted: an iterator that holds them, or that repeats "
+                "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
+            )
+        self.fresh = fresh
+        self._num_messages.clear()
+        for channel in self.channels.values():
+            channel.keep_slots(num_slots)
+            channel.measures_error = measures_error
+
+    def end_step(self) -> None:
+        self.step += 1
+
+    def send(self, end: str, values: Sequence[torch.Tensor]) -> None:
+        """Sends the tensors of the end's next slot."""
+        slot = self._next_slot(end)
+        self.channels[end].send(slot, self.fresh[slot], values)
+
+    def receive(self, end: str, specs: Sequence[Spec]) -> list[torch.Tensor]:
+        """The tensors of the end's next slot."""
+        slot = self._next_slot(end)
+        return self.channels[end].receive(slot, self.fresh[slot], specs)
+
+    def _next_slot(self, end: str) -> int:
+        slot = self._num_messages[end]
+        self._num_messages[end] += 1
+        return slot

@@ -1,0 +1,102 @@
+"""Lazy sampling: the coin that says which slots get a new sample, and the batches that are kept.
+
+The coin is a pure function of (seed, step, slot), so that all ranks, and a resumed run, agree on it
+without a message. Source: Clapping, arXiv 2509.19029, Algorithm 1, where one coin is tossed per step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+_MASK = (1 << 64) - 1
+
+
+def _mixed(word: int) -> int:
+    """The splitmix64 output function (Steele, Lea and Flood, OOPSLA 2014): a 64-bit bijection."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _MASK
+    return word ^ (word >> 31)
+
+
+def uniform(seed: int, step: int, slot: int) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments."""
+    word = seed
+    for counter in (step, slot):
+        word = _mixed((word + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK)
+    return (word >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True)
+class Coin:
+    """Which slots of a step are fresh. Step 0 is all fresh.
+
+    refresh   "step": one coin for the whole step; "slot": one per slot; "cycle": round robin, so that
+              p_new * num_slots of the slots are fresh in every step (rounded so that the mean is exact)
+    """
+
+    p_new: float
+    refresh: Literal["step", "slot", "cycle"]
+    seed: int
+
+    def fresh(self, step: int, num_slots: int) -> list[bool]:
+        """For each slot 0 .. num_slots - 1, whether its sample is new in this step."""
+        if step == 0:
+            return [True] * num_slots
+        if self.refresh == "step":
+            return [uniform(self.seed, step, 0) < self.p_new] * num_slots
+        if self.refresh == "slot":
+            return [uniform(self.seed, step, slot) < self.p_new for slot in range(num_slots)]
+        per_step = Fraction(repr(self.p_new)) * num_slots
+        turns = range(floor((step - 1) * per_step), floor(step * per_step))
+        chosen = {turn % num_slots for turn in turns}
+        return [slot in chosen for slot in range(num_slots)]
+
+
+class LazySampler:
+    """Keeps one batch per slot, and draws a new one only where the slot is fresh.
+
+    It wraps a function that returns the next batch; what the batches are made of does not matter.
+    Tensors are cloned when they are kept, so that a loader may reuse its buffers.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+        self._drawn: dict[int, Any] = {}
+        self._next_slot = 0
+
+    def draw(self, fresh: Sequence[bool], next_batch: Callable[[], Any]) -> None:
+        """Gets the batches of one step. Held slots from `len(fresh)` on are freed.
+
+        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: it is used
+        when `draw` is called again for the same step.
+        """
+        for slot, is_fresh in enumerate(fresh):
+            if is_fresh and slot not in self._drawn:
+                self._drawn[slot] = _clone(next_batch())
+        held = [*self._held[: len(fresh)], *[None] * (len(fresh) - len(self._held))]
+        for slot, batch in self._drawn.items():
+            held[slot] = batch
+        self._held, self._drawn, self._next_slot = held, {}, 0
+
+    def next(self) -> Any:
+        """The batch of the next slot of the step, safe to be changed by the caller."""
+        batch = _clone(self._held[self._next_slot])
+        self._next_slot += 1
+        return batch
+
+    def shapes(self) -> set[tuple[Any, ...]]:
+        """The distinct (shape, dtype) lists of the held batches' tensors; one where all are alike."""
+        return {_shapes(batch) for batch in self._held}
+
+
+def _clone(batch: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+
+
+def _shapes(batch: Any) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))

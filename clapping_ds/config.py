@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from clapping_ds.codecs import CODECS, Codec, Quantizer, Raw, TopK, bits_per_value
 from clapping_ds.codecs.protocol import STRICT
@@ -18,9 +18,7 @@ def _named(codec: object) -> object:
     return {"name": codec} if isinstance(codec, str) else codec
 
 
-CodecConfig = Annotated[
-    Raw | Quantizer | TopK, BeforeValidator(_named), Field(discriminator="name")
-]
+CodecConfig = Annotated[Raw | Quantizer | TopK, Field(discriminator="name")]
 
 
 class DirectionConfig(BaseModel):
@@ -38,6 +36,8 @@ class DirectionConfig(BaseModel):
     """What a key message is the difference to: zero or the memory. Default: carry for `topk`."""
     min_numel: Annotated[int, Field(ge=0)] = 4096
     """Floating tensors with fewer values travel raw."""
+
+    _allow_names = field_validator("key", "delta", mode="before")(_named)
 
     @model_validator(mode="before")
     @classmethod

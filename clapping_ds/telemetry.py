@@ -1,7 +1,7 @@
 """What was compressed, what it cost and what it saved: counters per channel, and tables of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,12 @@ class Traffic:
     def relative_error(self) -> float | None:
         """|| value - what the receiver gets || / || value || over the measured messages."""
         return (self.error_square / self.value_square) ** 0.5 if self.value_square else None
+
+
+def total(traffics: Iterable[Traffic]) -> Traffic:
+    """The sum of several channels' counters."""
+    parts = list(traffics)
+    return Traffic(**{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Traffic)})
 
 
 def row(channel: "Channel") -> dict[str, Any]:

@@ -1,6 +1,27 @@
-"""Settings that must stand before torch or triton are imported."""
+"""Settings that must stand before torch or triton are imported, and the ranks that tests share."""
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+from tests.cluster import Cluster
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    cluster = Cluster(2)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    cluster = Cluster(4)
+    yield cluster
+    cluster.close()

@@ -108,6 +108,10 @@ class ClappingPipelineEngine(PipelineEngine):
             return super()._next_batch()
         return self._stage.sampler.next()
 
+    def clapping_traffic(self) -> telemetry.Traffic:
+        """This rank's counters, both directions of its links together. No communication."""
+        return telemetry.total(channel.traffic for channel in self._stage.channels.values())
+
     def clapping_report(self) -> list[dict[str, Any]]:
         """A row per channel of the pipeline and replica, as counted at its sending end, and the memory
         of both ends. A collective of all ranks."""

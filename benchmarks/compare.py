@@ -1,0 +1,154 @@
+"""What compression costs and saves: the same GPT, seed and steps under several `"clapping"` blocks.
+
+    deepspeed --num_accelerators 2 --module benchmarks.compare
+
+Stock DeepSpeed, fully shuffled, comes first; every other row is read against it and against the
+uncompressed run with the same lazy sampling.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+import clapping_ds
+from benchmarks import provenance
+from clapping_ds import telemetry
+from launch.pretrain_gpt import start_distributed
+from launch.trainer import RunConfig, RunResult, train
+
+RESULTS = Path(__file__).parent / "results"
+STOCK = "stock DeepSpeed"
+
+
+def block(strategy: str, delta: str, key: str | None = None) -> dict[str, Any]:
+    """A `"clapping"` block with the same codecs in both directions."""
+    direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
+    sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": "cycle"}
+    return {"strategy": strategy, "activations": direction, "gradients": direction, **sampling}
+
+
+COMPARISON: dict[str, dict[str, Any] | None] = {
+    STOCK: None,
+    "uncompressed, lazy": block("fu", "none"),
+    "direct int4": block("direct", "int4"),
+    "direct int2": block("direct", "int2"),
+    "fc int2": block("fc", "int2"),
+    "fu int2": block("fu", "int2"),
+    "int8 key + int2 delta": block("fu", "int2", key="int8"),
+}
+
+
+def row(name: str, result: RunResult, raw_bytes: int) -> dict[str, Any]:
+    """One line of the table. raw_bytes: what crosses the link uncompressed in as many steps."""
+    sent = sum(channel["payload_bytes"] for channel in result.report) or raw_bytes
+    messages = sum(channel["messages"] for channel in result.report)
+    fresh = sum(channel["messages"] * channel["fresh_share"] for channel in result.report)
+    return {
+        "run": name,
+        "validation loss": result.validations[-1][1],
+        "MB on the wire": sent / 1e6,
+        "of stock": f"{sent / raw_bytes:.1%}",
+        "bits per value": 32 * sent / raw_bytes,
+        "tokens/s": round(result.tokens_per_s),
+        "memory MiB per rank": sum(channel["memory_bytes"] for channel in result.report) / 2**20,
+        "fresh slots": f"{fresh / messages if messages else 1:.0%}",
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def curves(results: dict[str, RunResult], raw_bytes: int, steps: int) -> list[dict[str, Any]]:
+    """Validation loss after so many steps and megabytes, for the plot."""
+    return [
+        {
+            "run": name,
+            "step": step,
+            "MB on the wire": (sent if result.report else raw_bytes * step / steps) / 1e6,
+            "validation loss": loss,
+        }
+        for name, result in results.items()
+        for step, loss, sent in result.validations
+    ]
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draws what the CSV says: loss against steps and against bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with source.open() as file:
+        points = list(csv.DictReader(file))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, x_name in zip(axes, ("step", "MB on the wire"), strict=True):
+        for name in dict.fromkeys(point["run"] for point in points):
+            mine = [point for point in points if point["run"] == name]
+            x = [float(point[x_name]) for point in mine]
+            axis.plot(x, [float(point["validation loss"]) for point in mine], marker=".", label=name)
+        axis.set_xlabel(x_name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss, nats per token")
+    axes[1].set_xscale("log")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--steps", type=int, default=RunConfig.steps)
+    parser.add_argument("--seed", type=int, default=RunConfig.seed)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    ds_config = json.loads((Path(clapping_ds.__file__).parents[1] / "launch/ds_config.json").read_text())
+    ds_config.pop("clapping")
+    run = RunConfig(data=options.data, steps=options.steps, seed=options.seed)
+
+    configs = {
+        name: ds_config if clapping is None else {**ds_config, "clapping": clapping}
+        for name, clapping in COMPARISON.items()
+    }
+    for config in configs.values():
+        clapping_ds.ClappingConfig.from_ds_config(config)
+
+    start_distributed()
+    results = {}
+    for name, config in configs.items():
+        initialize = clapping_ds.initialize if "clapping" in config else deepspeed.initialize
+        results[name] = train(run, config, initialize, title=name)
+        if dist.get_rank() == 0:
+            print(f"{name}: validation loss {results[name].validations[-1][1]:.4f}", flush=True)
+    if dist.get_rank() == 0:
+        report(results, run, options.results)
+    dist.destroy_process_group()
+
+
+def report(results: dict[str, RunResult], run: RunConfig, folder: Path) -> None:
+    """Writes comparison.csv, curves.csv, comparison.png and comparison.json, and prints the table."""
+    (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
+    rows = [row(name, result, raw_bytes) for name, result in results.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "comparison.csv", rows)
+    write_csv(folder / "curves.csv", curves(results, raw_bytes, run.steps))
+    plot(folder / "curves.csv", folder / "comparison.png")
+    origin = {**provenance.facts(), "steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)}
+    (folder / "comparison.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
+    print(telemetry.table(rows))
+    print(f"written to {folder}: comparison.csv, curves.csv, comparison.png, comparison.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Example scripts: a GPT that is trained over a DeepSpeed pipeline."""

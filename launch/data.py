@@ -1,0 +1,95 @@
+"""Text as tokens: read through a memory map, cut into windows, drawn in a seeded order.
+
+Without a path the corpus is the Python standard library's own sources, which every machine has.
+"""
+
+import hashlib
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TEXT_SUFFIXES = {".txt", ".py", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv", ".tex"}
+TOKEN_DTYPES = {".u8": np.uint8, ".u16": np.uint16, ".u32": np.uint32}
+VALIDATION_SHARE = 0.05
+
+
+def text_files(path: Path | None) -> list[Path]:
+    """The files that make up the corpus, in a fixed order."""
+    if path is None:
+        return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
+    return [path]
+
+
+def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray, int]:
+    """(memory-mapped 1-d array of token numbers, vocabulary size).
+
+    path        folder or file of text, or a flat file of numbers: .u8, .u16 or .u32; None: see above
+    tokenizer   a `tokenizers` JSON file; None: the tokens are bytes
+    Text is encoded once and kept in the temporary directory.
+    """
+    if path is not None and not path.exists():
+        raise ValueError(f"--data = {str(path)!r}: no such file or folder")
+    if path is not None and path.suffix in TOKEN_DTYPES:
+        numbers = np.memmap(path, TOKEN_DTYPES[path.suffix], mode="r")
+        return numbers, int(numbers.max()) + 1
+    files = text_files(path)
+    if not files:
+        raise ValueError(f"--data = {str(path)!r}: no text in it; accepted: {sorted(TEXT_SUFFIXES)}")
+    stamp = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]) + str(tokenizer)
+    digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    suffix, dtype = (".u8", np.uint8) if tokenizer is None else (".u32", np.uint32)
+    cached = Path(tempfile.gettempdir()) / f"clapping_ds-{digest}{suffix}"
+    encoder = None if tokenizer is None else _tokenizer(tokenizer)
+    if not cached.exists():
+        _write(cached, files, encoder, dtype)
+    vocabulary = 256 if encoder is None else encoder.get_vocab_size()
+    return np.memmap(cached, dtype, mode="r"), vocabulary
+
+
+def _tokenizer(path: Path):  # noqa: ANN202 - an optional dependency's type
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def _write(cached: Path, files: list[Path], encoder, dtype: type) -> None:  # noqa: ANN001
+    """Encodes the files into a new file; the rename makes a half-written one impossible to see."""
+    with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as new:
+        for path in files:
+            content = path.read_bytes()
+            if encoder is None:
+                new.write(content)
+            else:
+                ids = encoder.encode(content.decode("utf-8", errors="replace")).ids
+                new.write(np.asarray(ids, dtype).tobytes())
+    Path(new.name).rename(cached)
+
+
+class Windows:
+    """Micro-batches of consecutive tokens, from the training or the validation part of a corpus.
+
+    Equal arguments give equal batches, so the first and the last stage each make their own.
+    """
+
+    def __init__(self, corpus: np.ndarray, length: int, batch_size: int, validation: bool) -> None:
+        cut = int(len(corpus) * (1 - VALIDATION_SHARE))
+        self.part = corpus[cut:] if validation else corpus[:cut]
+        self.length = length
+        self.batch_size = batch_size
+        if len(self.part) <= length:
+            raise ValueError(f"the corpus has {len(corpus)} tokens; accepted: more than {20 * length}")
+
+    def batches(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Endless (inputs, labels), int64 [batch_size, length] each; labels are one token further."""
+        generator = np.random.default_rng(seed)
+        while True:
+            starts = generator.integers(0, len(self.part) - self.length, self.batch_size)
+            windows = np.stack([self.part[start : start + self.length + 1] for start in starts])
+            window_BT = torch.from_numpy(windows.astype(np.int64))
+            yield window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()

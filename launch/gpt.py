@@ -1,0 +1,102 @@
+"""A GPT as a DeepSpeed `PipelineModule`: tied embeddings, pre-norm blocks, causal attention.
+
+Shapes: B batch, T tokens, D width, H heads, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+
+try:  # NVIDIA apex; the package of that name on the index is another project
+    from apex.normalization import FusedLayerNorm as LayerNorm
+except ImportError:
+    from torch.nn import LayerNorm
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocabulary: int = 256
+    length: int = 128
+    width: int = 128
+    num_heads: int = 4
+    num_blocks: int = 4
+
+
+class Embedding(nn.Module):
+    """Token and position embedding; as the tied output layer, only the token part is used."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocabulary, config.width)
+        self.position = nn.Embedding(config.length, config.width)
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What DeepSpeed ties."""
+        return self.token.weight
+
+    def forward(self, token_BT: torch.Tensor) -> torch.Tensor:
+        position_T = torch.arange(token_BT.shape[1], device=token_BT.device)
+        return self.token(token_BT) + self.position(position_T)
+
+
+def logits(embedding: Embedding, x_BTD: torch.Tensor) -> torch.Tensor:
+    return F.linear(x_BTD, embedding.weight)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.norm_attention = LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.norm_mlp = LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                into_residual = name.startswith(("project", "contract"))
+                nn.init.normal_(weight, std=0.02 / (2 * config.num_blocks) ** (0.5 * into_residual))
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x_BTD.shape
+        qkv = self.qkv(self.norm_attention(x_BTD))
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x_BTD + self.contract(F.gelu(self.expand(self.norm_mlp(x_BTD))))
+
+
+def loss(logits_BTV: torch.Tensor, label_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats per token."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), label_BT.flatten())
+
+
+def pipeline(config: GPTConfig, num_stages: int, seed: int, checkpoint_interval: int = 0) -> PipelineModule:
+    """The GPT cut into `num_stages` stages. The weights depend on the seed alone, not on the cut."""
+    return PipelineModule(
+        layers=[
+            TiedLayerSpec("embedding", Embedding, config),
+            *(LayerSpec(Block, config) for _ in range(config.num_blocks)),
+            LayerSpec(LayerNorm, config.width),
+            TiedLayerSpec("embedding", Embedding, config, forward_fn=logits),
+        ],
+        num_stages=num_stages,
+        loss_fn=loss,
+        partition_method="type:Block",
+        activation_checkpoint_interval=checkpoint_interval,
+        base_seed=seed,
+        seed_layers=True,
+        seed_fn=lambda layer_seed: torch.manual_seed(int(layer_seed)),
+    )

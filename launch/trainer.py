@@ -1,0 +1,136 @@
+"""One training run: engine, schedule, validation, progress, figures. Used by the script and the benchmark."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from launch.data import Windows, tokens
+from launch.gpt import GPTConfig, pipeline
+
+try:  # NVIDIA apex; the package of that name on the index is another project
+    from apex.optimizers import FusedAdam
+except ImportError:
+    FusedAdam = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is trained, on what, how long. The rest is in the DeepSpeed JSON."""
+
+    data: Path | None = None
+    tokenizer: Path | None = None
+    gpt: GPTConfig = GPTConfig()
+    num_stages: int = 2
+    steps: int = 320
+    learning_rate: float = 2e-3
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    eval_interval: int = 40
+    eval_batches: int = 5
+    save: Path | None = None
+    save_interval: int = 320
+    checkpoint_interval: int = 0
+    seed: int = 1
+
+
+@dataclass
+class RunResult:
+    """Figures of one run; equal on every rank."""
+
+    train_losses: list[float] = field(default_factory=list)
+    """Mean loss of each step, in nats per token."""
+    validations: list[tuple[int, float, int]] = field(default_factory=list)
+    """(steps trained, validation loss, payload bytes so far on all links)."""
+    tokens_per_s: float = 0.0
+    report: list[dict[str, Any]] = field(default_factory=list)
+    """The engine's `clapping_report`; empty for the stock engine."""
+
+
+def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
+    """Linear warm-up to 1, then a cosine down to 0.1."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+
+def train(
+    run: RunConfig,
+    ds_config: dict[str, Any],
+    initialize: Callable[..., Any] = deepspeed.initialize,
+    title: str = "train",
+) -> RunResult:
+    """Trains from scratch. `initialize` is DeepSpeed's, or `clapping_ds.initialize`."""
+    corpus, vocabulary = tokens(run.data, run.tokenizer)
+    gpt = GPTConfig(**{**vars(run.gpt), "vocabulary": vocabulary})
+    model = pipeline(gpt, run.num_stages, run.seed, run.checkpoint_interval)
+    engine, *_ = initialize(
+        model=model,
+        optimizer=_optimizer(model, run),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
+        ),
+        config=ds_config,
+    )
+    replica = engine.grid.get_data_parallel_id()
+    batch_size = engine.train_micro_batch_size_per_gpu()
+    batches = Windows(corpus, gpt.length, batch_size, validation=False).batches(run.seed * 1000 + replica)
+    held_out = Windows(corpus, gpt.length, batch_size, validation=True)
+    tokens_per_step = engine.train_batch_size() * gpt.length
+
+    result = RunResult()
+    busy_s = 0.0
+    bar = tqdm(total=run.steps, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
+    for step in range(1, run.steps + 1):
+        start = time.perf_counter()
+        result.train_losses.append(float(engine.train_batch(data_iter=batches)))
+        busy_s += time.perf_counter() - start
+        result.tokens_per_s = step * tokens_per_step / busy_s
+        bar.update()
+        bar.set_postfix(_progress(engine, result), refresh=False)
+        if step % run.eval_interval == 0 or step == run.steps:
+            result.report = engine.clapping_report() if _has_channels(engine) else []
+            sent = sum(row["payload_bytes"] for row in result.report)
+            loss = validation_loss(engine, held_out.batches(run.seed), run.eval_batches)
+            result.validations.append((step, loss, sent))
+        if run.save is not None and (step % run.save_interval == 0 or step == run.steps):
+            engine.save_checkpoint(str(run.save))
+    bar.close()
+    return result
+
+
+def validation_loss(engine: Any, batches: Iterator[Any], num_batches: int) -> float:
+    """Mean of `eval_batch` over `num_batches` batches; the same ones at every call."""
+    losses = [float(engine.eval_batch(batches)) for _ in range(num_batches)]
+    return sum(losses) / num_batches
+
+
+def _optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": run.weight_decay},
+        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if FusedAdam is not None and torch.cuda.is_available():
+        return FusedAdam(groups, lr=run.learning_rate, betas=(0.9, 0.95), adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
+
+
+def _has_channels(engine: Any) -> bool:
+    return getattr(engine, "clapping", None) is not None and engine.clapping.enabled
+
+
+def _progress(engine: Any, result: RunResult) -> dict[str, str]:
+    figures = {"loss": f"{result.train_losses[-1]:.3f}", "tokens/s": f"{result.tokens_per_s:.0f}"}
+    if _has_channels(engine):
+        traffic = engine.clapping_traffic()
+        figures |= {"ratio": f"{traffic.ratio:.1f}x", "fresh": f"{traffic.fresh_share:.0%}"}
+    return figures

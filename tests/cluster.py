@@ -1,0 +1,91 @@
+"""Ranks that stay: a launch costs ten seconds, so each test sends its function to running processes."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 120
+
+
+class RankError(Exception):
+    """What a rank's function raised: its type's name and its message."""
+
+    def __init__(self, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"{kind}: {message}\n{trace}")
+        self.kind = kind
+        self.message = message
+
+
+class Cluster:
+    """`world_size` processes in one gloo process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returned on each rank, or the RankError it ended with.
+
+        Raises TimeoutError when a rank hangs; the cluster is of no use from then on.
+        """
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} hangs in {function.__name__}")
+            results.append(pipe.recv())
+        return [RankError(*result[1]) if result[0] == "error" else result[1] for result in results]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returned on each rank. Raises the first RankError."""
+        results = self.outcomes(function, *args)
+        for result in results:
+            if isinstance(result, RankError):
+                raise result
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import logging
+
+    from deepspeed.utils import logger
+
+    from launch.pretrain_gpt import start_distributed
+
+    logger.setLevel(logging.WARNING)
+    start_distributed()
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", function(*args)))
+        except BaseException as error:
+            pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))

@@ -1,0 +1,136 @@
+"""Small pipelines and the runs that the engine's tests make of them. Imported by the ranks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+
+import clapping_ds
+
+WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
+STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
+
+
+class Embed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens)
+
+
+class Mix(nn.Module):
+    """A residual block with a norm, so that a wrong value anywhere shows in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class EmbedWithMask(Embed):
+    """Passes on (hidden, mask, ids, scale): floating, boolean, integer and small floating."""
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = self.table(tokens)
+        return hidden, tokens > 3, tokens, hidden.mean(dim=(0, 1))
+
+
+class MixWithMask(Mix):
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, mask, tokens, scale = inputs
+        return super().forward(hidden) * mask[..., None] + scale, mask, tokens, scale * 0.5
+
+
+class First(nn.Module):
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return inputs[0] + inputs[3]
+
+
+def _logits(embed: Embed, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, embed.weight)
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def pipeline(num_stages: int, kind: str = "plain", num_blocks: int = 6, **options: Any) -> PipelineModule:
+    block, first = (MixWithMask, EmbedWithMask) if kind == "tuple" else (Mix, Embed)
+    layers = [LayerSpec(first), *(LayerSpec(block) for _ in range(num_blocks))]
+    if kind == "tuple":
+        layers.append(LayerSpec(First))
+    if kind == "tied":
+        layers[0] = TiedLayerSpec("embed", first)
+        layers.append(TiedLayerSpec("embed", first, forward_fn=_logits))
+    else:
+        layers.append(LayerSpec(nn.Linear, WIDTH, VOCABULARY))
+    return PipelineModule(
+        layers, num_stages=num_stages, loss_fn=_loss, partition_method="uniform", base_seed=7,
+        seed_layers=True, seed_fn=lambda seed: torch.manual_seed(int(seed)), **options,
+    )  # fmt: skip
+
+
+def batches(seed: int = 0, length: int = LENGTH, size: int = BATCH) -> Iterator[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        tokens = torch.randint(0, VOCABULARY, (size, length), generator=generator)
+        yield tokens, (tokens * 3 + 1) % VOCABULARY
+
+
+def make_engine(
+    clapping: dict[str, Any] | None,
+    num_stages: int = 2,
+    kind: str = "plain",
+    ds: dict[str, Any] | None = None,
+    module_options: dict[str, Any] | None = None,
+    stock: bool = False,
+    training_data: Any = None,
+) -> Any:
+    """An engine with four micro-batches. stock: DeepSpeed as if this package did not exist."""
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 4,
+        "steps_per_print": 1000, **(ds or {}),
+    }  # fmt: skip
+    if clapping is not None:
+        config["clapping"] = clapping
+    model = pipeline(num_stages, kind, **(module_options or {}))
+    if stock:
+        deepspeed.PipelineEngine, deepspeed.DualPipeVEngine = STOCK_ENGINES
+    initialize = deepspeed.initialize if stock else clapping_ds.initialize
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    return initialize(model=model, optimizer=optimizer, config=config, training_data=training_data)[0]
+
+
+def train(engine: Any, steps: int, seed: int = 0) -> list[float]:
+    data = batches(seed + 100 * engine.grid.get_data_parallel_id())
+    return [float(engine.train_batch(data_iter=data)) for _ in range(steps)]
+
+
+def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int = 4) -> list[float]:
+    return train(make_engine(clapping, **options), steps)
+
+
+def memories(engine: Any) -> dict[tuple[str, str], dict[Any, tuple[str, bytes]]]:
+    """By (link, direction): the bits of every memory at this rank's end."""
+    return {
+        (channel.link, channel.direction): {
+            (slot, index): (str(memory.tensor.dtype), memory.tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            for slot, held in channel.memories.items()
+            for index, memory in held.items()
+        }
+        for channel in engine._stage.channels.values()
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""The block is read, or refused with the key, its value and what is accepted."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clapping_ds import ClappingConfig
+from clapping_ds.codecs import Quantizer, Raw, TopK
+
+
+def read(block):
+    return ClappingConfig.from_ds_config({"clapping": block})
+
+
+def test_without_a_block_it_is_off():
+    assert not ClappingConfig.from_ds_config({}).enabled
+
+
+def test_every_key():
+    config = read({
+        "enabled": True, "strategy": "fc", "p_new": 0.25, "refresh": "cycle", "seed": 3,
+        "activations": {"key": "int8", "delta": "int2", "group_size": 64, "base": "carry", "min_numel": 10},
+        "gradients": {"delta": {"name": "topk", "ratio": 0.1, "block": 512}, "min_numel": 512},
+        "memory": {"dtype": "float32", "device": "cpu"},
+    })  # fmt: skip
+    assert config.activations.key == Quantizer(name="int8", group_size=64)
+    assert config.activations.delta == Quantizer(name="int2", group_size=64)
+    assert config.gradients.delta == TopK(ratio=0.1, block=512)
+    assert config.key_codec("gradients") == config.gradients.delta
+    assert (config.carries("activations"), config.carries("gradients")) == (True, True)
+    assert config.memory.torch_dtype(torch.bfloat16) == torch.float32
+
+
+def test_strategies_choose_the_key():
+    assert read({"strategy": "fu"}).key_codec("activations") == Raw()
+    assert read({"strategy": "fc"}).key_codec("activations") == Quantizer(name="int4")
+    direct = read({"strategy": "direct", "activations": {"delta": "int3"}})
+    assert direct.key_codec("activations") == Quantizer(name="int3")
+    assert direct.delta_codec("activations") is None
+    assert direct.p_new == 1
+
+
+def test_mean_bits():
+    config = read({"activations": {"delta": "int2"}, "p_new": 0.5})
+    assert config.mean_bits_per_value("activations", torch.bfloat16) == 0.5 * 16 + 0.5 * 2.125
+
+
+WRONG = [
+    ({"p_neu": 1}, "clapping.p_neu = 1: unknown key; accepted: enabled, strategy, p_new"),
+    ({"p_new": 0}, "clapping.p_new = 0: accepted: greater than 0"),
+    ({"p_new": 1.5}, "clapping.p_new = 1.5: accepted: less than or equal to 1"),
+    ({"p_new": "0.5"}, "clapping.p_new = '0.5': accepted: a valid number"),
+    ({"p_new": float("nan")}, "clapping.p_new = nan: accepted: a finite number"),
+    ({"strategy": "best"}, "clapping.strategy = 'best': accepted: 'fu', 'fc' or 'direct'"),
+    ({"enabled": "yes"}, "clapping.enabled = 'yes': accepted: a valid boolean"),
+    ("on", "clapping = 'on': accepted: a valid dictionary"),
+    ({"activations": {"delta": "int5"}}, "delta = {'name': 'int5'}: unknown codec; accepted: none, int8"),
+    ({"activations": {"delta": {"name": "int4", "group_size": 100}}},
+     "clapping.activations.delta.group_size = 100: accepted: a power of two"),
+    ({"activations": {"delta": {"name": "int4", "group_size": 8}}}, "accepted: greater than or equal to 16"),
+    ({"gradients": {"delta": {"name": "topk", "ratoi": 0.1}}},
+     "clapping.gradients.delta.ratoi = 0.1: unknown key; accepted: name, ratio, block"),
+    ({"gradients": {"delta": {"name": "topk", "ratio": 1.5}}}, "ratio = 1.5: accepted: less than or equal"),
+    ({"gradients": {"delta": "topk", "min_numel": 100}},
+     "clapping.gradients.delta.block = 1024 is larger than the smallest tensor that is compressed"),
+    ({"strategy": "direct", "p_new": 0.5}, "clapping.p_new = 0.5 with strategy = 'direct'"),
+    ({"strategy": "direct", "gradients": {"key": "int8"}}, "clapping.gradients.key = 'int8' with strategy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "message"), WRONG, ids=[str(block) for block, _ in WRONG])
+def test_refused(block, message):
+    with pytest.raises(ValueError) as caught:
+        read(block)
+    assert message in str(caught.value)
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(
+    ["fu", "fc", "direct", "int4", "topk", "none", "step", "cycle", "carry", "same", "x", ""]
+)  # fmt: skip
+keys = st.sampled_from(
+    [*ClappingConfig.model_fields, "key", "delta", "group_size", "base", "min_numel", "name", "ratio",
+     "block", "dtype", "device", "x"]
+)  # fmt: skip
+blocks = st.recursive(leaves, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=12)
+
+
+@given(blocks)
+@settings(max_examples=500, deadline=None)
+def test_anything_is_a_model_or_one_value_error(block):
+    try:
+        assert isinstance(read(block), ClappingConfig)
+    except ValueError as error:
+        assert type(error) is ValueError
+        assert str(error).startswith("clapping")

@@ -1,6 +1,6 @@
 """Trains a GPT over a DeepSpeed pipeline.
 
-    deepspeed --num_accelerators 2 --module launch.pretrain_gpt --deepspeed_config launch/ds_config.json
+deepspeed --num_accelerators 2 --module launch.pretrain_gpt --deepspeed_config launch/ds_config.json
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 120
+TIMEOUT_S = 90
 
 
 class RankError(Exception):
@@ -33,7 +33,7 @@ class Cluster:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

@@ -1,6 +1,7 @@
 """The two ends of a channel, joined by a queue: equal memories, exact bytes, every case of the design."""
 
 from collections import deque
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,12 @@ def value_of(seed, shape=SHAPE, dtype=torch.float32):
 @pytest.mark.parametrize("key", [None, "none", "int8"])
 @pytest.mark.parametrize(
     ("dtype", "memory"),
-    [(torch.float32, "same"), (torch.bfloat16, "same"), (torch.float16, "float32"), (torch.float32, "bfloat16")],
+    [
+        (torch.float32, "same"),
+        (torch.bfloat16, "same"),
+        (torch.float16, "float32"),
+        (torch.float32, "bfloat16"),
+    ],
 )
 def test_memories_stay_equal(delta, key, base, dtype, memory):
     ends = Ends(
@@ -89,7 +95,7 @@ def test_reused_slots_converge_on_a_constant_value():
     errors = []
     for step in range(6):
         errors.append(float((ends.pass_on(0, step == 0, value) - value).abs().max()))
-    assert all(after <= before * (1 / 3 + 0.01) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 / 3 + 0.01) for before, after in pairwise(errors))
 
 
 @pytest.mark.parametrize("strategy", ["fu", "fc", "direct"])

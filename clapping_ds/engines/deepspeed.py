@@ -98,9 +98,7 @@ class ClappingPipelineEngine(PipelineEngine):
         loss = super().train_batch()
         self._stage.end_step()
         if reports and self.monitor.enabled and self.global_rank == 0:
-            self.monitor.write_events(
-                telemetry.events(self._stage.channels.values(), self.global_samples)
-            )
+            self.monitor.write_events(telemetry.events(self._stage.channels.values(), self.global_samples))
         return loss
 
     def _next_batch(self) -> Any:

@@ -1,0 +1,43 @@
+# Everything a newcomer needs: `make train`, `make test`. See README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Pass TORCH_INSTALL="torch==2.13.0 --index-url ..." to choose a build, for example PyTorch's CPU-only one.
+TORCH_INSTALL ?= torch==2.13.0
+CONFIG ?=
+DATA ?=
+STEPS ?=
+STAGES ?= 2
+
+export OMP_NUM_THREADS := 1
+LAUNCH = $(BIN)/deepspeed --num_accelerators $(STAGES) --module
+OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
+
+.PHONY: train test lint clean
+
+train: $(VENV)/installed
+ifeq ($(CONFIG),)
+	$(LAUNCH) benchmarks.compare $(OPTIONS)
+else
+	$(LAUNCH) launch.pretrain_gpt --deepspeed_config $(CONFIG) --num-stages $(STAGES) $(OPTIONS)
+endif
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# torch first and alone, so that nothing that depends on it can choose another build.
+$(VENV)/installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH_INSTALL)
+	$(BIN)/pip install setuptools wheel
+	$(BIN)/pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

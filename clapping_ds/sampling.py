@@ -70,18 +70,21 @@ class LazySampler:
         self._next_slot = 0
 
     def draw(self, fresh: Sequence[bool], next_batch: Callable[[], Any]) -> None:
-        """Gets the batches of one step. Held slots from `len(fresh)` on are freed.
+        """Gets the new batches of a step, which `begin` puts in place.
 
-        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: it is used
-        when `draw` is called again for the same step.
+        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: a further
+        call for the same step draws the rest.
         """
         for slot, is_fresh in enumerate(fresh):
             if is_fresh and slot not in self._drawn:
                 self._drawn[slot] = _clone(next_batch())
-        held = [*self._held[: len(fresh)], *[None] * (len(fresh) - len(self._held))]
-        for slot, batch in self._drawn.items():
-            held[slot] = batch
-        self._held, self._drawn, self._next_slot = held, {}, 0
+
+    def begin(self, num_slots: int) -> None:
+        """Starts a step with what was drawn for it. Held slots from `num_slots` on are freed."""
+        kept = [*self._held, *[None] * num_slots][:num_slots]
+        self._held = [self._drawn.get(slot, batch) for slot, batch in enumerate(kept)]
+        self._drawn = {}
+        self._next_slot = 0
 
     def next(self) -> Any:
         """The batch of the next slot of the step, safe to be changed by the caller."""
@@ -90,8 +93,8 @@ class LazySampler:
         return batch
 
     def shapes(self) -> set[tuple[Any, ...]]:
-        """The distinct (shape, dtype) lists of the held batches' tensors; one where all are alike."""
-        return {_shapes(batch) for batch in self._held}
+        """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
+        return {_shapes(batch) for batch in (*self._held, *self._drawn.values())}
 
 
 def _clone(batch: Any) -> Any:

@@ -8,6 +8,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +53,13 @@ def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray
     return np.memmap(cached, dtype, mode="r"), vocabulary
 
 
-def _tokenizer(path: Path):  # noqa: ANN202 - an optional dependency's type
+def _tokenizer(path: Path) -> Any:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(path))
 
 
-def _write(cached: Path, files: list[Path], encoder, dtype: type) -> None:  # noqa: ANN001
+def _write(cached: Path, files: list[Path], encoder: Any, dtype: type) -> None:
     """Encodes the files into a new file; the rename makes a half-written one impossible to see."""
     with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as new:
         for path in files:

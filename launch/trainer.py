@@ -27,7 +27,7 @@ class RunConfig:
 
     data: Path | None = None
     tokenizer: Path | None = None
-    gpt: GPTConfig = GPTConfig()
+    gpt: GPTConfig = field(default_factory=GPTConfig)
     num_stages: int = 2
     steps: int = 320
     learning_rate: float = 2e-3

@@ -221,10 +221,10 @@ def test_batches_of_unequal_size(two_ranks):
 
 
 def from_training_data(block, stock=False):
-    tokens, labels = zip(*islice(models.batches(size=1), 24), strict=True)
+    tokens, labels = zip(*islice(models.batches(size=1), 64), strict=True)
     data = torch.utils.data.TensorDataset(torch.cat(tokens), torch.cat(labels))
     engine = models.make_engine(block, stock=stock, training_data=data)
-    return [float(engine.train_batch()) for _ in range(4)]
+    return [float(engine.train_batch()) for _ in range(3)]
 
 
 def test_training_data(two_ranks):

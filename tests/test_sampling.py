@@ -49,6 +49,11 @@ def batch(number):
     return torch.tensor([number]), {"label": torch.tensor([10 * number])}
 
 
+def begin(sampler, fresh, source):
+    sampler.draw(fresh, lambda: next(source))
+    sampler.begin(len(fresh))
+
+
 def numbers(sampler, num_slots):
     return [int(sampler.next()[0]) for _ in range(num_slots)]
 
@@ -56,38 +61,38 @@ def numbers(sampler, num_slots):
 def test_draws_only_fresh_slots():
     source = map(batch, range(100))
     sampler = LazySampler()
-    sampler.draw([True] * 3, lambda: next(source))
+    begin(sampler, [True] * 3, source)
     assert numbers(sampler, 3) == [0, 1, 2]
-    sampler.draw([False, True, False], lambda: next(source))
+    begin(sampler, [False, True, False], source)
     assert numbers(sampler, 3) == [0, 3, 2]
 
 
 def test_number_of_slots_changes():
     source = map(batch, range(100))
     sampler = LazySampler()
-    sampler.draw([True] * 3, lambda: next(source))
-    sampler.draw([False] * 2, lambda: next(source))
+    begin(sampler, [True] * 3, source)
+    begin(sampler, [False] * 2, source)
     assert numbers(sampler, 2) == [0, 1]
-    sampler.draw([False, False, True], lambda: next(source))
+    begin(sampler, [False, False, True], source)
     assert numbers(sampler, 3) == [0, 1, 3]
 
 
 def test_an_iterator_that_ends_loses_nothing():
     source = map(batch, range(4))
     sampler = LazySampler()
-    sampler.draw([True] * 3, lambda: next(source))
+    begin(sampler, [True] * 3, source)
     with pytest.raises(StopIteration):
-        sampler.draw([True] * 3, lambda: next(source))
+        begin(sampler, [True] * 3, source)
     more = map(batch, range(50, 60))
-    sampler.draw([True] * 3, lambda: next(more))
+    begin(sampler, [True] * 3, more)
     assert numbers(sampler, 3) == [3, 50, 51]
 
 
 def test_batches_are_safe_from_both_sides():
     buffer = torch.tensor([1])
     sampler = LazySampler()
-    sampler.draw([True], lambda: buffer)
+    begin(sampler, [True], iter([buffer]))
     buffer.fill_(9)
     sampler.next().fill_(8)
-    sampler.draw([False], lambda: buffer)
+    begin(sampler, [False], iter([]))
     assert int(sampler.next()) == 1

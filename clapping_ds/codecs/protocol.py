@@ -39,7 +39,9 @@ class Codec(Protocol):
     arrives as NaN throughout and leaves its part of the memory as it was (`none`: per value).
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
     carries_by_default: ClassVar[bool]
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...

@@ -8,7 +8,7 @@ tied weights, data-parallel reduction, checkpoints.
 engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -142,14 +142,16 @@ class ClappingPipelineEngine(PipelineEngine):
     def _send_gradients(self, buffer_id: int) -> None:
         with self._timed(PIPE_SEND_GRAD_TIMER):
             inputs = [x for x in _listed(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
-            for index, tensor in enumerate(inputs):
-                if tensor.grad is None:
-                    raise ValueError(
-                        f"stage {self.stage_id}: floating input {index} of shape {tuple(tensor.shape)} "
-                        "got no gradient; accepted: every floating input takes part in the loss"
-                    )
-            self._stage.send(GRADIENTS_TO_PREVIOUS, [tensor.grad for tensor in inputs])
+            self._stage.send(GRADIENTS_TO_PREVIOUS, [self._gradient(tensor) for tensor in inputs])
             self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _gradient(self, received: torch.Tensor) -> torch.Tensor:
+        if received.grad is None:
+            raise ValueError(
+                f"stage {self.stage_id}: a received tensor of shape {tuple(received.shape)} got no gradient; "
+                "accepted: every floating tensor that is passed on takes part in the loss"
+            )
+        return received.grad
 
     def _receive_gradients(self, buffer_id: int) -> None:
         with self._timed(PIPE_RECV_GRAD_TIMER):
@@ -231,5 +233,5 @@ def _check_num_stages(model: PipelineModule) -> None:
         )
 
 
-def _listed(tensors: Tensors | Mapping[str, Any]) -> Sequence[torch.Tensor]:
-    return (tensors,) if torch.is_tensor(tensors) else tuple(tensors)
+def _listed(tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tensors

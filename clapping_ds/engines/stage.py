@@ -65,23 +65,24 @@ class Stage:
         """
         fresh = self.coin.fresh(self.step, num_slots)
         fresh = [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
-        has_data, has_same_shapes = True, True
+        has_data = True
         if next_batch is not None:
-            shapes_before = self.sampler.shapes()
             try:
                 self.sampler.draw(fresh, next_batch)
             except StopIteration:
                 has_data = False
-            has_same_shapes = len(shapes_before | self.sampler.shapes()) <= 1
         if any(fresh):
-            has_data, has_same_shapes = all_agree([has_data, has_same_shapes], self.device)
-            self.shapes_differ = not has_same_shapes
+            shapes_are_one = len(self.sampler.shapes()) <= 1
+            has_data, shapes_are_one = all_agree([has_data, shapes_are_one], self.device)
+            self.shapes_differ = not shapes_are_one
         if not has_data:
             raise StopIteration(
                 f"data_iter ended in step {self.step}, which needs {sum(fresh)} new micro-batches on "
                 "each rank that loads data; accepted: an iterator that holds them, or that repeats "
                 "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
             )
+        if next_batch is not None:
+            self.sampler.begin(num_slots)
         self.fresh = fresh
         self._num_messages.clear()
         for channel in self.channels.values():

@@ -1,0 +1,80 @@
+"""The example: its data, its model, its configuration."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clapping_ds import ClappingConfig
+from launch.data import Windows, tokens
+from launch.trainer import RunConfig, learning_rate_factor, train
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def test_the_corpus_is_there_without_a_path():
+    corpus, vocabulary = tokens(None)
+    assert vocabulary == 256
+    assert len(corpus) > 1_000_000
+    assert isinstance(corpus, np.memmap)
+
+
+def test_folder_file_and_token_file(tmp_path):
+    (tmp_path / "a.txt").write_text("hello ")
+    (tmp_path / "b.md").write_text("world")
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    assert bytes(tokens(tmp_path)[0]) == b"hello world"
+    assert bytes(tokens(tmp_path / "b.md")[0]) == b"world"
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "flat.u16")
+    assert tokens(tmp_path / "flat.u16")[1] == 300
+    with pytest.raises(ValueError, match="no such file"):
+        tokens(tmp_path / "missing")
+
+
+def test_a_tokenizer_file(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a b c a")
+    corpus, vocabulary = tokens(tmp_path / "text.txt", tmp_path / "tokenizer.json")
+    assert (list(corpus), vocabulary) == ([0, 1, 2, 0], 3)
+
+
+def test_windows_are_seeded_and_shifted():
+    corpus = np.arange(2000, dtype=np.uint16)
+    first, again = (next(Windows(corpus, 16, 3, validation=False).batches(7)) for _ in range(2))
+    assert (first[0] == again[0]).all()
+    assert (first[0] + 1 == first[1]).all()
+    assert next(Windows(corpus, 16, 3, validation=True).batches(7))[0].min() >= 1900
+
+
+def test_learning_rate_warms_up_and_decays():
+    factors = [learning_rate_factor(step, 10, 100) for step in range(100)]
+    assert factors[0] == 0.1
+    assert max(factors) == factors[9] == 1
+    assert abs(factors[-1] - 0.1) < 0.01
+
+
+def test_the_example_block_is_valid():
+    config = json.loads((LAUNCH / "ds_config.json").read_text())
+    assert ClappingConfig.from_ds_config(config).key_codec("gradients").name == "int8"
+
+
+def short_run(folder):
+    import clapping_ds
+
+    config = json.loads((LAUNCH / "ds_config.json").read_text())
+    run = RunConfig(steps=6, eval_interval=3, eval_batches=1, save=folder)
+    return train(run, config, clapping_ds.initialize)
+
+
+def test_the_example_trains_validates_and_saves(two_ranks, tmp_path):
+    first, second = two_ranks.run(short_run, tmp_path)
+    assert first.validations == second.validations
+    assert [step for step, _, _ in first.validations] == [3, 6]
+    assert first.train_losses[-1] < first.train_losses[0]
+    assert {row["direction"] for row in first.report} == {"activations", "gradients"}
+    assert (tmp_path / "latest").read_text() == "global_step6"

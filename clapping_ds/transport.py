@@ -20,12 +20,15 @@ class Wire:
         self.device = device
 
     def send(self, payload: torch.Tensor) -> None:
-        dist.send(payload, dst=self.peer)
+        """Hands the payload to the peer's `receive`; of no bytes, nothing is sent."""
+        if payload.numel():
+            dist.send(payload, dst=self.peer)
 
     def receive(self, num_bytes: int) -> torch.Tensor:
         """A new uint8 tensor of `num_bytes` with the next message of the peer."""
         payload = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        dist.recv(payload, src=self.peer)
+        if num_bytes:
+            dist.recv(payload, src=self.peer)
         return payload
 
 

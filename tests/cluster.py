@@ -74,12 +74,15 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     )  # fmt: skip
     import logging
 
-    from deepspeed.utils import logger
+    from deepspeed.utils import groups, logger
+    from torch.distributed import distributed_c10d as c10d
 
     from launch.pretrain_gpt import start_distributed
 
     logger.setLevel(logging.WARNING)
     start_distributed()
+    groups._clone_world_group()  # cached by DeepSpeed for good
+    kept = set(c10d._world.pg_map)
     while True:
         try:
             function, args = pipe.recv()
@@ -89,3 +92,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             pipe.send(("result", function(*args)))
         except BaseException as error:
             pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+        # Each gloo group runs threads of its own, and each engine makes several groups.
+        for group in [group for group in c10d._world.pg_map if group not in kept]:
+            c10d.destroy_process_group(group)

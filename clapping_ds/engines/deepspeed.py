@@ -24,7 +24,6 @@ from deepspeed.runtime.pipe.engine import (
     PipelineEngine,
 )
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.utils import log_dist
 
 from clapping_ds import telemetry
 from clapping_ds.channel import Spec
@@ -79,7 +78,8 @@ class ClappingPipelineEngine(PipelineEngine):
         self._received_specs: list[Spec] | None = None
         self._receives_tuple = False
         dtype = self.communication_data_type or torch.float32
-        log_dist("clapping:\n" + telemetry.expectation(self.clapping, dtype), ranks=[0])
+        if self.global_rank == 0:  # printed: DeepSpeed's logger hides all below a warning
+            print(f"clapping:\n{telemetry.expectation(self.clapping, dtype)}", flush=True)
 
     # Steps
 

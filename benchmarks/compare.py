@@ -140,11 +140,11 @@ def report(results: dict[str, RunResult], run: RunConfig, folder: Path) -> None:
     """Writes comparison.csv, curves.csv, comparison.png and comparison.json, and prints the table."""
     (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
+    origin = {**provenance.facts(), "steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)}
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "comparison.csv", rows)
     write_csv(folder / "curves.csv", curves(results, raw_bytes, run.steps))
     plot(folder / "curves.csv", folder / "comparison.png")
-    origin = {**provenance.facts(), "steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)}
     (folder / "comparison.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
     print(telemetry.table(rows))
     print(f"written to {folder}: comparison.csv, curves.csv, comparison.png, comparison.json")

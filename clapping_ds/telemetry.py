@@ -87,12 +87,11 @@ def row(channel: "Channel") -> dict[str, Any]:
 def events(channels: Iterable["Channel"], samples: int) -> list[tuple[str, float, int]]:
     """The figures as events of DeepSpeed's monitor: (name, value, samples)."""
     found = []
-    for channel in channels:
+    for figures in map(row, channels):
         for name in ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes"):
-            value = row(channel)[name]
-            if value is not None:
-                tag = f"Train/Clapping/{channel.link}/{channel.direction}/{name}"
-                found.append((tag, float(value), samples))
+            if figures[name] is not None:
+                tag = f"Train/Clapping/{figures['link']}/{figures['direction']}/{name}"
+                found.append((tag, float(figures[name]), samples))
     return found
 
 

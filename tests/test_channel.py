@@ -178,7 +178,7 @@ def test_what_is_not_finite_arrives_so_and_stays_out_of_the_memory(delta, poison
             assert memory.tensor[1, 2, 3] == before[index][1, 2, 3]
 
 
-def test_memory_may_live_on_another_device():
+def test_memory_on_the_cpu():
     ends = Ends(strategy="fc", memory={"device": "cpu"})
     ends.pass_on(0, True, value_of(0))
     assert ends.sender.memories[0][0].tensor.device.type == "cpu"

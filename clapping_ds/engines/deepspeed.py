@@ -111,8 +111,8 @@ class ClappingPipelineEngine(PipelineEngine):
         return telemetry.total(channel.traffic for channel in self._stage.channels.values())
 
     def clapping_report(self) -> list[dict[str, Any]]:
-        """A row per channel of the pipeline and replica, as counted at its sending end, and the memory
-        of both ends. A collective of all ranks."""
+        """A row per channel of each replica, with counters and memory of its sending end; the receiving
+        end has the same. A collective of all ranks."""
         sent = [ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS]
         rows = [telemetry.row(self._stage.channels[end]) for end in sent if end in self._stage.channels]
         return [row for rows_of_rank in gather(rows) for row in rows_of_rank]

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Raw
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Context, Raw
 from clapping_ds.config import ClappingConfig
+from clapping_ds.sampling import drawn
 from clapping_ds.telemetry import Traffic
 
 
@@ -48,16 +49,24 @@ class Part(NamedTuple):
     """How one tensor of a message is sent."""
 
     codec: Codec
-    memory: torch.Tensor | None
-    carry: bool
+    context: Context
     nbytes: int
 
 
-class Memory(NamedTuple):
-    """The reconstruction that both ends hold for one slot and one tensor."""
+class Held(NamedTuple):
+    """What both ends hold for one slot and one tensor."""
 
     spec: Spec
-    tensor: torch.Tensor
+    memory: torch.Tensor | None
+    """The reconstruction."""
+    key_state: torch.Tensor | None
+    delta_state: torch.Tensor | None
+    """What the codecs keep besides."""
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.memory, self.key_state, self.delta_state)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 RAW = Raw()
@@ -66,14 +75,18 @@ RAW = Raw()
 class Channel:
     """One end of one direction of one link. Memory: num_slots x tensor size, whatever the data set.
 
-    link         names the two stages in logs and errors, for example "0-1"
+    link         number of the link's first stage
     direction    "activations" or "gradients"
+    replica      number of the pipeline among its data-parallel replicas
     """
 
-    def __init__(self, config: ClappingConfig, link: str, direction: str, wire: Wire) -> None:
+    def __init__(
+        self, config: ClappingConfig, link: int, direction: str, wire: Wire, replica: int = 0
+    ) -> None:
         # Configuration
-        self.link = link
+        self.link = f"{link}-{link + 1}"
         self.direction = direction
+        self.seed = drawn(config.seed, replica, link, direction == "gradients")
         self.key = config.key_codec(direction)
         self.delta = config.delta_codec(direction)
         self.carries = config.carries(direction)
@@ -82,9 +95,17 @@ class Channel:
         self.memory_config = config.memory
         self.wire = wire
         # State
-        self.memories: dict[int, dict[int, Memory]] = {}
+        self.step = 0
+        self.held: dict[int, dict[int, Held]] = {}
         self.traffic = Traffic()
         self.measures_error = False
+
+    def begin_step(self, step: int, num_slots: int, measures_error: bool = False) -> None:
+        """Messages are numbered by step and slot. Frees what is held for the slots from `num_slots` on."""
+        self.step = step
+        self.measures_error = measures_error
+        for slot in [slot for slot in self.held if slot >= num_slots]:
+            del self.held[slot]
 
     def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
@@ -93,10 +114,11 @@ class Channel:
         payload = torch.empty(_nbytes(parts), dtype=torch.uint8, device=self.wire.device)
         for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
             contiguous = value.detach().contiguous()
-            with _on_device(part.memory, payload.device) as memory:
-                part.codec.encode_(contiguous, memory, section, part.carry)
+            with _on_device(part.context, payload.device) as context:
+                part.codec.encode_(contiguous, section, context)
                 if self.measures_error and part.codec is not RAW:
-                    self.traffic.count_error(contiguous, _reconstruction(part, contiguous, memory, section))
+                    received = _reconstruction(part.codec, contiguous, section, context)
+                    self.traffic.count_error(contiguous, received)
         self.wire.send(payload)
         self.traffic.count(fresh, payload.numel(), specs)
 
@@ -106,45 +128,52 @@ class Channel:
         payload = self.wire.receive(_nbytes(parts))
         values = [torch.empty(spec.shape, dtype=spec.dtype, device=payload.device) for spec in specs]
         for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
-            with _on_device(part.memory, payload.device) as memory:
-                part.codec.decode_(section, memory, value, part.carry)
+            with _on_device(part.context, payload.device) as context:
+                part.codec.decode_(section, value, context)
         self.traffic.count(fresh, payload.numel(), specs)
         return values
 
-    def keep_slots(self, num_slots: int) -> None:
-        """Frees the memories of the slots from `num_slots` on."""
-        for slot in [slot for slot in self.memories if slot >= num_slots]:
-            del self.memories[slot]
-
     @property
     def memory_nbytes(self) -> int:
-        """Bytes that error feedback holds at this end."""
-        return sum(memory.spec.shape.numel() * memory.tensor.element_size()
-                   for held in self.memories.values() for memory in held.values())  # fmt: skip
+        """Bytes that error feedback and codecs hold at this end."""
+        return sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
 
     def _plan(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> list[Part]:
         """How each tensor is sent. A function of state that is equal at both ends."""
-        held = self.memories.setdefault(slot, {})
+        held = self.held.setdefault(slot, {})
         for index in [index for index in held if index >= len(specs)]:
             del held[index]
-        return [self._plan_tensor(held, index, fresh, spec) for index, spec in enumerate(specs)]
+        return [self._plan_tensor(slot, index, fresh, spec) for index, spec in enumerate(specs)]
 
-    def _plan_tensor(self, held: dict[int, Memory], index: int, fresh: bool, spec: Spec) -> Part:
+    def _plan_tensor(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
+        tensors = self.held[slot]
         if spec.dtype not in COMPRESSIBLE_DTYPES or spec.shape.numel() < max(1, self.min_numel):
-            held.pop(index, None)
-            return Part(RAW, None, False, RAW.nbytes(*spec))
-        known = index in held and held[index].spec == spec
-        if self.holds_memory and not known:
-            held[index] = Memory(spec, self._new_memory(spec))
+            tensors.pop(index, None)
+            return Part(RAW, Context(), RAW.nbytes(*spec))
+        known = index in tensors and tensors[index].spec == spec
+        if not known:
+            tensors[index] = self._new(spec)
+        held = tensors[index]
         is_delta = self.delta is not None and not fresh and (known or not self.holds_memory)
         codec = self.delta if self.delta is not None and is_delta else self.key
-        memory = held[index].tensor if self.holds_memory else None
-        return Part(codec, memory, is_delta or self.carries, codec.nbytes(*spec))
+        context = Context(
+            memory=held.memory,
+            carry=held.memory is not None and (is_delta or self.carries),
+            seed=drawn(self.seed, self.step, slot, index),
+            state=held.delta_state if is_delta else held.key_state,
+        )
+        return Part(codec, context, codec.nbytes(*spec))
 
-    def _new_memory(self, spec: Spec) -> torch.Tensor:
-        device = self.wire.device if self.memory_config.device == "same" else "cpu"
-        dtype = self.memory_config.torch_dtype(spec.dtype)
-        return torch.zeros(spec.shape, dtype=dtype, device=device)
+    def _new(self, spec: Spec) -> Held:
+        """What is held of a tensor before its first message: zeros."""
+        memory = None
+        if self.holds_memory:
+            device = self.wire.device if self.memory_config.device == "same" else "cpu"
+            dtype = self.memory_config.torch_dtype(spec.dtype)
+            memory = torch.zeros(spec.shape, dtype=dtype, device=device)
+        delta = self.key if self.delta is None else self.delta
+        states = [codec.new_state(spec.shape, self.wire.device) for codec in (self.key, delta)]
+        return Held(spec, memory, *states)
 
 
 def _nbytes(parts: Sequence[Part]) -> int:
@@ -157,24 +186,24 @@ def _sections(payload: torch.Tensor, parts: Sequence[Part]) -> Sequence[torch.Te
 
 
 @contextmanager
-def _on_device(memory: torch.Tensor | None, device: torch.device) -> Iterator[torch.Tensor | None]:
+def _on_device(context: Context, device: torch.device) -> Iterator[Context]:
     """The memory where the codec can work on it; copied back where that is not its home."""
-    if memory is None or memory.device == device:
-        yield memory
+    if context.memory is None or context.memory.device == device:
+        yield context
     else:
-        visiting = memory.to(device)
-        yield visiting
-        memory.copy_(visiting)
+        visiting = context.memory.to(device)
+        yield context._replace(memory=visiting)
+        context.memory.copy_(visiting)
 
 
 def _reconstruction(
-    part: Part, value: torch.Tensor, memory: torch.Tensor | None, section: torch.Tensor
+    codec: Codec, value: torch.Tensor, section: torch.Tensor, context: Context
 ) -> torch.Tensor:
     """What the receiver will compute with."""
-    if isinstance(part.codec, Raw):
+    if isinstance(codec, Raw):
         return value
-    if memory is not None:
-        return memory
+    if context.memory is not None:
+        return context.memory
     out = torch.empty_like(value)
-    part.codec.decode_(section, None, out, part.carry)
+    codec.decode_(section, out, context)
     return out

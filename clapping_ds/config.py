@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from clapping_ds.codecs import CODECS, Codec, Quantizer, Raw, TopK, bits_per_value
-from clapping_ds.codecs.protocol import STRICT
-from clapping_ds.codecs.quant import GroupSize
+from clapping_ds.codecs import CODECS, AnyCodec, Codec, Quantizer, RandK, Raw, TopK, bits_per_value
+from clapping_ds.codecs.grouped import GroupedCodec
+from clapping_ds.codecs.protocol import STRICT, GroupSize
 
 BLOCK_NAME = "clapping"
 
@@ -18,7 +18,11 @@ def _named(codec: object) -> object:
     return {"name": codec} if isinstance(codec, str) else codec
 
 
-CodecConfig = Annotated[Raw | Quantizer | TopK, Field(discriminator="name")]
+def _has_groups(codec: Mapping[str, Any]) -> bool:
+    return issubclass(CODECS.get(str(codec.get("name")), Raw), GroupedCodec)
+
+
+CodecConfig = Annotated[AnyCodec, Field(discriminator="name")]
 
 
 class DirectionConfig(BaseModel):
@@ -33,7 +37,8 @@ class DirectionConfig(BaseModel):
     group_size: GroupSize = 128
     """Values per scale, for the codecs of this direction that do not set their own."""
     base: Literal["reset", "carry"] | None = None
-    """What a key message is the difference to: zero or the memory. Default: carry for `topk`."""
+    """What a key message is the difference to: zero or the memory. Default: carry for
+    `topk`, `randk` and `lowrank`."""
     min_numel: Annotated[int, Field(ge=0)] = 4096
     """Floating tensors with fewer values travel raw."""
 
@@ -47,7 +52,7 @@ class DirectionConfig(BaseModel):
         shared = dict(block)
         for field in ("key", "delta"):
             codec = _named(shared.get(field))
-            if isinstance(codec, Mapping) and CODECS.get(str(codec.get("name"))) is Quantizer:
+            if isinstance(codec, Mapping) and _has_groups(codec):
                 shared[field] = {"group_size": block["group_size"], **codec}
         if "delta" not in block:
             shared["delta"] = {"name": "int4", "group_size": block["group_size"]}
@@ -57,7 +62,7 @@ class DirectionConfig(BaseModel):
     def _blocks_fit(self) -> Self:
         for field in ("key", "delta"):
             codec = getattr(self, field)
-            if isinstance(codec, TopK) and codec.block > self.min_numel:
+            if isinstance(codec, TopK | RandK) and codec.block > self.min_numel:
                 raise ValueError(
                     f"{field}.block = {codec.block} is larger than the smallest tensor that is "
                     f"compressed, min_numel = {self.min_numel}; accepted: a block of at most min_numel"

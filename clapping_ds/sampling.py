@@ -23,12 +23,17 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
+def drawn(seed: int, *counters: int) -> int:
+    """A 64-bit number that depends on nothing but the arguments."""
+    word = seed
+    for counter in counters:
+        word = _mixed((word + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK)
+    return word
+
+
 def uniform(seed: int, step: int, slot: int) -> float:
     """A number in [0, 1) that depends on nothing but the arguments."""
-    word = seed
-    for counter in (step, slot):
-        word = _mixed((word + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK)
-    return (word >> 11) / (1 << 53)
+    return (drawn(seed, step, slot) >> 11) / (1 << 53)
 
 
 @dataclass(frozen=True)

@@ -146,13 +146,17 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
     return train(make_engine(clapping, **options), steps)
 
 
-def memories(engine: Any) -> dict[tuple[str, str], dict[Any, tuple[str, bytes]]]:
-    """By (link, direction): the bits of every memory at this rank's end."""
+def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
+    """By (link, direction): the bits of every memory and codec state at this rank's end."""
     return {
         (channel.link, channel.direction): {
-            (slot, index): (str(memory.tensor.dtype), memory.tensor.view(torch.uint8).numpy().tobytes())
-            for slot, held in channel.memories.items()
-            for index, memory in held.items()
+            (slot, index): [
+                (str(tensor.dtype), tensor.view(torch.uint8).numpy().tobytes())
+                for tensor in (held.memory, held.key_state, held.delta_state)
+                if tensor is not None
+            ]
+            for slot, tensors in channel.held.items()
+            for index, held in tensors.items()
         }
         for channel in engine._stage.channels.values()
-    }  # fmt: skip
+    }

@@ -173,7 +173,7 @@ def lazily(sizes):
     for size in sizes:
         engine.set_train_batch_size(size * models.BATCH)
         engine.train_batch(data_iter=source)
-    return used, drawn, {slot for channel in engine._stage.channels.values() for slot in channel.memories}
+    return used, drawn, {slot for channel in engine._stage.channels.values() for slot in channel.held}
 
 
 def test_both_loading_stages_replay_the_same_batches(two_ranks):
@@ -242,8 +242,8 @@ def not_finite(block):
     loss = float(engine.train_batch(data_iter=data))
     if block is None:
         return loss, {}
-    held = [held for channel in engine._stage.channels.values() for held in channel.memories.values()]
-    assert all(bool(memory.tensor.isfinite().all()) for slot in held for memory in slot.values())
+    slots = [slot for channel in engine._stage.channels.values() for slot in channel.held.values()]
+    assert all(bool(held.memory.isfinite().all()) for slot in slots for held in slot.values())
     return loss, models.memories(engine)
 
 

@@ -5,14 +5,30 @@ import warnings
 import pytest
 import torch
 
-from clapping_ds.codecs import Quantizer, Raw, TopK, quant, raw, reference, sparse
+from clapping_ds.codecs import (
+    Context,
+    Eden,
+    Float8,
+    LowRank,
+    Quantizer,
+    RandK,
+    Raw,
+    TopK,
+    grouped,
+    lowrank,
+    randk,
+    raw,
+    topk,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SIZES = (1, 127, 128, 1000, 4096, 5003)
 POISON = 0xA5
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+
+
+KINDS = ("normal", "outliers", "not finite", "denormal", "largest", "zeros", "ties", "one outlier")
 
 
 def values_of(kind: str, num_values: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -21,9 +37,9 @@ def values_of(kind: str, num_values: int, dtype: torch.dtype, seed: int) -> torc
     if kind == "outliers":
         value[::61] *= 1000.0
     elif kind == "not finite":
-        value[::97] = float("inf")
-        value[5::1031] = float("nan")
-        value[7::1511] = float("-inf")
+        value[5::131] = float("inf")
+        value[7::271] = float("nan")
+        value[9::331] = float("-inf")
     elif kind == "denormal":
         value *= 1e-41
     elif kind == "largest":
@@ -32,7 +48,15 @@ def values_of(kind: str, num_values: int, dtype: torch.dtype, seed: int) -> torc
         value = value * 0.0
     elif kind == "ties":
         value = value.sign() * 0.5
+    elif kind == "one outlier":
+        value[::128] = 6e4
     return value.to(dtype)
+
+
+def mixed_values(num_each: int, num_rest: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Stretches of every kind, then `num_rest` normal values."""
+    parts = [values_of(kind, num_each, dtype, seed + index) for index, kind in enumerate(KINDS)]
+    return torch.cat([*parts, values_of("normal", num_rest, dtype, seed + 100)])
 
 
 def poisoned(num_bytes: int) -> torch.Tensor:
@@ -50,52 +74,81 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets CPU tensors take the GPU's path."""
-    monkeypatch.setattr(reference, "copy_", raw.copy_triton_)
-    monkeypatch.setattr(reference, "quant_encode_", quant.encode_triton_)
-    monkeypatch.setattr(reference, "quant_decode_", quant.decode_triton_)
-    monkeypatch.setattr(reference, "topk_encode_", sparse.encode_triton_)
-    monkeypatch.setattr(reference, "topk_decode_", sparse.decode_triton_)
+    for module in (grouped, randk, topk):
+        monkeypatch.setattr(module.reference, "encode_", module.encode_triton_)
+        monkeypatch.setattr(module.reference, "decode_", module.decode_triton_)
+    monkeypatch.setattr(raw.reference, "copy_", raw.copy_triton_)
+    monkeypatch.setattr(lowrank.reference, "apply_", lowrank.apply_triton_)
 
 
 def round_trip(codec, value, memory, carry):
-    """(payload, memory at the sender, memory at the receiver, out), all outputs poisoned before."""
-    sender, receiver = (None if memory is None else memory.clone() for _ in range(2))
+    """What both ends hold and send after one message, all outputs poisoned before, by name."""
+    memories = [None if memory is None else memory.clone() for _ in range(2)]
+    states = [codec.new_state(value.shape, value.device) for _ in range(2)]
+    sender, receiver = (Context(memories[end], carry, SEED, states[end]) for end in range(2))
     payload = poisoned(codec.nbytes(value.shape, value.dtype))
-    codec.encode_(value, sender, payload, carry)
-    out = poisoned(value.numel() * value.element_size()).view(value.dtype)
-    codec.decode_(payload, receiver, out, carry)
-    return payload, sender, receiver, out
+    codec.encode_(value, payload, sender)
+    out = poisoned(value.numel() * value.element_size()).view(value.dtype).view(value.shape)
+    codec.decode_(payload, out, receiver)
+    return {
+        "payload": payload,
+        "sender's memory": memories[0],
+        "receiver's memory": memories[1],
+        "sender's state": states[0],
+        "receiver's state": states[1],
+        "out": out,
+    }
 
 
+SEED = 0x9ABCDEF012345678
 CODECS = [
     *(Quantizer(name=name) for name in ("int8", "int4", "int3", "int2", "sign")),
-    Quantizer(name="int3", group_size=16),
+    *(Quantizer(name=name, rotate=True) for name in ("int8", "int4", "int3", "int2")),
+    *(Quantizer(name=name, stochastic=True) for name in ("int8", "int4", "int3", "int2")),
+    Quantizer(name="int2", scale="maximum"),
+    Quantizer(name="int3", group_size=16, rotate=True, stochastic=True),
     Quantizer(name="sign", group_size=1024),
-    TopK(ratio=0.05, block=128),
-    TopK(ratio=0.5, block=64),
+    *(Eden(name=name) for name in ("eden1", "eden2", "eden3", "eden4")),
+    *(Eden(name=name, scale="unbiased", group_size=16) for name in ("eden1", "eden2")),
+    Eden(name="eden3", scale="unbiased", group_size=1024),
+    Float8(name="fp8_e4m3"),
+    Float8(name="fp8_e5m2", group_size=32),
+    TopK(ratio=0.05, block=64),
+    TopK(ratio=0.5, block=128, values="int8"),
+    RandK(ratio=0.1, block=128),
+    RandK(ratio=1.0, block=64),
+    LowRank(rank=1),
+    LowRank(rank=4),
     Raw(),
 ]
 
 
+def cases(codec):
+    """(value, memory, carry): all kinds of values, odd sizes, all dtypes of value and memory."""
+    values = []
+    for index, dtype in enumerate(DTYPES):
+        if isinstance(codec, LowRank):
+            kind = KINDS[index :: len(DTYPES)]
+            values += [values_of(k, 33 * 70, dtype, seed=index).view(33, 70) for k in kind]
+        else:
+            stretch = 2 * codec.block if isinstance(codec, TopK | RandK) else 256
+            values.append(mixed_values(stretch, 91, dtype, seed=10 * index))
+    if not isinstance(codec, TopK | RandK):
+        values.append(values_of("normal", 1, torch.float32, seed=7))
+    for index, value in enumerate(values):
+        yield value, None, False
+        for offset, carry in enumerate((False, True)):
+            memory = values_of("normal", value.numel(), DTYPES[(index + offset) % 3], seed=index)
+            yield value, memory.view(value.shape), carry
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: repr(codec))
-@pytest.mark.parametrize("kind", ["normal", "outliers", "not finite", "denormal", "largest", "zeros", "ties"])
-def test_bits(codec, kind, monkeypatch):
-    cases = []
-    sizes = (codec.block, 3 * codec.block - 1) if isinstance(codec, TopK) else SIZES
-    for index, num_values in enumerate(sizes):
-        dtype = DTYPES[index % 3]
-        for memory_dtype in (None, DTYPES[(index + index // 3) % 3]):
-            value = values_of(kind, num_values, dtype, seed=index)
-            memory = None
-            if memory_dtype is not None:
-                memory = values_of("normal", num_values, memory_dtype, seed=100 + index)
-            for carry in (False,) if memory is None else (False, True):
-                cases.append((value, memory, carry))
-    expected = [round_trip(codec, *case) for case in cases]
+def test_bits(codec, monkeypatch):
+    expected = [round_trip(codec, *case) for case in cases(codec)]
     on_triton(monkeypatch)
-    for case, expectation in zip(cases, expected, strict=True):
+    for case, expectation in zip(cases(codec), expected, strict=True):
         result = round_trip(codec, *case)
-        names = ("payload", "sender's memory", "receiver's memory", "out")
-        for name, a, b in zip(names, result, expectation, strict=True):
-            assert same_bits(a, b), f"{name} of {codec} at {tuple(case[0].shape)}, {case[0].dtype}"
-        assert same_bits(result[1], result[2]), "the two ends differ"
+        for name, tensor in result.items():
+            assert same_bits(tensor, expectation[name]), f"{name} of {codec} at {tuple(case[0].shape)}"
+        assert same_bits(result["sender's memory"], result["receiver's memory"]), "the two ends differ"
+        assert same_bits(result["sender's state"], result["receiver's state"]), "the two ends differ"

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "sampling": set(),
     "transport": set(),
     "telemetry": {"codecs", "config", "channel"},
-    "channel": {"codecs", "config", "telemetry"},
+    "channel": {"codecs", "config", "sampling", "telemetry"},
     "engines": {"codecs", "config", "channel", "sampling", "telemetry", "transport", "engines"},
     "run": {"enable"},
     "__init__": {"config", "engines"},

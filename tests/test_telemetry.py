@@ -5,7 +5,7 @@ import torch
 
 from clapping_ds import ClappingConfig, telemetry
 from clapping_ds.channel import Channel
-from tests.test_channel import QueueWire, value_of
+from tests.test_channel import SHAPE, QueueWire, value_of
 
 
 def config_of(**block):
@@ -25,7 +25,7 @@ def test_expectation_says_what_fu_can_save():
 )
 def test_relative_error_is_measured_when_asked(block, fresh, bound):
     """int4 of a Gaussian: max|x| of 128 is below 4 sigma, so the error is below 4 / 15 sigma."""
-    channel = Channel(config_of(**block), "0-1", "activations", QueueWire())
+    channel = Channel(config_of(**block), 0, "activations", QueueWire())
     channel.send(0, fresh, [value_of(0)])
     assert telemetry.row(channel)["relative_error"] is None
     channel.measures_error = True
@@ -33,12 +33,12 @@ def test_relative_error_is_measured_when_asked(block, fresh, bound):
     error = telemetry.row(channel)["relative_error"]
     assert 0 <= error <= bound
     assert (error == 0) == (bound == 0)
-    channel.send(0, fresh, [value_of(1) * float("nan")])
+    channel.send(0, fresh, [torch.full(SHAPE, float("nan"))])
     assert telemetry.row(channel)["relative_error"] == error
 
 
 def test_events_are_the_figures_by_link_and_direction():
-    channel = Channel(config_of(strategy="fc"), "0-1", "gradients", QueueWire())
+    channel = Channel(config_of(strategy="fc"), 0, "gradients", QueueWire())
     channel.send(0, True, [value_of(0)])
     events = {name: value for name, value, samples in telemetry.events([channel], 32) if samples == 32}
     assert events["Train/Clapping/0-1/gradients/fresh_share"] == 1

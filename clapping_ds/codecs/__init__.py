@@ -1,18 +1,46 @@
 """The codecs by name. A codec is a frozen pydantic model: its JSON is its configuration."""
 
-from clapping_ds.codecs.protocol import COMPRESSIBLE_DTYPES, Codec, bits_per_value
+from clapping_ds.codecs.eden import Eden
+from clapping_ds.codecs.float8 import Float8
+from clapping_ds.codecs.lowrank import LowRank
+from clapping_ds.codecs.protocol import COMPRESSIBLE_DTYPES, Codec, Context, bits_per_value
 from clapping_ds.codecs.quant import Quantizer
+from clapping_ds.codecs.randk import RandK
 from clapping_ds.codecs.raw import Raw
-from clapping_ds.codecs.sparse import TopK
+from clapping_ds.codecs.topk import TopK
 
-CODECS: dict[str, type[Raw] | type[Quantizer] | type[TopK]] = {
+AnyCodec = Raw | Quantizer | Eden | Float8 | TopK | RandK | LowRank
+
+CODECS: dict[str, type[AnyCodec]] = {
     "none": Raw,
     "int8": Quantizer,
     "int4": Quantizer,
     "int3": Quantizer,
     "int2": Quantizer,
     "sign": Quantizer,
+    "eden4": Eden,
+    "eden3": Eden,
+    "eden2": Eden,
+    "eden1": Eden,
+    "fp8_e4m3": Float8,
+    "fp8_e5m2": Float8,
     "topk": TopK,
+    "randk": RandK,
+    "lowrank": LowRank,
 }
 
-__all__ = ["CODECS", "COMPRESSIBLE_DTYPES", "Codec", "Quantizer", "Raw", "TopK", "bits_per_value"]
+__all__ = [
+    "CODECS",
+    "COMPRESSIBLE_DTYPES",
+    "AnyCodec",
+    "Codec",
+    "Context",
+    "Eden",
+    "Float8",
+    "LowRank",
+    "Quantizer",
+    "RandK",
+    "Raw",
+    "TopK",
+    "bits_per_value",
+]

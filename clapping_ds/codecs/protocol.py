@@ -1,9 +1,9 @@
-"""What a codec is: pure arithmetic on one tensor, its memory and its section of a payload."""
+"""What a codec is: pure arithmetic on one tensor, what both ends know of it, and its section of a payload."""
 
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
 import torch
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 
 COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SECTION_ALIGNMENT_BYTES = 16
@@ -23,17 +23,31 @@ def power_of_two(number: int) -> int:
     return number
 
 
-class Codec(Protocol):
-    """Turns (value, memory) into a section of a payload and back.
+GroupSize = Annotated[int, Field(ge=16, le=1024), AfterValidator(power_of_two)]
 
-    Both methods leave the same bits in `memory`, and `decode_` leaves in `out` what the receiving
-    stage computes with: the memory, or without one the decompressed value.
+
+class Context(NamedTuple):
+    """What both ends know alike of one tensor of one message, before it is sent."""
+
+    memory: torch.Tensor | None = None
+    """Contiguous, as many elements as the tensor; fp32, fp16 or bf16. None: nothing is kept."""
+    carry: bool = False
+    """True: what crosses the wire is the difference to `memory`; False: the value itself."""
+    seed: int = 0
+    """64 bits, new for every message: what the codec draws at random, both ends draw alike."""
+    state: torch.Tensor | None = None
+    """What `new_state` gave, as the messages since have left it."""
+
+
+class Codec(Protocol):
+    """Turns a value into a section of a payload and back.
+
+    Both methods leave the same bits in `context.memory` and `context.state`, and `decode_` leaves in
+    `out` what the receiving stage computes with: the memory, or without one the decompressed value.
 
     value, out   contiguous tensor of any shape; fp32, fp16 or bf16 (`none`: any dtype)
-    memory       contiguous tensor of as many elements; fp32, fp16 or bf16; None: nothing is kept
     payload      contiguous uint8 tensor of `nbytes(shape, dtype)`, 16-byte aligned; every byte of it
                  is written by `encode_`
-    carry        True: what crosses the wire is the difference to `memory`; False: the value itself
 
     A codec compresses groups of consecutive values. A group in which any difference is not finite
     arrives as NaN throughout and leaves its part of the memory as it was (`none`: per value).
@@ -46,16 +60,14 @@ class Codec(Protocol):
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
 
-    def encode_(
-        self, value: torch.Tensor, memory: torch.Tensor | None, payload: torch.Tensor, carry: bool
-    ) -> None: ...
+    def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None: ...
 
-    def decode_(
-        self, payload: torch.Tensor, memory: torch.Tensor | None, out: torch.Tensor, carry: bool
-    ) -> None: ...
+    def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None: ...
+
+    def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None: ...
 
 
 def bits_per_value(codec: Codec, dtype: torch.dtype) -> float:
-    """Bits on the wire per value of a large tensor, scales and indexes included."""
-    num_values = 1 << 24
-    return codec.nbytes((num_values,), dtype) * 8 / num_values
+    """Bits on the wire per value of a large matrix, scales and indexes included."""
+    shape = (1 << 12, 1 << 12)
+    return codec.nbytes(shape, dtype) * 8 / (shape[0] * shape[1])

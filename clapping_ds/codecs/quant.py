@@ -1,236 +1,136 @@
-"""The codecs `int8`, `int4`, `int3`, `int2` and `sign`: b-bit codes and one scale per group.
+"""The codecs `int8`, `int4`, `int3`, `int2` and `sign`: uniform b-bit codes.
 
-A code c in 0 .. 2^b - 1 stands for the value (2c - (2^b - 1)) * h, an odd multiple of the group's
-half step h. So all 2^b codes are used, the levels lie symmetrically about zero, and `sign` is the
-member of the family with b = 1. Rounding is to the nearest level:
+A code c in 0 .. 2^b - 1 stands for the level 2c - (2^b - 1), an odd multiple of the group's half step
+h. So all 2^b codes are used, the levels lie symmetrically about zero, and `sign` is the member of the
+family with b = 1. Rounding is to the nearest level, or at random to one of the two nearest, so that
+the mean over messages is right (`stochastic`):
 
-    c = clamp(floor(x / 2h) + 2^(b-1), 0, 2^b - 1)
-    h = max|x| / (2^b - 1)      int8, int4, int3, int2
-    h = mean|x|                 sign
+    c = clamp(floor(y / 2h + noise - 1/2) + 2^(b-1), 0, 2^b - 1)       noise = 1/2, or random in [0, 1)
 
-h is stored in bfloat16 (8 significant bits) and 2c - (2^b - 1) has at most 8 bits, so their product
-is exact in fp32: with or without fused multiply-add, every machine computes the same memory.
+    h = max|y| / (2^b - 1)      "maximum": int8, int4, and wherever rounding is stochastic
+    h = mean|y|                 sign
+    h = <y, q> / <q, q>         "least_squares": int3, int2; q: levels of y at the better of two starts,
+                                the maximum's h and START * mean|y|
 
-The mean is a sum of 16-bit integers (x in units of max|x| / 2^16), which no order of summation can
-change. Groups whose largest magnitude is below 2^-100 are sent as zeros.
+The better start is the one with the larger <y, q>^2 / <q, q>, by which the fitted h lowers the squared
+error; so in exact arithmetic the result is never worse than the maximum's.
 
-Wire, for G groups: the codes, then one bfloat16 per group, then padding to 16 bytes. Within a group
-of S values the codes are packed with a stride: with P codes to a word of b*P bits (P = 1, 2, 8, 4, 8
-for b = 8, 4, 3, 2, 1) word w holds the codes of the values w, w + S/P, w + 2S/P ...; a word of int3 is
-three bytes, stored as three rows of S/8 bytes.
-
-Rounding, for x = fp32(v - m) in a group whose scale is not rounded to zero and does not saturate:
-|x - D(x)| <= h * (1 + 2^-7) for the int codecs, and m' = m + D(x) is rounded once in fp32 and once
-to the memory's dtype. What is kept back is x - D(x); `sign` keeps back up to max|x| - h.
+h is rounded to bfloat16, upwards where rounding is stochastic, so that no value is clamped. Rounding
+of x = fp32(v - m) with "maximum": |x - D(x)| <= h * (1 + 2^-7), stochastic 2h; `grouped` has the rest.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Any, Literal, Self
 
-import torch
 import triton
 import triton.language as tl
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import model_validator
 
 from clapping_ds.codecs import memory as mem
-from clapping_ds.codecs import reference
-from clapping_ds.codecs.protocol import STRICT, padded, power_of_two
+from clapping_ds.codecs.grouped import Family, GroupedCodec
+from clapping_ds.codecs.random_bits import tree_sum
+from clapping_ds.codecs.reference import quant as reference
 
-BLOCK = 4096
-
-GroupSize = Annotated[int, Field(ge=16, le=1024), AfterValidator(power_of_two)]
-
-
-@triton.jit
-def load_differences(value, memory, o_value, m_value, CARRY: tl.constexpr):
-    """(base, value - base, per-group maximum of the difference's magnitude bits)."""
-    b_value = mem.load(value + o_value, m_value)
-    b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_value)
-    b_x = b_value - b_base
-    b_peak = tl.max(tl.max(mem.magnitude_bits(b_x), 2), 1)
-    return b_base, b_x, b_peak
+START = {3: 0.363, 2: 0.627}
+"""Half step over mean magnitude that the least-squares fit starts from: the best for a Gaussian."""
 
 
 @triton.jit
-def half_step_bits(b_x, b_peak, b_count, MEAN: tl.constexpr, BITS: tl.constexpr):
-    """bfloat16 bits of each group's half step h."""
-    LARGEST_SCALE: tl.constexpr = 1.7014118346046923e38
-    TINY: tl.constexpr = 7.888609052210118e-31
-    b_largest = tl.minimum(b_peak.to(tl.float32, bitcast=True), LARGEST_SCALE)
-    b_largest = tl.where(b_largest < TINY, 0.0, b_largest)
-    if MEAN:
-        b_unit = tl.div_rn(65536.0, tl.where(b_largest > 0, b_largest, 1.0))
-        b_ticks = (tl.abs(b_x) * b_unit[:, None, None]).to(tl.int32)
-        b_total = tl.sum(tl.sum(b_ticks, 2), 1).to(tl.float32)
-        b_half = tl.div_rn(b_total, b_count.to(tl.float32) * 65536.0) * b_largest
-        b_half = tl.minimum(b_half, LARGEST_SCALE)
-    else:
-        b_half = b_largest * (1.0 / ((1 << BITS) - 1))
-    return mem.bf16_bits(b_half)
+def level(b_code, CONSTANTS: tl.constexpr):
+    return (2 * b_code - ((1 << CONSTANTS[0]) - 1)).to(tl.float32)
 
 
 @triton.jit
-def group_offsets(num_values, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    """Of this program's groups: their numbers, the offsets of their values as [group, part, word],
-    and which of those exist."""
-    WIDTH: tl.constexpr = GROUP // PARTS
-    o_group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    o_in_group = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    o_value = o_group[:, None, None] * GROUP + o_in_group[None, :, :]
-    return o_group, o_value, o_value < num_values
-
-
-@triton.jit
-def encode_kernel(
-    value, memory, codes, scales, num_values,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
-    MEAN: tl.constexpr, CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = GROUP // PARTS
-    o_group, o_value, m_value = group_offsets(num_values, BLOCK_G, GROUP, PARTS)
-    m_group = o_group * GROUP < num_values
-
-    b_base, b_x, b_peak = load_differences(value, memory, o_value, m_value, CARRY)
-    b_finite = mem.are_finite(b_peak)
-    b_x = tl.where(b_finite[:, None, None], b_x, 0.0)
-    b_peak = tl.where(b_finite, b_peak, 0)
-
-    b_count = tl.minimum(num_values - o_group * GROUP, GROUP)
-    b_half_bits = half_step_bits(b_x, b_peak, b_count, MEAN, BITS)
-    b_half = mem.from_bf16_bits(b_half_bits)
+def code_of(b_y, b_half, b_offset, BITS: tl.constexpr):
+    """int32: the level's code for y at half step h."""
     b_inverse = tl.where(b_half > 0, tl.div_rn(0.5, tl.where(b_half > 0, b_half, 1.0)), 0.0)
-
-    TOP: tl.constexpr = (1 << BITS) - 1
-    b_level = tl.floor(b_x * b_inverse[:, None, None]) + (1 << (BITS - 1))
-    b_code = tl.minimum(tl.maximum(b_level, 0.0), TOP).to(tl.int32)
-    if HAS_MEMORY:
-        b_sent = (2 * b_code - TOP).to(tl.float32) * b_half[:, None, None]
-        b_memory = mem.step(b_base, b_sent, LIMIT)
-        mem.store(memory + o_value, b_memory, m_value & b_finite[:, None, None])
-
-    b_word = tl.sum(b_code << (tl.arange(0, PARTS) * BITS)[None, :, None], 1)
-    o_code = o_group[:, None] * (GROUP * BITS // 8) + tl.arange(0, WIDTH)[None, :]
-    for row in tl.static_range(BITS * PARTS // 8):
-        b_byte = ((b_word >> (8 * row)) & 0xFF).to(tl.uint8)
-        tl.store(codes + o_code + row * WIDTH, b_byte, m_group[:, None])
-    tl.store(scales + o_group, tl.where(b_finite, b_half_bits, 0x7FC0).to(tl.int16), m_group)
+    b_steps = tl.floor(b_y * b_inverse[:, None] + b_offset) + (1 << (BITS - 1))
+    return tl.minimum(tl.maximum(b_steps, 0.0), (1 << BITS) - 1).to(tl.int32)
 
 
 @triton.jit
-def decode_kernel(
-    codes, scales, memory, out, num_values,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
-    CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
+def fit(
+    b_y, m_y, b_half,
+    CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = GROUP // PARTS
-    o_group, o_value, m_value = group_offsets(num_values, BLOCK_G, GROUP, PARTS)
-    m_group = o_group * GROUP < num_values
-
-    b_half = mem.from_bf16_bits(tl.load(scales + o_group, m_group, other=0))
-    m_finite = (b_half == b_half)[:, None, None]
-    b_word = tl.zeros((BLOCK_G, WIDTH), tl.int32)
-    o_code = o_group[:, None] * (GROUP * BITS // 8) + tl.arange(0, WIDTH)[None, :]
-    for row in tl.static_range(BITS * PARTS // 8):
-        b_byte = tl.load(codes + o_code + row * WIDTH, m_group[:, None], other=0)
-        b_word |= b_byte.to(tl.int32) << (8 * row)
-
-    TOP: tl.constexpr = (1 << BITS) - 1
-    b_code = (b_word[:, None, :] >> (tl.arange(0, PARTS) * BITS)[None, :, None]) & TOP
-    b_sent = (2 * b_code - TOP).to(tl.float32) * b_half[:, None, None]
-    b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
-    b_memory = mem.rounded(memory, mem.step(b_base, b_sent, LIMIT))
-    if HAS_MEMORY:
-        mem.store(memory + o_value, b_memory, m_value & m_finite)
-    mem.store(out + o_value, tl.where(m_finite, b_memory, float("nan")), m_value)
+    """<y, q> and <q, q> for the levels q of y at `b_half`."""
+    b_level = tl.where(m_y, level(code_of(b_y, b_half, 0.0, CONSTANTS[0]), CONSTANTS), 0.0)
+    b_square = tree_sum(b_level * b_level, BLOCK_G, GROUP, LEVELS)
+    return tree_sum(b_y * b_level, BLOCK_G, GROUP, LEVELS), tl.maximum(b_square, 1.0)
 
 
-def _launch_options(codec: "Quantizer", num_values: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the constants that both kernels take."""
-    block_groups = max(1, BLOCK // codec.group_size)
-    constants = {
-        "BITS": codec.bits,
-        "GROUP": codec.group_size,
-        "PARTS": codec.codes_per_word,
-        "BLOCK_G": block_groups,
-    }
-    return (triton.cdiv(num_values, block_groups * codec.group_size),), constants
+@triton.jit
+def encoded(
+    b_y, m_y, b_noise,
+    CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Codes and half steps. CONSTANTS: bits, scale, START, whether rounding is stochastic."""
+    BITS: tl.constexpr = CONSTANTS[0]
+    b_half = tl.max(tl.abs(b_y), 1) * (1.0 / ((1 << BITS) - 1))
+    if CONSTANTS[1] != "maximum":
+        b_count = tl.maximum(tl.sum(m_y.to(tl.float32), 1), 1.0)
+        b_mean = tl.div_rn(tree_sum(tl.abs(b_y), BLOCK_G, GROUP, LEVELS), b_count)
+        if CONSTANTS[1] == "mean":
+            b_half = b_mean
+        else:
+            b_yq, b_qq = fit(b_y, m_y, b_half, CONSTANTS, BLOCK_G, GROUP, LEVELS)
+            b_yq2, b_qq2 = fit(b_y, m_y, b_mean * CONSTANTS[2], CONSTANTS, BLOCK_G, GROUP, LEVELS)
+            b_better = tl.div_rn(b_yq2 * b_yq2, b_qq2) > tl.div_rn(b_yq * b_yq, b_qq)
+            b_half = tl.div_rn(tl.where(b_better, b_yq2, b_yq), tl.where(b_better, b_qq2, b_qq))
+    if CONSTANTS[3]:
+        b_bits = (b_half.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+        b_half = mem.from_bf16_bits(b_bits)
+        b_code = code_of(b_y, b_half, b_noise - 0.5, BITS)
+    else:
+        b_half = mem.from_bf16_bits(mem.bf16_bits(b_half))
+        b_code = code_of(b_y, b_half, 0.0, BITS)
+    return b_code, b_half
 
 
-def encode_triton_(
-    codec: "Quantizer",
-    value: torch.Tensor,
-    memory: torch.Tensor | None,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    carry: bool,
-) -> None:
-    """As `reference.quant_encode_`, in one pass on the GPU."""
-    grid, constants = _launch_options(codec, value.numel())
-    encode_kernel[grid](
-        value, value if memory is None else memory, codes, scales.view(torch.int16), value.numel(),
-        **constants, MEAN=codec.name == "sign", CARRY=carry, HAS_MEMORY=memory is not None,
-        LIMIT=mem.limit(value, memory),
-    )  # fmt: skip
-
-
-def decode_triton_(
-    codec: "Quantizer",
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    memory: torch.Tensor | None,
-    out: torch.Tensor,
-    carry: bool,
-) -> None:
-    """As `reference.quant_decode_`, in one pass on the GPU."""
-    grid, constants = _launch_options(codec, out.numel())
-    decode_kernel[grid](
-        codes, scales.view(torch.int16), out if memory is None else memory, out, out.numel(),
-        **constants, CARRY=carry, HAS_MEMORY=memory is not None, LIMIT=mem.limit(out, memory),
-    )  # fmt: skip
-
-
-class Quantizer(BaseModel):
-    """Uniform b-bit codes with one bfloat16 scale per group of `group_size` values."""
-
-    model_config = STRICT
-    carries_by_default: ClassVar[bool] = False
+class Quantizer(GroupedCodec):
+    """Uniform b-bit codes with one bfloat16 half step per group of `group_size` values."""
 
     name: Literal["int8", "int4", "int3", "int2", "sign"]
-    group_size: GroupSize = 128
-    """Values that share a scale: a power of two."""
+    rotate: bool = False
+    """Whether groups are rotated at random first (Hadamard matrix, signs fresh per message), so that
+    an outlier is spread over its group. Source: TAH-Quant, arXiv 2506.01352; signs as EDEN's."""
+    stochastic: bool = False
+    """Whether rounding is random and unbiased."""
+    scale: Literal["maximum", "least_squares"] | None = None
+    """How the half step is chosen. Default: least squares for int3 and int2, maximum for the others and
+    where rounding is stochastic. `sign` always takes the mean."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.name == "sign":
+            for field in ("rotate", "stochastic", "scale"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} = {getattr(self, field)!r} with sign; accepted: int8 to int2")
+        if self.scale == "least_squares" and (self.stochastic or self.bits not in START):
+            raise ValueError(
+                "scale = 'least_squares' is for int3 and int2 without stochastic rounding, which must not "
+                "clamp; accepted: 'maximum'"
+            )
+        return self
 
     @property
     def bits(self) -> int:
         return 1 if self.name == "sign" else int(self.name.removeprefix("int"))
 
     @property
-    def codes_per_word(self) -> int:
-        return {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}[self.bits]
+    def rotates(self) -> bool:
+        return self.rotate
 
-    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """ceil(values / group_size) * (group_size * bits / 8 + 2), padded to 16."""
-        num_groups = triton.cdiv(torch.Size(shape).numel(), self.group_size)
-        return padded(num_groups * (self.group_size * self.bits // 8 + 2))
+    @property
+    def draws_noise(self) -> bool:
+        return self.stochastic
 
-    def encode_(
-        self, value: torch.Tensor, memory: torch.Tensor | None, payload: torch.Tensor, carry: bool
-    ) -> None:
-        codes, scales, padding = self._sections(payload, value.numel())
-        encode_ = encode_triton_ if value.is_cuda else reference.quant_encode_
-        encode_(self, value, memory, codes, scales, carry and memory is not None)
-        padding.zero_()
-
-    def decode_(
-        self, payload: torch.Tensor, memory: torch.Tensor | None, out: torch.Tensor, carry: bool
-    ) -> None:
-        codes, scales, _ = self._sections(payload, out.numel())
-        decode_ = decode_triton_ if out.is_cuda else reference.quant_decode_
-        decode_(self, codes, scales, memory, out, carry and memory is not None)
-
-    def _sections(
-        self, payload: torch.Tensor, num_values: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of the payload: codes (uint8), scales (bfloat16), padding (uint8)."""
-        num_groups = triton.cdiv(num_values, self.group_size)
-        codes_nbytes = num_groups * self.group_size * self.bits // 8
-        end = codes_nbytes + 2 * num_groups
-        return payload[:codes_nbytes], payload[codes_nbytes:end].view(torch.bfloat16), payload[end:]
+    @property
+    def family(self) -> Family:
+        if self.name == "sign":
+            scale = "mean"
+        elif self.scale is not None:
+            scale = self.scale
+        else:
+            scale = "least_squares" if self.bits in START and not self.stochastic else "maximum"
+        constants: tuple[Any, ...] = (self.bits, scale, START.get(self.bits, 0.0), self.stochastic)
+        return Family(reference.UNIFORM, encoded, level, constants)

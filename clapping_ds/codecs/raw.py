@@ -12,8 +12,8 @@ import triton.language as tl
 from pydantic import BaseModel
 
 from clapping_ds.codecs import memory as mem
-from clapping_ds.codecs import reference
-from clapping_ds.codecs.protocol import STRICT, padded
+from clapping_ds.codecs.protocol import STRICT, Context, padded
+from clapping_ds.codecs.reference import steps as reference
 
 BLOCK = 4096
 
@@ -57,18 +57,17 @@ class Raw(BaseModel):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return padded(torch.Size(shape).numel() * dtype.itemsize)
 
-    def encode_(
-        self, value: torch.Tensor, memory: torch.Tensor | None, payload: torch.Tensor, carry: bool
-    ) -> None:
+    def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
+        return None
+
+    def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         num_bytes = value.numel() * value.element_size()
-        self._copy_(value.view(-1), payload[:num_bytes].view(value.dtype), memory)
+        self._copy_(value.view(-1), payload[:num_bytes].view(value.dtype), context.memory)
         payload[num_bytes:].zero_()
 
-    def decode_(
-        self, payload: torch.Tensor, memory: torch.Tensor | None, out: torch.Tensor, carry: bool
-    ) -> None:
+    def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
         num_bytes = out.numel() * out.element_size()
-        self._copy_(payload[:num_bytes].view(out.dtype), out.view(-1), memory)
+        self._copy_(payload[:num_bytes].view(out.dtype), out.view(-1), context.memory)
 
     @staticmethod
     def _copy_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor | None) -> None:

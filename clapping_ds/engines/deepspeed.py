@@ -73,6 +73,7 @@ class ClappingPipelineEngine(PipelineEngine):
             None if self.is_first_stage() else self.grid.stage_to_global(self.prev_stage),
             None if self.is_last_stage() else self.grid.stage_to_global(self.next_stage),
             self.device,
+            self.grid.get_data_parallel_id(),
         )
         self._sent_specs: list[Spec] | None = None
         self._received_specs: list[Spec] | None = None

@@ -25,6 +25,7 @@ class Stage:
     """Channel ends and lazy sampling of one rank.
 
     previous_rank, next_rank   global rank of the neighbouring stage; None at the pipeline's ends
+    replica                    number of this pipeline among its data-parallel replicas
     """
 
     def __init__(
@@ -34,19 +35,17 @@ class Stage:
         previous_rank: int | None,
         next_rank: int | None,
         device: torch.device,
+        replica: int = 0,
     ) -> None:
         # Configuration
         self.coin = Coin(config.p_new, config.refresh, config.seed)
         self.device = device
         self.channels: dict[str, Channel] = {}
         if next_rank is not None:
-            link, wire = f"{stage_id}-{stage_id + 1}", Wire(next_rank, device)
-            self.channels[ACTIVATIONS_TO_NEXT] = Channel(config, link, "activations", wire)
-            self.channels[GRADIENTS_FROM_NEXT] = Channel(config, link, "gradients", wire)
+            self._connect(config, stage_id, next_rank, replica, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT)
         if previous_rank is not None:
-            link, wire = f"{stage_id - 1}-{stage_id}", Wire(previous_rank, device)
-            self.channels[ACTIVATIONS_FROM_PREVIOUS] = Channel(config, link, "activations", wire)
-            self.channels[GRADIENTS_TO_PREVIOUS] = Channel(config, link, "gradients", wire)
+            link, ends = stage_id - 1, (ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_TO_PREVIOUS)
+            self._connect(config, link, previous_rank, replica, *ends)
         # State
         self.sampler = LazySampler()
         self.step = 0
@@ -86,8 +85,7 @@ class Stage:
         self.fresh = fresh
         self._num_messages.clear()
         for channel in self.channels.values():
-            channel.keep_slots(num_slots)
-            channel.measures_error = measures_error
+            channel.begin_step(self.step, num_slots, measures_error)
 
     def end_step(self) -> None:
         self.step += 1
@@ -101,6 +99,14 @@ class Stage:
         """The tensors of the end's next slot."""
         slot = self._next_slot(end)
         return self.channels[end].receive(slot, self.fresh[slot], specs)
+
+    def _connect(
+        self, config: ClappingConfig, link: int, peer: int, replica: int, activations: str, gradients: str
+    ) -> None:
+        """The two channel ends of a link."""
+        wire = Wire(peer, self.device)
+        self.channels[activations] = Channel(config, link, "activations", wire, replica)
+        self.channels[gradients] = Channel(config, link, "gradients", wire, replica)
 
     def _next_slot(self, end: str) -> int:
         slot = self._num_messages[end]

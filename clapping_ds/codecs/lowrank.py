@@ -1,0 +1,158 @@
+"""The codec `lowrank`: two factors of rank r, warm-started. Source: PowerSGD, Vogels et al., NeurIPS 2019
+(arXiv 1905.13727), algorithm 1: one step of subspace iteration per message.
+
+For x = fp32(v - m) as a matrix [N, D], D the last dimension, and the state Q [D, r]:
+
+    P <- orthonormal basis of x Q       Q <- x^T P       D(x) = P Q^T
+
+P and Q are rounded to bfloat16 before they are sent, and Q after P was, so that it fits the P that
+arrives. Products of two bfloat16 values are exact in fp32 and are added in the order of the rank, so
+both ends compute the same memory on any machine. The next message starts from the Q of this one;
+where a column of Q is zero, from what was there before. At first Q is random, from a fixed seed.
+
+Wire: P as [r, N], then Q as [r, D], both bfloat16, then padding to 16 bytes. A row of x that is not
+finite is left out and has NaN in P. r is at most N and D.
+
+The factors come from torch's matrix product and QR; one kernel, used at both ends, multiplies them out
+and steps the memory.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import triton
+import triton.language as tl
+from pydantic import BaseModel, Field
+
+from clapping_ds.codecs import memory as mem
+from clapping_ds.codecs.protocol import STRICT, Context, padded
+from clapping_ds.codecs.reference import lowrank as reference
+from clapping_ds.codecs.reference.steps import differences
+
+LARGEST = 2.0**96
+SMALLEST = 2.0**-100
+BLOCK_N, BLOCK_D = 16, 128
+
+
+@triton.jit
+def apply_kernel(
+    left, right, memory, out, num_rows, num_columns,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_OUT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_row, m_column = o_row < num_rows, o_column < num_columns
+    b_sent = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_first = mem.load(left + o_row, m_row)
+    for rank in tl.static_range(RANK):
+        b_left = mem.load(left + rank * num_rows + o_row, m_row)
+        b_right = mem.load(right + rank * num_columns + o_column, m_column)
+        b_sent += b_left[:, None] * b_right[None, :]
+    o_value = o_row[:, None] * num_columns + o_column[None, :]
+    m_value = m_row[:, None] & m_column[None, :]
+    m_finite = (b_first == b_first)[:, None]
+    b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
+    b_memory = mem.step(b_base, tl.where(m_finite, b_sent, 0.0), LIMIT)
+    if HAS_MEMORY:
+        mem.store(memory + o_value, b_memory, m_value & m_finite)
+    if HAS_OUT:
+        b_memory = mem.rounded(memory, b_memory)
+        mem.store(out + o_value, tl.where(m_finite, b_memory, float("nan")), m_value)
+
+
+def apply_triton_(
+    left_RN: torch.Tensor,
+    right_RD: torch.Tensor,
+    like: torch.Tensor,
+    out: torch.Tensor | None,
+    context: Context,
+) -> None:
+    """As `reference.apply_`, in one pass on the GPU."""
+    (rank, num_rows), num_columns = left_RN.shape, right_RD.shape[1]
+    memory = context.memory
+    apply_kernel[(triton.cdiv(num_rows, BLOCK_N), triton.cdiv(num_columns, BLOCK_D))](
+        left_RN, right_RD, like if memory is None else memory, like if out is None else out,
+        num_rows, num_columns, RANK=rank, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        CARRY=context.carry and memory is not None, HAS_MEMORY=memory is not None,
+        HAS_OUT=out is not None, LIMIT=mem.limit(like, memory),
+    )  # fmt: skip
+
+
+class LowRank(BaseModel):
+    """Factors of rank `rank`: 16 * rank * (1/D + 1/N) bits per value of an [N, D] matrix."""
+
+    model_config = STRICT
+    carries_by_default: ClassVar[bool] = True
+
+    name: Literal["lowrank"] = "lowrank"
+    rank: Annotated[int, Field(ge=1, le=64)] = 4
+    """Columns of each factor."""
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """2 * rank * (N + D), padded to 16."""
+        rank, num_rows, num_columns = self._sizes(shape)
+        return padded(2 * rank * (num_rows + num_columns))
+
+    def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """bfloat16 [r, D]: the right factor that the first message starts from."""
+        rank, _, num_columns = self._sizes(shape)
+        start = torch.randn(rank, num_columns, generator=torch.Generator().manual_seed(0))
+        return start.bfloat16().to(device)
+
+    def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
+        left_RN, right_RD, padding = self._sections(payload, value.shape)
+        assert context.state is not None
+        base = context.memory if context.carry else None
+        x_ND, _, finite_N = differences(value, base, left_RN.shape[1], right_RD.shape[1])
+        factor(x_ND, finite_N, context.state, left_RN, right_RD)
+        self._apply_(left_RN, right_RD, value, None, context)
+        padding.zero_()
+
+    def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
+        left_RN, right_RD, _ = self._sections(payload, out.shape)
+        self._apply_(left_RN, right_RD, out, out, context)
+
+    @staticmethod
+    def _apply_(
+        left_RN: torch.Tensor,
+        right_RD: torch.Tensor,
+        like: torch.Tensor,
+        out: torch.Tensor | None,
+        context: Context,
+    ) -> None:
+        assert context.state is not None
+        context.state.copy_(torch.where((right_RD != 0).any(1, keepdim=True), right_RD, context.state))
+        apply_ = apply_triton_ if like.is_cuda else reference.apply_
+        apply_(left_RN, right_RD, like, out, context)
+
+    def _sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Rank, rows and columns."""
+        num_columns = shape[-1] if shape else 1
+        num_rows = torch.Size(shape).numel() // max(1, num_columns)
+        return min(self.rank, num_rows, num_columns), num_rows, num_columns
+
+    def _sections(
+        self, payload: torch.Tensor, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of the payload: P (bfloat16 [r, N]), Q (bfloat16 [r, D]), padding (uint8)."""
+        rank, num_rows, num_columns = self._sizes(shape)
+        middle, end = 2 * rank * num_rows, 2 * rank * (num_rows + num_columns)
+        factors = payload[:end].view(torch.bfloat16)
+        left_RN = factors[: middle // 2].view(rank, num_rows)
+        return left_RN, factors[middle // 2 :].view(rank, num_columns), payload[end:]
+
+
+def factor(
+    x_ND: torch.Tensor, finite_N: torch.Tensor, state_RD: torch.Tensor,
+    left_RN: torch.Tensor, right_RD: torch.Tensor,
+) -> None:  # fmt: skip
+    """Writes the factors of fp32 `x_ND`, of which the rows that are not finite are zeros."""
+    largest = x_ND.clamp_(-LARGEST, LARGEST).abs().amax()
+    # A power of two: exact, and neither products nor norms overflow.
+    scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=SMALLEST))))
+    x_ND = x_ND / scale * (largest >= SMALLEST)
+    basis_NR = torch.linalg.qr(x_ND @ state_RD.float().T).Q
+    left_RN.copy_(basis_NR.T.masked_fill(~finite_N, torch.nan))
+    sent_NR = basis_NR.bfloat16().float().masked_fill(~finite_N[:, None], 0.0)
+    right_RD.copy_(sent_NR.T @ x_ND * scale)

@@ -1,0 +1,54 @@
+"""What every codec does with values and memories, by groups."""
+
+import torch
+from torch.nn.functional import pad
+
+from clapping_ds.codecs.memory import limit
+
+
+def copy_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor) -> None:
+    """target <- source; memory <- source where that is finite."""
+    target.copy_(source)
+    bound = limit(source, memory)
+    memory.copy_(torch.where(source.isfinite(), source.clamp(-bound, bound).to(memory.dtype), memory))
+
+
+def grouped(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
+    """fp32 [G, S] of the flattened tensor, padded with zeros."""
+    flat = tensor.reshape(-1).float()
+    return pad(flat, (0, num_groups * size - flat.numel())).view(num_groups, size)
+
+
+def differences(
+    value: torch.Tensor, base: torch.Tensor | None, num_groups: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_GS = value - base with non-finite groups zeroed, base_GS, and which groups are finite."""
+    value_GS = grouped(value, num_groups, size)
+    base_GS = torch.zeros_like(value_GS) if base is None else grouped(base, num_groups, size)
+    x_GS = value_GS - base_GS
+    finite_G = x_GS.isfinite().all(1)
+    return x_GS.where(finite_G[:, None], 0.0), base_GS, finite_G
+
+
+def stepped(base_GS: torch.Tensor, sent_GS: torch.Tensor, bound: float) -> torch.Tensor:
+    """fp32 [G, S]: base + sent, saturated at `bound`."""
+    return (base_GS + sent_GS).clamp(-bound, bound)
+
+
+def keep_(memory: torch.Tensor, memory_GS: torch.Tensor, finite_G: torch.Tensor) -> None:
+    """memory <- memory_GS, rounded, in the groups that are finite."""
+    flat = memory.view(-1)
+    finite_GS = finite_G[:, None].expand_as(memory_GS)
+    rounded = memory_GS.to(memory.dtype).view(-1)[: flat.numel()]
+    flat.copy_(rounded.where(finite_GS.reshape(-1)[: flat.numel()], flat))
+
+
+def deliver_(
+    memory: torch.Tensor | None, out: torch.Tensor, memory_GS: torch.Tensor, finite_G: torch.Tensor
+) -> None:
+    """Keeps the stepped memory and hands it to the receiving stage, NaN in groups that are not finite."""
+    if memory is not None:
+        keep_(memory, memory_GS, finite_G)
+        memory_GS = memory_GS.to(memory.dtype)
+    delivered_GS = memory_GS.where(finite_G[:, None], torch.nan)
+    out.view(-1).copy_(delivered_GS.view(-1)[: out.numel()])

@@ -17,7 +17,7 @@ from clapping_ds.codecs.reference import float8 as reference
 
 @triton.jit
 def encoded(
-    b_y, m_y, b_noise,
+    b_y, b_count, b_noise,
     CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales. CONSTANTS: bits of the mantissa, bias of the exponent, largest finite float."""

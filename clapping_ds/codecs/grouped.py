@@ -3,7 +3,7 @@
 A family of such codecs (`quant`, `eden`, `float8`) is a pair of small functions, given twice, for
 Triton here and in plain torch in `reference`:
 
-    encoded(y, exists, noise, CONSTANTS)   codes, and the scale of each group
+    encoded(y, count, noise, CONSTANTS)    codes, and the scale of each group of `count` values
     level(code, CONSTANTS)                 what a code stands for, in units of the scale
 
 For the groups x = fp32(v - base) of a tensor:
@@ -41,14 +41,21 @@ from clapping_ds.codecs.reference import grouped as reference
 
 SEGMENTS = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}
 TILE = 2048  # values of one segment per program: 16 per thread, so that a thread writes 16 bytes of codes
-NUM_WARPS = 4
+NUM_WARPS = TILE // 16 // mem.WARP_SIZE
 
 
 @triton.jit
-def tile_offsets(o_group, num_values, GROUP: tl.constexpr):
-    """Offsets of the values of these groups, and which of them exist."""
+def tile_of(segment, num_rows, num_values, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """This program's groups of a segment: number of the first, offset of its first value, which groups
+    exist, offsets of values from there, and which values exist. Only the scalars need 64 bits."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_G
+    first_group = segment * num_rows + first_row
+    first_value = first_group * GROUP
+    o_group = tl.arange(0, BLOCK_G)
     o_value = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    return o_value, o_value < num_values
+    m_group = (o_group < num_rows - first_row) & (o_group * GROUP < num_values - first_value)
+    m_value = (o_value < (num_rows - first_row) * GROUP) & (o_value < num_values - first_value)
+    return first_group, first_value, m_group, o_value, m_value
 
 
 @triton.jit
@@ -60,18 +67,13 @@ def encode_kernel(
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 5.192296858534828e33
-    num_groups = tl.cdiv(num_values, GROUP).to(tl.int64)
-    num_rows = tl.cdiv(num_groups, SEGMENTS)
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
+    o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for segment in tl.static_range(SEGMENTS):
-        o_group = o_row + segment * num_rows
-        m_group = (o_row < num_rows) & (o_group < num_groups)
-        o_value, m_value = tile_offsets(o_group, num_values, GROUP)
-        m_value = m_value & m_group[:, None]
-
-        b_value = mem.load(value + o_value, m_value)
-        b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_value)
+        group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
+        b_value = mem.load(value + first + o_value, m_value)
+        b_base = mem.load(memory + first + o_value, m_value) if CARRY else tl.zeros_like(b_value)
         b_x = b_value - b_base
         b_peak = tl.max(mem.magnitude_bits(b_x), 1)
         b_finite = mem.are_finite(b_peak)
@@ -82,15 +84,15 @@ def encode_kernel(
         b_down = tl.where(m_tiny, 0, (254 - b_exponent) << 23).to(tl.float32, bitcast=True)
         b_up = tl.where(m_tiny, 0, b_exponent << 23).to(tl.float32, bitcast=True)
         b_y = b_y * b_down[:, None]
-        b_key = random_bits.group_keys(o_group, seed_low, seed_high)
-        m_coded = m_value
+        b_key = random_bits.group_keys(group + o_group, seed_low, seed_high)
+        b_count = tl.minimum(tl.maximum(num_values - first - o_group * GROUP, 1), GROUP).to(tl.float32)
         if ROTATE:
             b_y = random_bits.with_signs(b_y, b_key, BLOCK_G, GROUP)
             b_y = random_bits.hadamard(b_y, BLOCK_G, GROUP, LEVELS)
-            m_coded = m_value | True
+            b_count = tl.full((BLOCK_G,), GROUP, tl.float32)
             b_up = b_up * (1.0 / GROUP)
         b_noise = random_bits.noise(b_key, GROUP) if STOCHASTIC else b_y
-        b_code, b_scale = ENCODED(b_y, m_coded, b_noise, CONSTANTS, BLOCK_G, GROUP, LEVELS)
+        b_code, b_scale = ENCODED(b_y, b_count, b_noise, CONSTANTS, BLOCK_G, GROUP, LEVELS)
         b_scale_bits = mem.bf16_bits(b_scale * b_up)
 
         if HAS_MEMORY:
@@ -99,15 +101,15 @@ def encode_kernel(
                 b_sent = random_bits.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
                 b_sent = random_bits.with_signs(b_sent, b_key, BLOCK_G, GROUP)
             b_memory = mem.step(b_base, b_sent, LIMIT)
-            mem.store(memory + o_value, b_memory, m_value & b_finite[:, None])
+            mem.store(memory + first + o_value, b_memory, m_value & b_finite[:, None])
         b_word |= b_code << (segment * BITS)
         b_scale_bits = tl.where(b_finite, b_scale_bits, 0x7FC0)
-        tl.store(scales + o_group, b_scale_bits.to(tl.int16), m_group)
+        tl.store(scales + group + o_group, b_scale_bits.to(tl.int16), m_group)
 
-    o_code, m_code = tile_offsets(o_row, num_rows * GROUP, GROUP)
     for row in tl.static_range(BITS * SEGMENTS // 8):
+        _, first, _, o_code, m_code = tile_of(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
         b_byte = ((b_word >> (8 * row)) & 0xFF).to(tl.uint8)
-        tl.store(codes + row * num_rows * GROUP + o_code, b_byte, m_code)
+        tl.store(codes + first + o_code, b_byte, m_code)
 
 
 @triton.jit
@@ -118,33 +120,27 @@ def decode_kernel(
     BLOCK_G: tl.constexpr, ROTATE: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    num_groups = tl.cdiv(num_values, GROUP).to(tl.int64)
-    num_rows = tl.cdiv(num_groups, SEGMENTS)
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    o_code, m_code = tile_offsets(o_row, num_rows * GROUP, GROUP)
+    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
+    o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for row in tl.static_range(BITS * SEGMENTS // 8):
-        b_byte = tl.load(codes + row * num_rows * GROUP + o_code, m_code, other=0)
+        _, first, _, o_code, m_code = tile_of(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
+        b_byte = tl.load(codes + first + o_code, m_code, other=0)
         b_word |= b_byte.to(tl.int32) << (8 * row)
 
     for segment in tl.static_range(SEGMENTS):
-        o_group = o_row + segment * num_rows
-        m_group = (o_row < num_rows) & (o_group < num_groups)
-        o_value, m_value = tile_offsets(o_group, num_values, GROUP)
-        m_value = m_value & m_group[:, None]
-        b_scale = mem.from_bf16_bits(tl.load(scales + o_group, m_group, other=0))
+        group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
+        b_scale = mem.from_bf16_bits(tl.load(scales + group + o_group, m_group, other=0))
         m_finite = (b_scale == b_scale)[:, None]
         b_code = (b_word >> (segment * BITS)) & ((1 << BITS) - 1)
         b_sent = LEVEL(b_code, CONSTANTS) * b_scale[:, None]
         if ROTATE:
-            b_key = random_bits.group_keys(o_group, seed_low, seed_high)
+            b_key = random_bits.group_keys(group + o_group, seed_low, seed_high)
             b_sent = random_bits.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
             b_sent = random_bits.with_signs(b_sent, b_key, BLOCK_G, GROUP)
-        b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
+        b_base = mem.load(memory + first + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
         b_memory = mem.rounded(memory, mem.step(b_base, b_sent, LIMIT))
-        if HAS_MEMORY:
-            mem.store(memory + o_value, b_memory, m_value & m_finite)
-        mem.store(out + o_value, tl.where(m_finite, b_memory, float("nan")), m_value)
+        mem.store_both(memory + first, out + first, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
 
 
 class Family(NamedTuple):

@@ -32,6 +32,7 @@ from clapping_ds.codecs.reference.steps import differences
 LARGEST = 2.0**96
 SMALLEST = 2.0**-100
 BLOCK_N, BLOCK_D = 16, 128
+NUM_WARPS = BLOCK_N * BLOCK_D // 16 // mem.WARP_SIZE
 
 
 @triton.jit
@@ -54,11 +55,11 @@ def apply_kernel(
     m_finite = (b_first == b_first)[:, None]
     b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
     b_memory = mem.step(b_base, tl.where(m_finite, b_sent, 0.0), LIMIT)
-    if HAS_MEMORY:
-        mem.store(memory + o_value, b_memory, m_value & m_finite)
+    b_memory = mem.rounded(memory, b_memory)
     if HAS_OUT:
-        b_memory = mem.rounded(memory, b_memory)
-        mem.store(out + o_value, tl.where(m_finite, b_memory, float("nan")), m_value)
+        mem.store_both(memory, out, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
+    else:
+        mem.store(memory + o_value, b_memory, m_value & m_finite, EXACT=True)
 
 
 def apply_triton_(
@@ -73,7 +74,7 @@ def apply_triton_(
     memory = context.memory
     apply_kernel[(triton.cdiv(num_rows, BLOCK_N), triton.cdiv(num_columns, BLOCK_D))](
         left_RN, right_RD, like if memory is None else memory, like if out is None else out,
-        num_rows, num_columns, RANK=rank, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        num_rows, num_columns, RANK=rank, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
         CARRY=context.carry and memory is not None, HAS_MEMORY=memory is not None,
         HAS_OUT=out is not None, LIMIT=mem.limit(like, memory),
     )  # fmt: skip
@@ -123,6 +124,8 @@ class LowRank(BaseModel):
     ) -> None:
         assert context.state is not None
         context.state.copy_(torch.where((right_RD != 0).any(1, keepdim=True), right_RD, context.state))
+        if out is None and context.memory is None:
+            return
         apply_ = apply_triton_ if like.is_cuda else reference.apply_
         apply_(left_RN, right_RD, like, out, context)
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 def limit(*tensors: torch.Tensor | None) -> float:
     """The largest magnitude that is finite in every given tensor's dtype: where `step` saturates."""
@@ -32,25 +34,44 @@ def from_bf16_bits(b_bits):
 
 
 @triton.jit
-def load(p_x, m_x):
-    """fp32 tensor read from fp32, fp16 or bf16; 0 where the mask `m_x` is off."""
-    if p_x.dtype.scalar.element_ty == tl.bfloat16:
-        p_bits = p_x.to(tl.pointer_type(tl.int16), bitcast=True)
-        b_x = from_bf16_bits(tl.load(p_bits, m_x, other=0))
+def as_float(b_raw):
+    """fp32 tensor of fp32, fp16 or bf16 values."""
+    if b_raw.dtype == tl.bfloat16:
+        b_x = from_bf16_bits(b_raw.to(tl.int16, bitcast=True))
     else:
-        b_x = tl.load(p_x, m_x, other=0.0).to(tl.float32)
+        b_x = b_raw.to(tl.float32)
     return b_x
 
 
 @triton.jit
-def store(p_x, b_x, m_x):
-    """Rounds fp32 `b_x` to the dtype behind `p_x` and writes it where `m_x` is on."""
+def load(p_x, m_x):
+    """fp32 tensor read from fp32, fp16 or bf16; 0 where the mask `m_x` is off."""
+    return as_float(tl.load(p_x, m_x, other=0.0))
+
+
+@triton.jit
+def store(p_x, b_x, m_x, EXACT: tl.constexpr = False):
+    """Rounds fp32 `b_x` to the dtype behind `p_x` and writes it where `m_x` is on.
+
+    EXACT: it is known to need no rounding, NaN being float("nan").
+    """
     if p_x.dtype.scalar.element_ty == tl.bfloat16:
-        p_bits = p_x.to(tl.pointer_type(tl.int16), bitcast=True)
-        b_bits = tl.where(b_x != b_x, 0x7FC0, bf16_bits(b_x))
-        tl.store(p_bits, b_bits.to(tl.int16), m_x)
+        if EXACT:
+            b_bits = b_x.to(tl.int32, bitcast=True) >> 16
+        else:
+            b_bits = tl.where(b_x != b_x, 0x7FC0, bf16_bits(b_x))
+        tl.store(p_x.to(tl.pointer_type(tl.int16), bitcast=True), b_bits.to(tl.int16), m_x)
     else:
         tl.store(p_x, b_x.to(p_x.dtype.scalar.element_ty), m_x)
+
+
+@triton.jit
+def store_both(memory, out, o_x, b_memory, m_x, m_finite, HAS_MEMORY: tl.constexpr):
+    """Keeps a stepped memory, which is `rounded`, and hands it on, NaN where it is not finite."""
+    if HAS_MEMORY:
+        store(memory + o_x, b_memory, m_x & m_finite, EXACT=True)
+    IS_EXACT: tl.constexpr = memory.dtype.scalar.element_ty == out.dtype.scalar.element_ty
+    store(out + o_x, tl.where(m_finite, b_memory, float("nan")), m_x, EXACT=IS_EXACT)
 
 
 @triton.jit
@@ -84,3 +105,15 @@ def magnitude_bits(b_x):
 def are_finite(b_magnitude_bits):
     """Whether values with these `magnitude_bits` are finite."""
     return b_magnitude_bits < 0x7F800000
+
+
+@triton.jit
+def nearest(b_x):
+    """The nearest integer of fp32 `b_x` below 2^22, ties to even. Faster than the GPU's own rounding."""
+    return (b_x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def as_integer(b_x):
+    """int32 of fp32 `b_x`, a whole number in 0 .. 2^23 - 1. Faster than the GPU's own conversion."""
+    return (b_x + 8388608.0).to(tl.int32, bitcast=True) & 0x7FFFFF

@@ -50,7 +50,8 @@ class Codec(Protocol):
                  is written by `encode_`
 
     A codec compresses groups of consecutive values. A group in which any difference is not finite
-    arrives as NaN throughout and leaves its part of the memory as it was (`none`: per value).
+    arrives as NaN throughout and leaves its part of the memory as it was. (`none`: it arrives as it is,
+    and the groups are runs of 16.)
     """
 
     @property

@@ -27,6 +27,7 @@ from clapping_ds.codecs.reference import randk as reference
 from clapping_ds.codecs.topk import check_block
 
 TILE = 2048
+NUM_WARPS = TILE // 16 // mem.WARP_SIZE
 
 
 @triton.jit
@@ -84,16 +85,14 @@ def decode_kernel(
     b_finite = b_first == b_first
     b_sent = tl.where(b_finite, mem.from_bf16_bits(b_bits), 0.0)
     b_memory = mem.rounded(memory, mem.step(b_base, b_sent, LIMIT))
-    if HAS_MEMORY:
-        mem.store(memory + o_value, b_memory, m_value & b_finite)
-    mem.store(out + o_value, tl.where(b_finite, b_memory, float("nan")), m_value)
+    mem.store_both(memory, out, o_value, b_memory, m_value, b_finite, HAS_MEMORY)
 
 
 def launch_options(codec: "RandK", num_values: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants and options that both kernels take."""
     num_blocks = max(1, TILE // codec.block)
     constants = {"K": codec.k, "BLOCK": codec.block, "BLOCK_G": num_blocks, "HALF": codec.half}
-    return (triton.cdiv(num_values, num_blocks * codec.block),), {**constants, "enable_fp_fusion": False}
+    return (triton.cdiv(num_values, num_blocks * codec.block),), {**constants, "num_warps": NUM_WARPS}
 
 
 def encode_triton_(codec: "RandK", value: torch.Tensor, values: torch.Tensor, context: Context) -> None:

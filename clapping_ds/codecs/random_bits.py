@@ -47,26 +47,33 @@ def with_signs(b_x, b_key, BLOCK_G: tl.constexpr, GROUP: tl.constexpr):
     """`b_x` with the sign of every value changed at random. Its own inverse."""
     WIDTH: tl.constexpr = GROUP if GROUP < 32 else 32
     b_word = words(b_key, GROUP // WIDTH)
-    b_bit = (b_word[:, :, None] >> tl.arange(0, WIDTH).to(tl.uint32)[None, None, :]) & 1
-    return tl.where(tl.reshape(b_bit, [BLOCK_G, GROUP]) == 1, -b_x, b_x)
+    o_bit = (31 - tl.arange(0, WIDTH)).to(tl.uint32)
+    b_sign = (b_word[:, :, None] << o_bit[None, None, :]) & 0x80000000
+    b_bits = b_x.to(tl.uint32, bitcast=True) ^ tl.reshape(b_sign, [BLOCK_G, GROUP])
+    return b_bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def noise(b_key, GROUP: tl.constexpr):
-    """fp32 [groups, GROUP], uniform in [0, 1), multiples of 2^-24."""
+    """fp32 [groups, GROUP], uniform in [-1, 0), multiples of 2^-23."""
     b_word = words(mixed(b_key ^ 0x2545F491), GROUP)
-    return (b_word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    return ((b_word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 2.0
 
 
 @triton.jit
 def hadamard(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr):
-    """Each group times the Hadamard matrix: pairs (a, b) at distance 1, 2, 4 ... become
-    (s, s - 2b) with s = a + b. 2b is exact, so a fused multiply-add changes nothing."""
-    b_factor = (tl.arange(0, 2) * 2.0)[None, None, :, None]
+    """Each group times the Hadamard matrix: pairs (a, b) at distance 1, 2, 4 ... become (a + b, a - b).
+
+    A value's partner is the integer sum of both bit patterns less its own, and the product with 1 or -1
+    is exact: between threads that compiles to one shuffle and one multiply-add.
+    """
+    b_factor = (1.0 - 2.0 * tl.arange(0, 2))[None, None, :, None]
     for level in tl.static_range(LEVELS):
         b_pair = tl.reshape(b_x, [BLOCK_G, GROUP >> (level + 1), 2, 1 << level])
-        b_sum = tl.sum(b_pair, 2, keep_dims=True)
-        b_x = tl.reshape(b_sum - b_factor * b_pair, [BLOCK_G, GROUP])
+        b_bits = b_pair.to(tl.int32, bitcast=True)
+        b_partner = (tl.sum(b_bits, 2, keep_dims=True) - b_bits).to(tl.float32, bitcast=True)
+        b_pair = tl.fma(b_pair, tl.broadcast_to(b_factor, b_pair.shape), b_partner)
+        b_x = tl.reshape(b_pair, [BLOCK_G, GROUP])
     return b_x
 
 

@@ -15,22 +15,24 @@ from clapping_ds.codecs import memory as mem
 from clapping_ds.codecs.protocol import STRICT, Context, padded
 from clapping_ds.codecs.reference import steps as reference
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit
 def copy_kernel(
     source, target, memory, num_values,
-    HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    o_value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_run = tl.program_id(0).to(tl.int64) * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
+    o_value = o_run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     m_value = o_value < num_values
-    b_raw = tl.load(source + o_value, m_value)
+    b_raw = tl.load(source + o_value, m_value, other=0.0)
     tl.store(target + o_value, b_raw, m_value)
     if HAS_MEMORY:
-        b_value = mem.load(source + o_value, m_value)
-        m_finite = mem.are_finite(mem.magnitude_bits(b_value))
-        mem.store(memory + o_value, mem.saturated(b_value, LIMIT), m_value & m_finite)
+        b_value = mem.as_float(b_raw)
+        b_finite = mem.are_finite(tl.max(mem.magnitude_bits(b_value), 1))
+        b_memory = mem.saturated(tl.where(b_finite[:, None], b_value, 0.0), LIMIT)
+        mem.store(memory + o_value, b_memory, m_value & b_finite[:, None])
 
 
 def copy_triton_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor | None) -> None:
@@ -38,12 +40,14 @@ def copy_triton_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tenso
     num_values = source.numel()
     copy_kernel[(triton.cdiv(num_values, BLOCK),)](
         source, target, source if memory is None else memory, num_values,
-        HAS_MEMORY=memory is not None, LIMIT=mem.limit(source, memory), BLOCK=BLOCK,
+        HAS_MEMORY=memory is not None, LIMIT=mem.limit(source, memory),
+        BLOCK=BLOCK, RUN=reference.RUN, num_warps=BLOCK // 16 // mem.WARP_SIZE,
     )  # fmt: skip
 
 
 class Raw(BaseModel):
-    """Sends values as they are. `memory`, where given, becomes the value wherever that is finite.
+    """Sends values as they are. `memory`, where given, becomes the value, but for every run of 16
+    values of which one is not finite.
 
     Wire: the tensor's bytes, then padding to 16 bytes. The receiver gets the value unrounded; the
     memory is rounded to its own dtype and saturates there.

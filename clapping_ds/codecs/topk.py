@@ -92,36 +92,27 @@ def decode_kernel(
     K: tl.constexpr, K_POWER: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One block per program: first the base everywhere, then, past a barrier, the values received."""
+    """One block per program. The indexes ascend, so a value's place is the number of those below it."""
     pid = tl.program_id(0).to(tl.int64)
-    o_kept = tl.arange(0, K_POWER)
-    m_kept = o_kept < K
-    b_kept = tl.load(values + pid * K + o_kept, m_kept, other=0)
+    m_kept = tl.arange(0, K_POWER) < K
+    b_index = tl.load(indexes + pid * K + tl.arange(0, K_POWER), m_kept, other=0).to(tl.int32)
+    b_is_sent = tl.histogram(b_index & 0xFFFF, BLOCK, mask=m_kept)
+    o_place = tl.cumsum(b_is_sent, 0) - b_is_sent
+    b_kept = tl.load(values + pid * K + o_place, b_is_sent == 1, other=0)
     if INT8:
-        b_scale = mem.from_bf16_bits(tl.load(scales + pid + tl.arange(0, 1)))
-        b_finite = b_scale == b_scale
-        b_kept = b_kept.to(tl.float32) * b_scale
+        b_first = mem.from_bf16_bits(tl.load(scales + pid + tl.arange(0, 1)))
+        b_kept = b_kept.to(tl.float32) * b_first
     else:
+        b_first = mem.from_bf16_bits(tl.load(values + pid * K + tl.arange(0, 1)))
         b_kept = mem.from_bf16_bits(b_kept)
-        b_finite = tl.max(tl.where(b_kept == b_kept, 0, 1), 0, keep_dims=True) == 0
-    b_index = tl.load(indexes + pid * K + o_kept, m_kept, other=0).to(tl.int64) & 0xFFFF
-    o_target = pid * BLOCK + b_index
-    m_target = m_kept & (o_target < num_values)
-    b_base_kept = mem.load(memory + o_target, m_target) if CARRY else tl.zeros_like(b_kept)
+    b_finite = b_first == b_first
+    b_sent = tl.where(b_finite & (b_is_sent == 1), b_kept, 0.0)
 
     o_value = pid * BLOCK + tl.arange(0, BLOCK)
     m_value = o_value < num_values
     b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros((BLOCK,), tl.float32)
-    b_rest = mem.rounded(memory, mem.step(b_base, 0.0, LIMIT))
-    if HAS_MEMORY:
-        mem.store(memory + o_value, b_rest, m_value & b_finite)
-    mem.store(out + o_value, tl.where(b_finite, b_rest, float("nan")), m_value)
-    tl.debug_barrier()
-
-    b_memory = mem.rounded(memory, mem.step(b_base_kept, b_kept, LIMIT))
-    if HAS_MEMORY:
-        mem.store(memory + o_target, b_memory, m_target & b_finite)
-    mem.store(out + o_target, b_memory, m_target & b_finite)
+    b_memory = mem.rounded(memory, mem.step(b_base, b_sent, LIMIT))
+    mem.store_both(memory, out, o_value, b_memory, m_value, b_finite, HAS_MEMORY)
 
 
 class Sections(NamedTuple):
@@ -136,7 +127,7 @@ class Sections(NamedTuple):
 def launch_options(codec: "TopK", num_values: int) -> tuple[tuple[int], dict[str, int | bool]]:
     """The grid, and the constants and options that both kernels take."""
     constants = {"K": codec.k, "BLOCK": codec.block, "INT8": codec.values == "int8"}
-    options = {"num_warps": max(1, codec.block // 1024), "enable_fp_fusion": False}
+    options = {"num_warps": max(1, codec.block // (32 * mem.WARP_SIZE)), "enable_fp_fusion": False}
     return (triton.cdiv(num_values, codec.block),), {**constants, **options}
 
 

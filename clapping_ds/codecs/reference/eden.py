@@ -7,13 +7,13 @@ from clapping_ds.codecs.reference.random_bits import tree_sum
 
 
 def encoded(
-    y_GS: torch.Tensor, exists_GS: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
+    y_GS: torch.Tensor, count_G: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _, thresholds, is_unbiased = constants
+    _, thresholds, is_unbiased, _ = constants
     square_G = tree_sum(y_GS * y_GS)
     root_G = (square_G * (1.0 / y_GS.shape[1])).sqrt()
     magnitude_GS = (y_GS * torch.where(root_G > 0, 1.0 / root_G, 0.0)[:, None]).abs()
-    code_GS = (y_GS < 0).to(torch.int32) * (len(thresholds) + 1)
+    code_GS = y_GS.signbit().to(torch.int32) * (len(thresholds) + 1)
     for threshold in thresholds:
         code_GS = code_GS + (magnitude_GS > threshold).to(torch.int32)
 

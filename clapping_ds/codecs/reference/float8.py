@@ -6,7 +6,7 @@ from clapping_ds.codecs.reference.grouped import Constants, Functions
 
 
 def encoded(
-    y_GS: torch.Tensor, exists_GS: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
+    y_GS: torch.Tensor, count_G: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype, largest = (torch.float8_e4m3fn if constants[0] == 3 else torch.float8_e5m2), constants[2]
     scale_G = (y_GS.abs().amax(1) * (1.0 / largest)).bfloat16().float()

@@ -21,7 +21,7 @@ Constants = tuple[Any, ...]
 
 
 class Functions(NamedTuple):
-    """encoded(y_GS, exists_GS, noise_GS, constants) -> (int32 code_GS, fp32 scale_G, exact in bfloat16);
+    """encoded(y_GS, count_G, noise_GS, constants) -> (int32 code_GS, fp32 scale_G, exact in bfloat16);
     level(code_GS, constants) -> fp32 level_GS, at most 8 significant bits."""
 
     encoded: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -36,15 +36,16 @@ def encode_(
     base = context.memory if context.carry else None
     x_GS, base_GS, finite_G = differences(value, base, num_groups, size)
     y_GS, up_G = _normalised(x_GS.clamp(-LARGEST, LARGEST))
-    key_G = random_bits.group_keys(torch.arange(num_groups, device=value.device), context.seed)
-    exists_GS = torch.arange(num_groups * size, device=value.device).view(num_groups, size) < value.numel()
+    group_G = torch.arange(num_groups, device=value.device)
+    key_G = random_bits.group_keys(group_G, context.seed)
+    count_G = (value.numel() - group_G * size).clamp(1, size).float()
     if codec.rotates:
         y_GS = random_bits.hadamard(random_bits.with_signs(y_GS, key_G))
-        exists_GS = torch.ones_like(exists_GS)
+        count_G = torch.full_like(count_G, size)
         up_G = up_G * (1.0 / size)
     noise_GS = random_bits.noise(key_G, size) if codec.draws_noise else y_GS
     family = codec.family
-    code_GS, scale_G = family.plain.encoded(y_GS, exists_GS, noise_GS, family.constants)
+    code_GS, scale_G = family.plain.encoded(y_GS, count_G, noise_GS, family.constants)
     scale_G = scale_G * up_G
 
     codes.copy_(_packed(codec, code_GS))

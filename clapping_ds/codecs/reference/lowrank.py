@@ -30,5 +30,6 @@ def apply_(
     finite_N = left_RN[0].isfinite()
     if out is not None:
         deliver_(memory, out, memory_ND, finite_N)
-    elif memory is not None:
+    else:
+        assert memory is not None
         keep_(memory, memory_ND, finite_N)

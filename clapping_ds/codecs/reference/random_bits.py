@@ -38,18 +38,18 @@ def with_signs(x_GS: torch.Tensor, key_G: torch.Tensor) -> torch.Tensor:
 
 
 def noise(key_G: torch.Tensor, size: int) -> torch.Tensor:
-    """fp32 [G, size], uniform in [0, 1), multiples of 2^-24."""
-    return (words(mixed(key_G ^ 0x2545F491), size) >> 8).float() * 2.0**-24
+    """fp32 [G, size], uniform in [-1, 0), multiples of 2^-23."""
+    return (words(mixed(key_G ^ 0x2545F491), size) >> 9).float() * 2.0**-23 - 1.0
 
 
 def hadamard(x_GS: torch.Tensor) -> torch.Tensor:
     """Each group times the unnormalised Hadamard matrix."""
     num_groups, size = x_GS.shape
-    factor = torch.tensor([0.0, 2.0], device=x_GS.device)[:, None]
     distance = 1
     while distance < size:
         pair = x_GS.view(num_groups, size // (2 * distance), 2, distance)
-        x_GS = ((pair[:, :, :1] + pair[:, :, 1:]) - factor * pair).view(num_groups, size)
+        a, b = pair[:, :, 0], pair[:, :, 1]
+        x_GS = torch.stack([a + b, a - b], 2).view(num_groups, size)
         distance *= 2
     return x_GS
 

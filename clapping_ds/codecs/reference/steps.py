@@ -5,12 +5,16 @@ from torch.nn.functional import pad
 
 from clapping_ds.codecs.memory import limit
 
+RUN = 16
+"""Values that `copy_` keeps or leaves together: a run of 16 bytes or more, one access of the kernel."""
+
 
 def copy_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor) -> None:
-    """target <- source; memory <- source where that is finite."""
+    """target <- source; memory <- source in the runs that are finite."""
     target.copy_(source)
+    value_GS, _, finite_G = differences(source, None, -(-source.numel() // RUN), RUN)
     bound = limit(source, memory)
-    memory.copy_(torch.where(source.isfinite(), source.clamp(-bound, bound).to(memory.dtype), memory))
+    keep_(memory, value_GS.clamp(-bound, bound), finite_G)
 
 
 def grouped(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:

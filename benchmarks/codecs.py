@@ -1,0 +1,259 @@
+"""What each codec loses, costs and how fast it is, on real activations and gradients.
+
+    python -m benchmarks.codecs
+
+Reads `captured.npz` (see `benchmarks.capture`). A key message is a value, a delta message its change in
+one optimizer step on the same sample. Errors are over all captured depths and steps: the root of the mean
+squared relative error, and the mean cosine. Speed is of the plain-torch path on this CPU, in bytes of
+uncompressed bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
+
+The captured matrices have only 64 rows. `lowrank` looks dear here: its bits per value are
+16 * rank * (1 / rows + 1 / columns). It also starts cold, where in training it starts from the last message.
+"""
+
+import argparse
+import csv
+import inspect
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from benchmarks import provenance
+from benchmarks.peers import peers
+from clapping_ds.codecs import CODECS, protocol
+from clapping_ds.telemetry import table
+
+RESULTS = Path(__file__).parent / "results"
+SCALES = ("unbiased", "least_squares")
+CONFIGURATIONS: list[dict[str, Any]] = [
+    *(
+        {"name": name, **options}
+        for name in ("int8", "int4", "int3", "int2")
+        for options in ({}, {"rotate": True}, {"scale": "maximum"})
+    ),
+    {"name": "sign"},
+    *({"name": f"eden{bits}", "scale": scale} for bits in (1, 2, 3, 4) for scale in SCALES),
+    {"name": "fp8_e4m3"},
+    {"name": "fp8_e5m2"},
+    *({"name": "topk", "ratio": bits / 32} for bits in (1, 2, 3)),
+    *({"name": "topk", "ratio": bits / 24, "values": "int8"} for bits in (1, 2, 3)),
+    *({"name": "randk", "ratio": bits / 16} for bits in (1, 2, 3)),
+    *({"name": "lowrank", "rank": rank} for rank in (1, 4, 16)),
+]
+MESSAGES = [
+    (direction, message) for direction in ("activations", "gradients") for message in ("key", "delta")
+]
+SEED = 1234
+NUM_SPEED_VALUES = 1 << 21
+NUM_ROUNDS = 9
+
+
+class Method(Protocol):
+    """A codec of ours or of another library. decode gets the tensor that was encoded for its form."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def encode(self) -> Callable[[torch.Tensor], Any]: ...
+    @property
+    def decode(self) -> Callable[[Any, torch.Tensor], torch.Tensor]: ...
+
+    def bits_per_value(self, x: torch.Tensor) -> float: ...
+
+
+class Ours:
+    """A codec of this package, without a memory: what is encoded is what crosses the wire."""
+
+    def __init__(self, codec: Any, name: str) -> None:
+        kind, *options = name.split()
+        self.codec = codec
+        self.name = name
+        self.family = " ".join([re.sub(r"\d.*", "", kind), *(word for word in options if "=" not in word)])
+
+    def bits_per_value(self, x: torch.Tensor) -> float:
+        return self.codec.nbytes(tuple(x.shape), x.dtype) * 8 / x.numel()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        payload = torch.empty(self.codec.nbytes(tuple(x.shape), x.dtype), dtype=torch.uint8)
+        self.codec.encode_(x, *self._arguments(x, payload))
+        return payload
+
+    def decode(self, payload: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self.codec.decode_(payload, *self._arguments(x, out))
+        return out
+
+    def _arguments(self, x: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+        """The rest of the arguments, for either interface. The state is new: lowrank starts cold."""
+        context = getattr(protocol, "Context", None)
+        if context is None:
+            return (None, target, False)
+        form = (tuple(x.shape), x.dtype, x.device)
+        short = len(inspect.signature(self.codec.new_state).parameters) == 2
+        state = self.codec.new_state(form[0], form[2]) if short else self.codec.new_state(*form)
+        return target, context(None, False, SEED, state)
+
+
+def ours() -> Iterator[Ours]:
+    """One method per configuration that the installed package knows; a printed line for the others."""
+    for options in CONFIGURATIONS:
+        label = " ".join(_word(key, value) for key, value in options.items())
+        if options["name"] not in CODECS:
+            print(f"left out: {label} (no such codec)")
+            continue
+        try:
+            yield Ours(CODECS[options["name"]](**options), label)
+        except ValidationError as error:
+            print(f"left out: {label} ({error.errors()[0]['msg']})")
+
+
+def _word(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    if isinstance(value, str):
+        return value
+    return f"{key}={value:.3g}"
+
+
+def messages(path: Path) -> dict[tuple[str, str], list[torch.Tensor]]:
+    """By direction and message: fp32 tensors [sample, token, width], one for each depth and step."""
+    found = {}
+    with np.load(path) as captured:
+        for direction, message in MESSAGES:
+            value = torch.from_numpy(captured[direction]).flatten(0, 1)
+            first = value[:, 0]
+            found[direction, message] = list(first if message == "key" else value[:, 1] - first)
+    return found
+
+
+def errors(method: Method, tensors: list[torch.Tensor]) -> tuple[float, float]:
+    """(root mean square of the tensors' relative errors, mean cosine)."""
+    squares, cosines = [], []
+    for x in tensors:
+        y = method.decode(method.encode(x), x)
+        assert torch.isfinite(y).all(), method.name
+        squares.append(((x - y).norm() / x.norm()).item() ** 2)
+        cosines.append(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0).item())
+    return statistics.mean(squares) ** 0.5, statistics.mean(cosines)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def speed(method: Method) -> dict[str, float]:
+    """Median GB/s of encode and decode, and as a share of a copy's, measured in turn."""
+    x = torch.randn(NUM_SPEED_VALUES // 1024, 1024, generator=torch.Generator().manual_seed(SEED)).bfloat16()
+    target = torch.empty_like(x)
+    message = method.encode(x)
+    method.decode(message, x)
+    rounds = [
+        (
+            seconds(lambda: target.copy_(x)),
+            seconds(lambda: method.encode(x)),
+            seconds(lambda: method.decode(message, x)),
+        )
+        for _ in range(NUM_ROUNDS)
+    ]
+    copy_s, encode_s, decode_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "encode GB/s": x.nbytes / encode_s / 1e9,
+        "decode GB/s": x.nbytes / decode_s / 1e9,
+        "encode of copy": copy_s / encode_s,
+        "decode of copy": copy_s / decode_s,
+    }
+
+
+def row(method: Method, captured: dict[tuple[str, str], list[torch.Tensor]]) -> dict[str, Any]:
+    """One line of the CSV."""
+    example = captured["activations", "key"][0]
+    figures: dict[str, Any] = {
+        "codec": method.name,
+        "family": method.family,
+        "bits per value": method.bits_per_value(example),
+    }
+    for direction, message in MESSAGES:
+        error, cosine = errors(method, captured[direction, message])
+        figures |= {f"{direction} {message} error": error, f"{direction} {message} cosine": cosine}
+    return figures | speed(method)
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draws what the CSV says: error against bits, one panel for each direction and message."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with source.open() as file:
+        rows = list(csv.DictReader(file))
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True)
+    for axis, (direction, message) in zip(axes.flat, MESSAGES, strict=True):
+        points = [(float(row["bits per value"]), float(row[f"{direction} {message} error"])) for row in rows]
+        for index, family in enumerate(families):
+            mine = [point for point, row in zip(points, rows, strict=True) if row["family"] == family]
+            axis.plot(*zip(*mine, strict=True), "osD^vP*X"[index % 8], label=family, alpha=0.8)
+        best: list[tuple[float, float]] = []
+        for point in sorted(points):
+            if not best or point[1] < best[-1][1]:
+                best.append(point)
+        axis.step(*zip(*best, strict=True), where="post", color="grey", lw=0.8, zorder=0)
+        axis.set(title=f"{direction}, {message}", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    for axis in axes[1]:
+        axis.set_xlabel("bits per value")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("relative error")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def report(rows: list[dict[str, Any]], origin: dict[str, Any], folder: Path) -> None:
+    """Writes codecs.csv, codecs.png and codecs.json, and prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "codecs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(folder / "codecs.csv", folder / "codecs.png")
+    (folder / "codecs.json").write_text(json.dumps(origin, indent=2) + "\n")
+    print(table([_shown(row, " error") for row in rows]))
+    print(table([_shown(row, " cosine") for row in rows]))
+    print(table([_shown(row, " GB/s", " of copy") for row in rows]))
+    print(f"written to {folder}: codecs.csv, codecs.json, codecs.png")
+
+
+def _shown(row: dict[str, Any], *endings: str) -> dict[str, Any]:
+    """The codec, its bits and the figures whose names end so."""
+    return {name: row[name] for name in row if name.endswith(("codec", "bits per value", *endings))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--captured", type=Path, default=RESULTS / "captured.npz")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    origin = {**provenance.facts(), "captured": json.loads(options.captured.with_suffix(".json").read_text())}
+    captured = messages(options.captured)
+    methods: list[Method] = [*ours(), *peers()]
+    rows = [row(method, captured) for method in methods]
+    report(rows, origin, options.results)
+
+
+if __name__ == "__main__":
+    main()

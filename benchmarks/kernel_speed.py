@@ -1,0 +1,149 @@
+"""GB/s of every codec on this machine's GPU, beside a device-to-device copy: `benchmarks.kernels`.
+
+A figure appears only for a codec whose payload, memory and output are equal on the GPU, bit for bit, to
+what `clapping_ds.codecs.reference` gives on the CPU.
+
+Bytes are the least that must move: the value or output once, the payload once, the memory once where it
+is read and once where it is written. The copy beside it reads and writes as many bytes in total, so its
+GB/s is what this GPU's memory gives. Both are timed in turn with CUDA events, so that clocks and other
+load touch both alike; reported are medians.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_variants import SEED, SITUATIONS, Situation, named_codecs
+from clapping_ds.codecs import AnyCodec, Context
+from clapping_ds.telemetry import table
+
+CHECKED_SHAPE = (768, 1024)
+TIMED_SHAPE = (16384, 4096)
+"""128 MiB in bfloat16, several times the largest L2 cache."""
+NUM_WARM_UP, NUM_TIMED = 5, 25
+TOLERANT = ("lowrank",)
+"""Codecs that leave a matrix product or a factorisation to a vendor's library, so that payloads differ
+in their last bits. Of these the decoded output is compared, given the same payload."""
+
+
+class Message:
+    """A value with its payload, context and output, on one device."""
+
+    def __init__(self, codec: AnyCodec, situation: Situation, shape: tuple[int, int], device: str) -> None:
+        generator = torch.Generator(device).manual_seed(1)
+        self.codec = codec
+        self.value = torch.randn(shape, generator=generator, device=device).to(situation.dtype)
+        self.out = torch.empty_like(self.value)
+        self.payload = torch.zeros(codec.nbytes(shape, situation.dtype), dtype=torch.uint8, device=device)
+        memory = torch.zeros_like(self.value) if situation.has_memory else None
+        state = codec.new_state(shape, torch.device(device))
+        self.context = Context(memory, situation.has_memory, SEED, state)
+
+    def encode_(self) -> None:
+        self.codec.encode_(self.value, self.payload, self.context)
+
+    def decode_(self) -> None:
+        self.codec.decode_(self.payload, self.out, self.context)
+
+    @property
+    def num_bytes(self) -> int:
+        """That encoding, or decoding, must move at least."""
+        memory = self.context.memory
+        return self.value.nbytes + self.payload.nbytes + (0 if memory is None else 2 * memory.nbytes)
+
+
+def difference(codec: AnyCodec, situation: Situation) -> str | None:
+    """What differs between the GPU and the reference, over three messages; None: nothing."""
+    here = Message(codec, situation, CHECKED_SHAPE, "cpu")
+    there = Message(codec, situation, CHECKED_SHAPE, "cuda")
+    there.value.copy_(here.value)
+    for _ in range(3):
+        for message in (here, there):
+            message.encode_()
+        if codec.name in TOLERANT:
+            _copy_(here, there)
+        elif not _same(here.payload, there.payload):
+            return "payload"
+        elif not _same(here.context.memory, there.context.memory):
+            return "memory after encode_"
+        for message in (here, there):
+            message.decode_()
+        for name, ours, theirs in (
+            ("output", here.out, there.out),
+            ("memory after decode_", here.context.memory, there.context.memory),
+            ("state", here.context.state, there.context.state),
+        ):
+            if not _same(ours, theirs):
+                return name
+    return None
+
+
+def _copy_(source: Message, target: Message) -> None:
+    target.payload.copy_(source.payload)
+    for theirs, ours in (
+        (target.context.memory, source.context.memory),
+        (target.context.state, source.context.state),
+    ):
+        if theirs is not None and ours is not None:
+            theirs.copy_(ours)
+
+
+def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    """Bit for bit."""
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(ours.view(torch.uint8), theirs.cpu().view(torch.uint8))
+
+
+def median_ms(functions: list[Callable[[], Any]]) -> list[float]:
+    """Each function's median time on the GPU; they run in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(NUM_WARM_UP + NUM_TIMED):
+        for function, found in zip(functions, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            if repeat >= NUM_WARM_UP:
+                found.append(start.elapsed_time(end))
+    return [statistics.median(found) for found in times]
+
+
+def row(name: str, codec: AnyCodec, situation: Situation) -> dict[str, Any]:
+    """One line of the report."""
+    fault = difference(codec, situation)
+    line: dict[str, Any] = {"codec": name, "situation": situation.label, "wrong": fault}
+    speeds: list[float | None] = [None] * 3
+    if fault is None:
+        message = Message(codec, situation, TIMED_SHAPE, "cuda")
+        source = torch.empty(message.num_bytes // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        found = median_ms([message.encode_, message.decode_, lambda: target.copy_(source)])
+        speeds = [message.num_bytes / 1e6 / ms for ms in found]
+    encode, decode, copy = speeds
+    share = [None if speed is None or not copy else speed / copy for speed in (encode, decode)]
+    line |= {"encode GB/s": encode, "decode GB/s": decode, "copy GB/s": copy}
+    return line | {"encode/copy": share[0], "decode/copy": share[1]}
+
+
+def report(only: str, folder: Path) -> int:
+    """Prints and writes the table; 1 where a codec is wrong, 2 without a CUDA device."""
+    from benchmarks.kernels import write
+
+    if not torch.cuda.is_available():
+        print("no CUDA device here: only --static works")
+        return 2
+    rows = [
+        {"gpu": torch.cuda.get_device_name(), **row(name, codec, situation)}
+        for name, codec in named_codecs()
+        for situation in SITUATIONS
+        if only in f"{name} {situation.label}"
+    ]
+    print(table(rows))
+    if not only:
+        write(rows, folder, "kernels_speed")
+    return int(any(line["wrong"] for line in rows))

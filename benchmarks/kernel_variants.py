@@ -1,0 +1,143 @@
+"""The one list of compiled kernels: what the codecs launch, recorded from their own launchers.
+
+`variants` lets every codec encode and decode a tensor while Triton's launch is replaced by a note of
+what would be launched: kernel, types, constants and options. So a kernel that changes its tile or its
+arguments changes here by itself, and no GPU is needed. `tests.compile_kernels` compiles the list,
+`benchmarks.kernels` takes the compiler's output apart.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from triton.runtime import JITFunction
+
+from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK
+
+SHAPE = (1024, 1024)
+"""Of the tensor that is sent: every group, segment and block full, as almost all are in use."""
+SEED = 0x0123456789ABCDEF
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+         torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}  # fmt: skip
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a channel asks of a codec."""
+
+    label: str
+    dtype: torch.dtype
+    has_memory: bool
+
+    def context(self, codec: AnyCodec) -> Context:
+        memory = torch.zeros(SHAPE, dtype=self.dtype) if self.has_memory else None
+        return Context(memory, self.has_memory, SEED, codec.new_state(SHAPE, torch.device("cpu")))
+
+
+SITUATIONS = (
+    Situation("memory", torch.bfloat16, True),
+    Situation("fp32", torch.float32, True),
+    Situation("direct", torch.bfloat16, False),
+)
+OPTIONS: dict[str, AnyCodec] = {
+    "int4 rotate": Quantizer(name="int4", rotate=True),
+    "int4 stochastic": Quantizer(name="int4", stochastic=True),
+    "eden2 unbiased": Eden(name="eden2", scale="unbiased"),
+    "topk int8": TopK(values="int8"),
+}
+"""Codecs with options that change their kernels; compiled for the first situation only."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as a codec launches it on a large tensor."""
+
+    label: str
+    """Codec, situation, and whether it encodes or decodes."""
+    kernel: JITFunction
+    types: Mapping[str, str]
+    """Triton types of the arguments that are not constants, in order, e.g. `*bf16`."""
+    aligned: frozenset[str]
+    """Arguments that are multiples of 16 (pointers: of 16 bytes), on which Triton specialises."""
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """Of the compiler, e.g. `num_warps`."""
+    values_per_program: int
+    least_bytes: Mapping[str, float]
+    """By pointer argument: bytes per value of the tensor that the algorithm must read plus write."""
+
+
+def named_codecs() -> list[tuple[str, AnyCodec]]:
+    """Every codec with its default options, then those with others."""
+    defaults = [(name, kind.model_validate({"name": name})) for name, kind in CODECS.items()]
+    return [*defaults, *OPTIONS.items()]
+
+
+def variants(only: str = "") -> list[Variant]:
+    """Every kernel of every codec whose label contains `only`."""
+    found: list[Variant] = []
+    for name, codec in named_codecs():
+        for situation in SITUATIONS[:1] if codec in OPTIONS.values() else SITUATIONS:
+            label = f"{name} {situation.label}"
+            if any(only in f"{label} {action}" for action in ("encode", "decode")):
+                found.extend(_launches(label, codec, situation))
+    return [variant for variant in found if only in variant.label]
+
+
+def _launches(label: str, codec: AnyCodec, situation: Situation) -> Iterator[Variant]:
+    value = torch.zeros(SHAPE, dtype=situation.dtype)
+    payload = torch.zeros(codec.nbytes(SHAPE, situation.dtype), dtype=torch.uint8)
+    context = situation.context(codec)
+    for action in ("encode", "decode"):
+        calls: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(kernel: JITFunction, *arguments: Any, calls: Any = calls, **keywords: Any) -> None:
+            calls.append((kernel, arguments, keywords))
+
+        # The codecs take the Triton path for CUDA tensors only; nothing here runs on a GPU.
+        with patch.object(JITFunction, "run", note), patch.object(torch.Tensor, "is_cuda", True, create=True):
+            if action == "encode":
+                codec.encode_(value, payload, context)
+            else:
+                codec.decode_(payload, value, context)
+        for kernel, arguments, keywords in calls:
+            yield _variant(f"{label} {action}", kernel, arguments, keywords)
+
+
+def _variant(
+    label: str, kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Variant:
+    """What Triton would compile for this launch."""
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    given |= {name: value for name, value in keywords.items() if name in kernel.arg_names}
+    constants = {p.name: given.pop(p.name) for p in kernel.params if p.is_constexpr}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    num_values = prod(SHAPE)
+    times = {
+        "memory": constants.get("CARRY", False) + constants.get("HAS_MEMORY", True),
+        "out": constants.get("HAS_OUT", True),
+    }
+    return Variant(
+        label,
+        kernel,
+        {name: _type(given[name]) for name in kernel.arg_names if name in given},
+        frozenset(name for name, value in given.items() if _address(value) % ALIGNMENT == 0),
+        constants,
+        {k: v for k, v in keywords.items() if k not in kernel.arg_names and k not in ("grid", "warmup")},
+        num_values // prod(keywords["grid"]),
+        {name: times.get(name, 1) * tensor.nbytes / num_values for name, tensor in tensors.items()},
+    )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _address(value: Any) -> int:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 STOCK = "stock DeepSpeed"
 
 
-def block(strategy: str, delta: str, key: str | None = None) -> dict[str, Any]:
+def block(strategy: str, delta: str | dict[str, Any], key: str | None = None) -> dict[str, Any]:
     """A `"clapping"` block with the same codecs in both directions."""
     direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
     sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": "cycle"}
@@ -36,10 +36,14 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "uncompressed, lazy": block("fu", "none"),
     "direct int4": block("direct", "int4"),
+    "direct int3, maximum scale": block("direct", {"name": "int3", "scale": "maximum"}),
+    "direct eden3": block("direct", "eden3"),
+    "direct eden2": block("direct", "eden2"),
     "direct int2": block("direct", "int2"),
     "fc int2": block("fc", "int2"),
     "fu int2": block("fu", "int2"),
     "int8 key + int2 delta": block("fu", "int2", key="int8"),
+    "eden3 key + eden1 delta": block("fu", "eden1", key="eden3"),
 }
 
 

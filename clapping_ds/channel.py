@@ -93,6 +93,7 @@ class Channel:
         self.holds_memory = config.holds_memory(direction)
         self.min_numel = config.direction(direction).min_numel
         self.memory_config = config.memory
+        self.compiles = config.compile
         self.wire = wire
         # State
         self.step = 0
@@ -161,6 +162,7 @@ class Channel:
             carry=held.memory is not None and (is_delta or self.carries),
             seed=drawn(self.seed, self.step, slot, index),
             state=held.delta_state if is_delta else held.key_state,
+            compiles=self.compiles,
         )
         return Part(codec, context, codec.nbytes(*spec))
 

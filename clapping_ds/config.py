@@ -102,6 +102,9 @@ class ClappingConfig(BaseModel):
     activations: DirectionConfig = Field(default_factory=DirectionConfig)
     gradients: DirectionConfig = Field(default_factory=DirectionConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    compile: bool = False
+    """Compile the codecs of CPU ranks with torch's C++ backend: some seconds per codec and shape at the
+    start, then the same bits in a fraction of the time. GPUs have their own kernels."""
 
     @model_validator(mode="before")
     @classmethod

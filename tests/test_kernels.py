@@ -81,11 +81,11 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank.reference, "apply_", lowrank.apply_triton_)
 
 
-def round_trip(codec, value, memory, carry):
+def round_trip(codec, value, memory, carry, compiles=False):
     """What both ends hold and send after one message, all outputs poisoned before, by name."""
     memories = [None if memory is None else memory.clone() for _ in range(2)]
     states = [codec.new_state(value.shape, value.device) for _ in range(2)]
-    sender, receiver = (Context(memories[end], carry, SEED, states[end]) for end in range(2))
+    sender, receiver = (Context(memories[end], carry, SEED, states[end], compiles) for end in range(2))
     payload = poisoned(codec.nbytes(value.shape, value.dtype))
     codec.encode_(value, payload, sender)
     out = poisoned(value.numel() * value.element_size()).view(value.dtype).view(value.shape)

@@ -100,7 +100,7 @@ def encode_kernel(
             if ROTATE:
                 b_sent = random_bits.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
                 b_sent = random_bits.with_signs(b_sent, b_key, BLOCK_G, GROUP)
-            b_memory = mem.step(b_base, b_sent, LIMIT)
+            b_memory = mem.saturated(b_base + b_sent if CARRY else b_sent, LIMIT)
             mem.store(memory + first + o_value, b_memory, m_value & b_finite[:, None])
         b_word |= b_code << (segment * BITS)
         b_scale_bits = tl.where(b_finite, b_scale_bits, 0x7FC0)
@@ -138,8 +138,9 @@ def decode_kernel(
             b_key = random_bits.group_keys(group + o_group, seed_low, seed_high)
             b_sent = random_bits.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
             b_sent = random_bits.with_signs(b_sent, b_key, BLOCK_G, GROUP)
-        b_base = mem.load(memory + first + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
-        b_memory = mem.rounded(memory, mem.step(b_base, b_sent, LIMIT))
+        if CARRY:
+            b_sent = mem.load(memory + first + o_value, m_value) + b_sent
+        b_memory = mem.rounded(memory, mem.saturated(b_sent, LIMIT))
         mem.store_both(memory + first, out + first, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
 
 

@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """64 bits, new for every message: what the codec draws at random, both ends draw alike."""
     state: torch.Tensor | None = None
     """What `new_state` gave, as the messages since have left it."""
+    compiles: bool = False
+    """Whether tensors on the CPU take the path that torch's C++ compiler makes of the reference."""
 
 
 class Codec(Protocol):

@@ -9,7 +9,8 @@ the mean over messages is right (`stochastic`):
 
     h = max|y| / (2^b - 1)      "maximum": int8, int4, and wherever rounding is stochastic
     h = mean|y|                 sign
-    h = <y, q0> / <q0, q0>      "least_squares": int3, int2; q0: levels of y at START * mean|y|
+    h = <y, q0> / <q0, q0>      "least_squares": int3, int2; q0: levels of y at the lesser of
+                                START * mean|y| and the maximum's h
 
 h is rounded to bfloat16, upwards where rounding is stochastic, so that no value is clamped. Rounding
 of x = fp32(v - m) with "maximum": |x - D(x)| <= h * (1 + 2^-7), stochastic 2h; `grouped` has the rest.
@@ -50,12 +51,13 @@ def encoded(
 ):  # fmt: skip
     """Codes and half steps. CONSTANTS: bits, scale, START, whether rounding is stochastic."""
     TOP: tl.constexpr = (1 << CONSTANTS[0]) - 1
+    b_largest = tl.max(tl.abs(b_y), 1) * (1.0 / TOP)
     if CONSTANTS[1] == "maximum":
-        b_half = tl.max(tl.abs(b_y), 1) * (1.0 / TOP)
+        b_half = b_largest
     else:
         b_half = tl.div_rn(tree_sum(tl.abs(b_y), BLOCK_G, GROUP, LEVELS), b_count)
         if CONSTANTS[1] == "least_squares":
-            b_level = levels(b_y, b_half * CONSTANTS[2], -0.5, TOP)
+            b_level = levels(b_y, tl.minimum(b_half * CONSTANTS[2], b_largest), -0.5, TOP)
             # Padding has levels of 1 or -1.
             b_square = tree_sum(b_level * b_level, BLOCK_G, GROUP, LEVELS) - (GROUP - b_count)
             b_half = tl.div_rn(tree_sum(b_y * b_level, BLOCK_G, GROUP, LEVELS), b_square)

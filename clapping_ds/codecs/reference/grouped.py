@@ -1,21 +1,22 @@
 """The codecs with one scale per group: `clapping_ds.codecs.grouped` in plain torch."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
-from clapping_ds.codecs.memory import limit
 from clapping_ds.codecs.protocol import Context
 from clapping_ds.codecs.reference import random_bits
-from clapping_ds.codecs.reference.steps import deliver_, differences, grouped, keep_, stepped
+from clapping_ds.codecs.reference.compiled import Compiled
+from clapping_ds.codecs.reference.steps import tiles, untile_
 
 if TYPE_CHECKING:
     from clapping_ds.codecs.grouped import GroupedCodec
 
 LARGEST = 2.0**112
 SMALLEST_EXPONENT = 27  # biased: 2^-100
-NAN_BFLOAT16_BITS = 0x7FC0
 
 Constants = tuple[Any, ...]
 
@@ -33,27 +34,17 @@ def encode_(
 ) -> None:
     """Writes codes and scales of value - base, and steps the memory as the receiver will."""
     num_groups, size = _num_groups(codec, codes), codec.group_size
-    base = context.memory if context.carry else None
-    x_GS, base_GS, finite_G = differences(value, base, num_groups, size)
-    y_GS, up_G = _normalised(x_GS.clamp(-LARGEST, LARGEST))
-    group_G = torch.arange(num_groups, device=value.device)
-    key_G = random_bits.group_keys(group_G, context.seed)
-    count_G = (value.numel() - group_G * size).clamp(1, size).float()
-    if codec.rotates:
-        y_GS = random_bits.hadamard(random_bits.with_signs(y_GS, key_G))
-        count_G = torch.full_like(count_G, size)
-        up_G = up_G * (1.0 / size)
-    noise_GS = random_bits.noise(key_G, size) if codec.draws_noise else y_GS
-    family = codec.family
-    code_GS, scale_G = family.plain.encoded(y_GS, count_G, noise_GS, family.constants)
-    scale_G = scale_G * up_G
-
-    codes.copy_(_packed(codec, code_GS))
-    scales.copy_(scale_G[: scales.numel()])
-    scales.view(torch.int16).masked_fill_(~finite_G[: scales.numel()], NAN_BFLOAT16_BITS)
-    if context.memory is not None:
-        sent_GS = _sent(codec, code_GS, scale_G, key_G)
-        keep_(context.memory, stepped(base_GS, sent_GS, limit(value, context.memory)), finite_G)
+    steps = compiled_steps(codec) if context.compiles else Steps(codec)
+    key_G, count_G = _drawn(codec, num_groups, value, context.seed)
+    value_GS = tiles(value, num_groups, size)
+    memory_GS = None if context.memory is None else tiles(context.memory, num_groups, size)
+    base_GS = memory_GS if context.carry else None
+    code_GS, scale_G = steps.code(value_GS, base_GS, key_G, count_G)
+    _pack_(codec, code_GS, codes)
+    scales.view(torch.int16).copy_(scale_G.view(torch.int32)[: scales.numel()] >> 16)
+    if context.memory is not None and memory_GS is not None:
+        steps.apply_(code_GS, scale_G, key_G, memory_GS, None, value.dtype, context.carry)
+        untile_(context.memory, memory_GS)
 
 
 def decode_(
@@ -61,14 +52,85 @@ def decode_(
 ) -> None:
     """Steps the memory by what codes and scales say; `out` gets the result, NaN where not finite."""
     num_groups, size = _num_groups(codec, codes), codec.group_size
-    scale_G = grouped(scales, num_groups, 1)[:, 0]
-    key_G = random_bits.group_keys(torch.arange(num_groups, device=out.device), context.seed)
-    sent_GS = _sent(codec, _unpacked(codec, codes), scale_G, key_G)
-    base_GS = torch.zeros_like(sent_GS)
-    if context.memory is not None and context.carry:
-        base_GS = grouped(context.memory, num_groups, size)
-    memory_GS = stepped(base_GS, sent_GS, limit(out, context.memory))
-    deliver_(context.memory, out, memory_GS, scale_G.isfinite())
+    steps = compiled_steps(codec) if context.compiles else Steps(codec)
+    key_G, _ = _drawn(codec, num_groups, out, context.seed)
+    scale_G = pad(scales.view(torch.int16).to(torch.int32) << 16, (0, num_groups - scales.numel()))
+    memory_GS = None if context.memory is None else tiles(context.memory, num_groups, size)
+    out_GS = tiles(out, num_groups, size)
+    code_GS = _unpacked(codec, codes)
+    steps.apply_(code_GS, scale_G.view(torch.float32), key_G, memory_GS, out_GS, out.dtype, context.carry)
+    if context.memory is not None and memory_GS is not None:
+        untile_(context.memory, memory_GS)
+    untile_(out, out_GS)
+
+
+class Steps:
+    """What is done with the groups of a tensor: pure arithmetic, so that it can also be compiled."""
+
+    def __init__(self, codec: "GroupedCodec") -> None:
+        self.family = codec.family
+        self.rotates = codec.rotates
+        self.draws_noise = codec.draws_noise
+
+    def code(
+        self,
+        value_GS: torch.Tensor,
+        base_GS: torch.Tensor | None,
+        key_G: torch.Tensor,
+        count_G: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 code_GS and fp32 scale_G, exact in bfloat16, of value - base; NaN where not finite."""
+        size = value_GS.shape[1]
+        x_GS = value_GS.float() if base_GS is None else value_GS.float() - base_GS.float()
+        largest_G = x_GS.abs().amax(1)
+        finite_G = largest_G < torch.inf
+        x_GS = x_GS.where(finite_G[:, None], 0.0).clamp(-LARGEST, LARGEST)
+        exponent_G = largest_G.clamp(max=LARGEST).view(torch.int32) >> 23
+        is_coded_G = finite_G & (exponent_G >= SMALLEST_EXPONENT)
+        down_G = torch.where(is_coded_G, (254 - exponent_G) << 23, 0).view(torch.float32)
+        up_G = torch.where(is_coded_G, exponent_G << 23, 0).view(torch.float32)
+        y_GS = x_GS * down_G[:, None]
+        if self.rotates:
+            y_GS = random_bits.hadamard(random_bits.with_signs(y_GS, key_G))
+            count_G = torch.full_like(count_G, size)
+            up_G = up_G * (1.0 / size)
+        noise_GS = random_bits.noise(key_G, size) if self.draws_noise else y_GS
+        code_GS, scale_G = self.family.plain.encoded(y_GS, count_G, noise_GS, self.family.constants)
+        return code_GS.to(torch.uint8), (scale_G * up_G).where(finite_G, torch.nan)
+
+    def apply_(
+        self,
+        code_GS: torch.Tensor,
+        scale_G: torch.Tensor,
+        key_G: torch.Tensor,
+        memory_GS: torch.Tensor | None,
+        out_GS: torch.Tensor | None,
+        dtype: torch.dtype,
+        carry: bool,
+    ) -> None:
+        """Steps the memory by what codes and scales say and hands it out; `dtype` is the message's."""
+        finite_G1 = scale_G.isfinite()[:, None]
+        sent_GS = self.family.plain.level(code_GS.to(torch.int32), self.family.constants) * scale_G[:, None]
+        if self.rotates:
+            sent_GS = random_bits.with_signs(random_bits.hadamard(sent_GS), key_G)
+        kept_dtype = dtype if memory_GS is None else memory_GS.dtype
+        bound = min(torch.finfo(dtype).max, torch.finfo(kept_dtype).max)
+        if memory_GS is not None and carry:
+            sent_GS = memory_GS.float() + sent_GS
+        kept_GS = sent_GS.clamp(-bound, bound).to(kept_dtype)
+        if out_GS is not None:
+            out_GS.copy_(kept_GS.where(finite_G1, torch.nan))
+        if memory_GS is not None:
+            memory_GS.copy_(kept_GS.where(finite_G1, memory_GS))
+
+
+@cache
+def compiled_steps(codec: "GroupedCodec") -> Steps:
+    """The same through torch's C++ compiler; where there is none, as they are, with a warning."""
+    steps = Steps(codec)
+    steps.code = Compiled(steps.code)  # type: ignore[method-assign, assignment]
+    steps.apply_ = Compiled(steps.apply_)  # type: ignore[method-assign, assignment]
+    return steps
 
 
 def _num_groups(codec: "GroupedCodec", codes: torch.Tensor) -> int:
@@ -76,41 +138,58 @@ def _num_groups(codec: "GroupedCodec", codes: torch.Tensor) -> int:
     return codes.numel() * 8 // (codec.bits * codec.group_size)
 
 
-def _normalised(x_GS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_GS * 2^-e with e the exponent of the group's largest magnitude, and 2^e; zeros for tiny groups."""
-    exponent_G = x_GS.abs().amax(1).view(torch.int32) >> 23
-    is_tiny_G = exponent_G < SMALLEST_EXPONENT
-    down_G = ((254 - exponent_G) << 23).masked_fill(is_tiny_G, 0).view(torch.float32)
-    up_G = (exponent_G << 23).masked_fill(is_tiny_G, 0).view(torch.float32)
-    return x_GS * down_G[:, None], up_G
+def _drawn(
+    codec: "GroupedCodec", num_groups: int, value: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of the groups, and how many values (at least 1) each has."""
+    group_G = torch.arange(num_groups, device=value.device)
+    count_G = (value.numel() - group_G * codec.group_size).clamp(1, codec.group_size).float()
+    is_random = codec.rotates or codec.draws_noise
+    return random_bits.group_keys(group_G, seed) if is_random else group_G, count_G
 
 
-def _sent(
-    codec: "GroupedCodec", code_GS: torch.Tensor, scale_G: torch.Tensor, key_G: torch.Tensor
-) -> torch.Tensor:
-    """fp32 [G, S]: what the codes stand for."""
-    sent_GS = codec.family.plain.level(code_GS, codec.family.constants) * scale_G[:, None]
-    if codec.rotates:
-        sent_GS = random_bits.with_signs(random_bits.hadamard(sent_GS), key_G)
-    return sent_GS
+def _places(codec: "GroupedCodec") -> list[tuple[int, int, int]]:
+    """(segment, row, shift): bits of a segment's code that are in a byte row, shifted left so far."""
+    found = []
+    for segment in range(codec.num_segments):
+        for row in range(codec.bits * codec.num_segments // 8):
+            shift = segment * codec.bits - 8 * row
+            if -codec.bits < shift < 8:
+                found.append((segment, row, shift))
+    return found
 
 
-def _packed(codec: "GroupedCodec", code_GS: torch.Tensor) -> torch.Tensor:
-    """uint8 of the codes, in the byte layout that `clapping_ds.codecs.grouped` states."""
+def _pack_(codec: "GroupedCodec", code_GS: torch.Tensor, codes: torch.Tensor) -> None:
+    """Writes uint8 codes in the byte layout that `clapping_ds.codecs.grouped` states."""
     code_PW = code_GS.view(codec.num_segments, -1)
-    word_W = code_PW[0]
-    for segment in range(1, codec.num_segments):
-        word_W = word_W | (code_PW[segment] << (segment * codec.bits))
-    rows = [(word_W >> (8 * row)) & 0xFF for row in range(codec.bits * codec.num_segments // 8)]
-    return torch.stack(rows).to(torch.uint8).view(-1)
+    byte_RW = codes.view(-1, code_PW.shape[1])
+    written = set()
+    for segment, row, shift in _places(codec):
+        code_W = _shifted(code_PW[segment], shift)
+        if row in written:
+            byte_RW[row].bitwise_or_(code_W)
+        else:
+            byte_RW[row].copy_(code_W)
+            written.add(row)
 
 
 def _unpacked(codec: "GroupedCodec", codes: torch.Tensor) -> torch.Tensor:
-    """int32 [G, S], the inverse of `_packed`."""
-    byte_RW = codes.view(codec.bits * codec.num_segments // 8, -1).to(torch.int32)
-    word_W = byte_RW[0]
-    for row in range(1, byte_RW.shape[0]):
-        word_W = word_W | (byte_RW[row] << (8 * row))
-    mask = (1 << codec.bits) - 1
-    segments = [(word_W >> (segment * codec.bits)) & mask for segment in range(codec.num_segments)]
-    return torch.stack(segments).view(-1, codec.group_size)
+    """uint8 [G, S], the inverse of `_pack_`."""
+    byte_RW = codes.view(codec.bits * codec.num_segments // 8, -1)
+    code_PW = torch.empty(codec.num_segments, byte_RW.shape[1], dtype=torch.uint8, device=codes.device)
+    written = set()
+    for segment, row, shift in _places(codec):
+        code_W = _shifted(byte_RW[row], -shift)
+        if segment in written:
+            code_PW[segment].bitwise_or_(code_W)
+        else:
+            code_PW[segment].copy_(code_W)
+            written.add(segment)
+    if codec.bits < 8:
+        code_PW.bitwise_and_((1 << codec.bits) - 1)
+    return code_PW.view(-1, codec.group_size)
+
+
+def _shifted(byte_W: torch.Tensor, left: int) -> torch.Tensor:
+    """uint8, shifted left, or right where negative; bits that leave the byte are lost."""
+    return byte_W << left if left > 0 else byte_W >> -left if left < 0 else byte_W

@@ -11,12 +11,13 @@ def encoded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bits, scale, start, is_stochastic = constants
     top = (1 << bits) - 1
+    largest_G = y_GS.abs().amax(1) * (1.0 / top)
     if scale == "maximum":
-        half_G = y_GS.abs().amax(1) * (1.0 / top)
+        half_G = largest_G
     else:
         half_G = tree_sum(y_GS.abs()) / count_G
         if scale == "least_squares":
-            half_G = _fitted(y_GS, count_G, half_G * start, top)
+            half_G = _fitted(y_GS, count_G, torch.minimum(half_G * start, largest_G), top)
     half_G = _rounded_up(half_G) if is_stochastic else half_G.bfloat16().float()
     level_GS = _levels(y_GS, half_G, noise_GS if is_stochastic else -0.5, top)
     return ((level_GS + top) * 0.5).to(torch.int32), half_G

@@ -17,6 +17,20 @@ def copy_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor) -> N
     keep_(memory, value_GS.clamp(-bound, bound), finite_G)
 
 
+def tiles(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
+    """[G, S] of the contiguous tensor in its own dtype: a view where it fills the groups, else a copy
+    padded with zeros, which `untile_` writes back."""
+    flat = tensor.view(-1)
+    padding = num_groups * size - flat.numel()
+    return (pad(flat, (0, padding)) if padding else flat).view(num_groups, size)
+
+
+def untile_(tensor: torch.Tensor, tiles_GS: torch.Tensor) -> None:
+    """tensor <- its tiles, unless they are a view of it."""
+    if tiles_GS.numel() != tensor.numel():
+        tensor.view(-1).copy_(tiles_GS.view(-1)[: tensor.numel()])
+
+
 def grouped(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
     """fp32 [G, S] of the flattened tensor, padded with zeros."""
     flat = tensor.reshape(-1).float()

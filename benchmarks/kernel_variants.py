@@ -67,6 +67,8 @@ class Variant:
     options: Mapping[str, Any]
     """Of the compiler, e.g. `num_warps`."""
     values_per_program: int
+    num_trips: int
+    """Of the kernel's one loop, that over the segments of a grouped codec; 1 where it has none."""
     least_bytes: Mapping[str, float]
     """By pointer argument: bytes per value of the tensor that the algorithm must read plus write."""
 
@@ -129,6 +131,7 @@ def _variant(
         constants,
         {k: v for k, v in keywords.items() if k not in kernel.arg_names and k not in ("grid", "warmup")},
         num_values // prod(keywords["grid"]),
+        constants.get("SEGMENTS", 1) // min(constants.get("SEGMENTS", 1), constants.get("UNROLL", 1)),
         {name: times.get(name, 1) * tensor.nbytes / num_values for name, tensor in tensors.items()},
     )
 

@@ -13,8 +13,8 @@ or moves more than 5 % more bytes than it must. Its columns:
   once; of small ones the least, as their tiles are partly masked. An access that is repeated counts
   twice, even where a cache would serve it.
 * least: each input read once and each output written once.
-* instructions per value: those in the code times threads, divided by values; kernels have no loops
-  (a note says so where one has), and the rare branches, such as a division's slow path, count once.
+* instructions per value: those executed times threads, divided by values; rare branches, such as a
+  division's slow path, count once.
 * us per million values: at the GPU's memory bandwidth, and at one instruction per scheduler and cycle.
   The second is a lower bound: A100 issues fp32 and integer instructions at half that rate each.
 """
@@ -88,7 +88,7 @@ def narrow(code: Code) -> Counter[str]:
 
 def notes(code: Code) -> list[str]:
     """What makes the figures of this row unsure."""
-    found = ["has loops: counts are too low"] if code.has_loops else []
+    found = ["an unknown loop: counts are too low"] if code.loop and code.variant.num_trips == 1 else []
     by_argument: Counter[Width] = Counter()
     for access, count in code.accesses.items():
         by_argument[access.width] += count

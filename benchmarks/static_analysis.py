@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,14 +131,37 @@ class Code:
 
     @cached_property
     def instructions(self) -> Counter[str]:
-        """Of one thread, by name: counted in the code and, as no kernel loops, those executed."""
-        if self.is_amd:
-            return Counter(AMD.findall(self.disassembly))
-        return Counter(name for name, _ in SASS.findall(self.disassembly) if name != "NOP")
+        """Executed by one thread, by name: those of the loop once per trip."""
+        found: Counter[str] = Counter()
+        for block, lines in self._blocks[0].items():
+            text = "\n".join(lines)
+            names = AMD.findall(text) if self.is_amd else [name for name, _ in SASS.findall(text)]
+            num_times = self.variant.num_trips if block in self.loop else 1
+            for name in names:
+                found[name] += num_times * (name != "NOP")
+        return found
 
     @cached_property
-    def has_loops(self) -> bool:
-        """Whether the flow of control has a cycle, so that static counts are too low."""
+    def loop(self) -> set[str]:
+        """The blocks of the disassembly that can follow themselves."""
+        edges = self._blocks[1]
+        looped = set()
+        for start in edges:
+            seen: set[str] = set()
+            waiting = list(edges[start])
+            while waiting:
+                block = waiting.pop()
+                if block not in seen:
+                    seen.add(block)
+                    waiting.extend(edges[block])
+            if start in seen:
+                looped.add(start)
+        return looped
+
+    @cached_property
+    def _blocks(self) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+        """The lines of each block, by its label, and which blocks follow which."""
+        lines: dict[str, list[str]] = {"": []}
         edges: dict[str, set[str]] = {"": set()}
         block, falls_through = "", True
         for line in self.disassembly.splitlines():
@@ -148,15 +170,13 @@ class Code:
                 if falls_through:
                     edges[block].add(label[1])
                 block, falls_through = label[1], True
-                edges[block] = set()
-            elif falls_through:
-                edges[block].update(BRANCH.findall(line))
-                falls_through = not ALWAYS_LEAVES.search(line)
-        try:
-            TopologicalSorter(edges).prepare()
-        except CycleError:
-            return True
-        return False
+                lines[block], edges[block] = [], set()
+            else:
+                lines[block].append(line)
+                if falls_through:
+                    edges[block].update(BRANCH.findall(line))
+                    falls_through = not ALWAYS_LEAVES.search(line)
+        return lines, edges
 
     @cached_property
     def widths(self) -> Counter[Width]:
@@ -195,11 +215,18 @@ class Code:
         text = self.kernel.asm["ttir"]
         origin = dict(TRITON_DEFINITION.findall(text))
         found: Counter[tuple[str, bool]] = Counter()
-        for kind, pointer, shape, bits in TRITON_ACCESS.findall(text):
-            while pointer in origin:
-                pointer = origin[pointer]
-            num_elements = prod(int(size) for size in shape.split("x") if size)
-            found[pointer.removeprefix("%"), kind == "store"] += num_elements * int(bits) // 8
+        loop_end = ""
+        for line in text.splitlines():
+            if "scf.for " in line:
+                loop_end = line[: len(line) - len(line.lstrip())] + "}"
+            elif loop_end and line.startswith(loop_end):
+                loop_end = ""
+            for kind, pointer, shape, bits in TRITON_ACCESS.findall(line):
+                while pointer in origin:
+                    pointer = origin[pointer]
+                num_elements = prod(int(size) for size in shape.split("x") if size)
+                num_bytes = num_elements * int(bits) // 8 * (self.variant.num_trips if loop_end else 1)
+                found[pointer.removeprefix("%"), kind == "store"] += num_bytes
         return found
 
     def _rest(self, found: Counter[Access], is_store: bool) -> str:

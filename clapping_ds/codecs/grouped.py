@@ -41,6 +41,7 @@ from clapping_ds.codecs.reference import grouped as reference
 
 SEGMENTS = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}
 TILE = 2048  # values of one segment per program: 16 per thread, so that a thread writes 16 bytes of codes
+UNROLL = 2  # segments; with all 8 unrolled, registers spill
 NUM_WARPS = TILE // 16 // mem.WARP_SIZE
 
 
@@ -63,14 +64,14 @@ def encode_kernel(
     value, memory, codes, scales, num_values, seed_low, seed_high,
     ENCODED: tl.constexpr, LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
     BITS: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, STOCHASTIC: tl.constexpr, UNROLL: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 5.192296858534828e33
     num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
     o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
-    for segment in tl.static_range(SEGMENTS):
+    for segment in tl.range(0, SEGMENTS, loop_unroll_factor=UNROLL):
         group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
         b_value = mem.load(value + first + o_value, m_value)
         b_base = mem.load(memory + first + o_value, m_value) if CARRY else tl.zeros_like(b_value)
@@ -117,7 +118,7 @@ def decode_kernel(
     codes, scales, memory, out, num_values, seed_low, seed_high,
     LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
     BITS: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_G: tl.constexpr, ROTATE: tl.constexpr,
+    BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, UNROLL: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
@@ -128,7 +129,7 @@ def decode_kernel(
         b_byte = tl.load(codes + first + o_code, m_code, other=0)
         b_word |= b_byte.to(tl.int32) << (8 * row)
 
-    for segment in tl.static_range(SEGMENTS):
+    for segment in tl.range(0, SEGMENTS, loop_unroll_factor=UNROLL):
         group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
         b_scale = mem.from_bf16_bits(tl.load(scales + group + o_group, m_group, other=0))
         m_finite = (b_scale == b_scale)[:, None]
@@ -166,6 +167,7 @@ def _launch_options(codec: "GroupedCodec", num_values: int) -> tuple[tuple[int],
         "LEVELS": codec.group_size.bit_length() - 1,
         "BLOCK_G": block_groups,
         "ROTATE": codec.rotates,
+        "UNROLL": UNROLL,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }

@@ -10,7 +10,7 @@ and both update their memory with the same arithmetic, so that the memories stay
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -138,6 +138,27 @@ class Channel:
     def memory_nbytes(self) -> int:
         """Bytes that error feedback and codecs hold at this end."""
         return sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
+
+    def state_dict(self) -> dict[int, dict[int, dict[str, Any]]]:
+        """What is held, by slot and tensor, for `torch.save`."""
+        return {
+            slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
+            for slot, tensors in self.held.items()
+        }
+
+    def load_state_dict(self, state: dict[int, dict[int, dict[str, Any]]]) -> None:
+        """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
+        self.held = {
+            slot: {index: self._loaded(saved) for index, saved in tensors.items()}
+            for slot, tensors in state.items()
+        }
+
+    def _loaded(self, saved: dict[str, Any]) -> Held:
+        held = self._new(Spec(*saved["spec"]))
+        for name in ("memory", "key_state", "delta_state"):
+            if saved[name] is not None:
+                getattr(held, name).copy_(saved[name])
+        return held
 
     def _plan(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> list[Part]:
         """How each tensor is sent. A function of state that is equal at both ends."""

@@ -102,6 +102,8 @@ class ClappingConfig(BaseModel):
     activations: DirectionConfig = Field(default_factory=DirectionConfig)
     gradients: DirectionConfig = Field(default_factory=DirectionConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    checkpoint_memory: bool = True
+    """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
     compile: bool = False
     """Compile the codecs of CPU ranks with torch's C++ backend: some seconds per codec and shape at the
     start, then the same bits in a fraction of the time. GPUs have their own kernels."""

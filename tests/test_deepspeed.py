@@ -323,3 +323,42 @@ def test_an_iterator_that_ends_stops_four_stages(four_ranks):
     assert_same_error(
         four_ranks.outcomes(models.train_on_too_little), "StopIteration", "data_iter ended in step 0"
     )
+
+
+LOWRANK = {
+    "strategy": "fu", "p_new": 0.5, "refresh": "slot",
+    "activations": {"delta": {"name": "lowrank", "rank": 2}, "key": "eden3"},
+    "gradients": {"delta": "eden1", "key": "int8"},
+}  # fmt: skip
+
+
+def interrupted(block, folder):
+    """Losses and what is held after 3 more steps: uninterrupted, and by a new engine from the checkpoint."""
+    found = []
+    for resumes in (False, True):
+        engine = models.make_engine(block)
+        data = models.batches()
+        if resumes:
+            engine.load_checkpoint(folder)
+            for _ in range(engine.clapping_num_drawn):
+                next(data)
+        else:
+            for _ in range(4):
+                engine.train_batch(data_iter=data)
+            engine.save_checkpoint(folder)
+        losses = [float(engine.train_batch(data_iter=data)) for _ in range(3)]
+        found.append((losses, models.memories(engine)))
+    return found
+
+
+@pytest.mark.parametrize("block", [INT2, LOWRANK], ids=["int2", "lowrank and eden"])
+def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
+    for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):
+        assert uninterrupted == resumed
+
+
+def test_without_memories_in_the_checkpoint_the_next_step_is_all_fresh(two_ranks, tmp_path):
+    block = {**LOWRANK, "checkpoint_memory": False}
+    for (_, _), (losses, _) in two_ranks.run(interrupted, block, str(tmp_path)):
+        assert torch.tensor(losses).isfinite().all()
+    assert not list(tmp_path.rglob("clapping_rank_*"))

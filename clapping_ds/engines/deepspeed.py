@@ -10,6 +10,7 @@ engine with an enabled `"clapping"` block gets a map of its own; every other eng
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -117,6 +118,39 @@ class ClappingPipelineEngine(PipelineEngine):
         sent = [ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS]
         rows = [telemetry.row(self._stage.channels[end]) for end in sent if end in self._stage.channels]
         return [row for rows_of_rank in gather(rows) for row in rows_of_rank]
+
+    # Checkpoints
+
+    def save_checkpoint(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `DeepSpeedEngine.save_checkpoint`. Before it, each rank writes its own state into the same
+        folder, so that a checkpoint that `latest` names has it."""
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        if self.clapping.enabled and self.clapping.checkpoint_memory:
+            folder = Path(save_dir) / tag
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self._stage.state_dict(), folder / self._state_file)
+        return super().save_checkpoint(save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """As `DeepSpeedEngine.load_checkpoint`. Without our state on every rank, the next step is all
+        fresh. The data iterator is the caller's: `clapping_num_drawn` batches were taken from it."""
+        path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
+        if self.clapping.enabled:
+            state = None
+            if path is not None and self.clapping.checkpoint_memory:
+                file = Path(path).parent / self._state_file
+                state = torch.load(file, map_location=self.device) if file.exists() else None
+            self._stage.load_state_dict(state)
+        return path, client_state
+
+    @property
+    def clapping_num_drawn(self) -> int:
+        """Batches that this rank took from its data iterator."""
+        return self._stage.sampler.num_drawn
+
+    @property
+    def _state_file(self) -> str:
+        return f"clapping_rank_{self.global_rank:05d}.pt"
 
     # Instructions
 

@@ -90,6 +90,29 @@ class Stage:
     def end_step(self) -> None:
         self.step += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Step, held batches, memories and codec states of this rank, between two steps."""
+        channels = {end: channel.state_dict() for end, channel in self.channels.items()}
+        return {
+            "step": self.step,
+            "fresh": self.fresh,
+            "shapes_differ": self.shapes_differ,
+            "sampler": self.sampler.state_dict(),
+            "channels": channels,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Takes what `state_dict` gave, if every rank has it; else forgets: the next step is all fresh.
+        A collective of all ranks."""
+        (all_have_it,) = all_agree([state is not None], self.device)
+        if state is None or not all_have_it:
+            self.fresh = []
+            return
+        self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
+        self.sampler.load_state_dict(state["sampler"])
+        for end, channel in self.channels.items():
+            channel.load_state_dict(state["channels"][end])
+
     def send(self, end: str, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of the end's next slot."""
         slot = self._next_slot(end)

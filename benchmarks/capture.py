@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks import provenance
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, LayerNorm, logits, loss
-from launch.trainer import RunConfig, _optimizer, learning_rate_factor
+from launch.trainer import RunConfig, learning_rate_factor, optimizer
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (1, 40, 160, 320)
@@ -72,7 +72,7 @@ def visit(model: GPT, batch: Batch) -> Visit:
     return {name: [x.detach()[:, ::TOKEN_STRIDE].numpy() for x in xs] for name, xs in found.items()}
 
 
-def train_step(model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> float:
+def train_step(model: GPT, adam: torch.optim.Optimizer, batches: list[Batch]) -> float:
     """One optimizer step; returns the mean loss before it."""
     losses = []
     for token_BT, label_BT in batches:
@@ -80,8 +80,8 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, batches: list[Batch
         part.backward()
         losses.append(part.item())
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
+    adam.step()
+    adam.zero_grad()
     return sum(losses)
 
 
@@ -98,9 +98,9 @@ def capture(run: RunConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     corpus, vocabulary = tokens(run.data, run.tokenizer)
     gpt = GPTConfig(**{**vars(run.gpt), "vocabulary": vocabulary})
     model = GPT(gpt, run.seed)
-    optimizer = _optimizer(model, run)
+    adam = optimizer(model, run)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
+        adam, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
     )
     batches = Windows(corpus, gpt.length, BATCH_SIZE, validation=False).batches(run.seed * 1000)
 
@@ -109,7 +109,7 @@ def capture(run: RunConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     for step in tqdm(range(1, run.steps + 1), desc="capture", mininterval=1.0):
         micro_batches = list(islice(batches, NUM_MICRO_BATCHES))
         before = visit(model, micro_batches[0]) if step in STEPS else None
-        train_loss = train_step(model, optimizer, micro_batches)
+        train_loss = train_step(model, adam, micro_batches)
         schedule.step()
         if before is not None:
             visits.append([before, visit(model, micro_batches[0])])

@@ -3,9 +3,10 @@
     python -m benchmarks.codecs
 
 Reads `captured.npz` (see `benchmarks.capture`). A key message is a value, a delta message its change in
-one optimizer step on the same sample. Errors are over all captured depths and steps: the root of the mean
-squared relative error, and the mean cosine. Speed is of the plain-torch path on this CPU, in bytes of
-uncompressed bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
+one optimizer step on the same sample. Errors are over all captured depths and steps, without a memory: the
+root of the mean squared relative error, and the mean cosine. Speed is of the plain-torch path on this CPU,
+and of the compiled one for the codecs that have it, with error feedback for ours: in bytes of uncompressed
+bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
 
 The captured matrices have only 64 rows. `lowrank` looks dear here: its bits per value are
 16 * rank * (1 / rows + 1 / columns). It also starts cold, where in training it starts from the last message.
@@ -13,30 +14,32 @@ The captured matrices have only 64 rows. `lowrank` looks dear here: its bits per
 
 import argparse
 import csv
-import inspect
 import json
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from benchmarks import provenance
 from benchmarks.peers import peers
-from clapping_ds.codecs import CODECS, protocol
+from clapping_ds.codecs import CODECS, AnyCodec, Context
+from clapping_ds.codecs.grouped import GroupedCodec
 from clapping_ds.telemetry import table
 
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("unbiased", "least_squares")
 CONFIGURATIONS: list[dict[str, Any]] = [
+    *({"name": name, **options} for name in ("int8", "int4") for options in ({}, {"rotate": True})),
+    {"name": "int4", "stochastic": True},
     *(
         {"name": name, **options}
-        for name in ("int8", "int4", "int3", "int2")
+        for name in ("int3", "int2")  # their default scale is least squares
         for options in ({}, {"rotate": True}, {"scale": "maximum"})
     ),
     {"name": "sign"},
@@ -52,8 +55,10 @@ MESSAGES = [
     (direction, message) for direction in ("activations", "gradients") for message in ("key", "delta")
 ]
 SEED = 1234
-NUM_SPEED_VALUES = 1 << 21
-NUM_ROUNDS = 9
+SPEED_SHAPE = (2048, 1024)
+NUM_WARM_UP, NUM_ROUNDS = 2, 9
+PATHS = ("", "compiled ")
+"""What the columns of the plain-torch path and of the compiled one begin with."""
 
 
 class Method(Protocol):
@@ -72,9 +77,9 @@ class Method(Protocol):
 
 
 class Ours:
-    """A codec of this package, without a memory: what is encoded is what crosses the wire."""
+    """A codec of this package; `encode` and `decode` without a memory, so that errors are one message's."""
 
-    def __init__(self, codec: Any, name: str) -> None:
+    def __init__(self, codec: AnyCodec, name: str) -> None:
         kind, *options = name.split()
         self.codec = codec
         self.name = name
@@ -84,37 +89,28 @@ class Ours:
         return self.codec.nbytes(tuple(x.shape), x.dtype) * 8 / x.numel()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        payload = torch.empty(self.codec.nbytes(tuple(x.shape), x.dtype), dtype=torch.uint8)
-        self.codec.encode_(x, *self._arguments(x, payload))
+        payload = self.payload_for(x)
+        self.codec.encode_(x, payload, self.context_for(x))
         return payload
 
     def decode(self, payload: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
-        self.codec.decode_(payload, *self._arguments(x, out))
+        self.codec.decode_(payload, out, self.context_for(x))
         return out
 
-    def _arguments(self, x: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
-        """The rest of the arguments, for either interface. The state is new: lowrank starts cold."""
-        context = getattr(protocol, "Context", None)
-        if context is None:
-            return (None, target, False)
-        form = (tuple(x.shape), x.dtype, x.device)
-        short = len(inspect.signature(self.codec.new_state).parameters) == 2
-        state = self.codec.new_state(form[0], form[2]) if short else self.codec.new_state(*form)
-        return target, context(None, False, SEED, state)
+    def payload_for(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(self.codec.nbytes(tuple(x.shape), x.dtype), dtype=torch.uint8)
+
+    def context_for(self, x: torch.Tensor) -> Context:
+        """The state is new: lowrank starts cold."""
+        return Context(seed=SEED, state=self.codec.new_state(tuple(x.shape), x.device))
 
 
 def ours() -> Iterator[Ours]:
-    """One method per configuration that the installed package knows; a printed line for the others."""
+    """One method per configuration."""
     for options in CONFIGURATIONS:
         label = " ".join(_word(key, value) for key, value in options.items())
-        if options["name"] not in CODECS:
-            print(f"left out: {label} (no such codec)")
-            continue
-        try:
-            yield Ours(CODECS[options["name"]](**options), label)
-        except ValidationError as error:
-            print(f"left out: {label} ({error.errors()[0]['msg']})")
+        yield Ours(CODECS[options["name"]].model_validate(options), label)
 
 
 def _word(key: str, value: Any) -> str:
@@ -153,27 +149,44 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def speed(method: Method) -> dict[str, float]:
-    """Median GB/s of encode and decode, and as a share of a copy's, measured in turn."""
-    x = torch.randn(NUM_SPEED_VALUES // 1024, 1024, generator=torch.Generator().manual_seed(SEED)).bfloat16()
+def calls(method: Method, x: torch.Tensor, compiles: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Encode and decode of what is in x; ours with error feedback, as ranks use it."""
+    if not isinstance(method, Ours):
+        message = method.encode(x)
+        return lambda: method.encode(x), lambda: method.decode(message, x)
+    codec, payload, out = method.codec, method.payload_for(x), torch.empty_like(x)
+    sender, receiver = (
+        method.context_for(x)._replace(memory=torch.zeros_like(x), carry=True, compiles=compiles)
+        for _ in range(2)
+    )
+    return lambda: codec.encode_(x, payload, sender), lambda: codec.decode_(payload, out, receiver)
+
+
+def speed(method: Method, shape: tuple[int, int] = SPEED_SHAPE) -> dict[str, float | None]:
+    """Median GB/s of encode and decode, and as a share of a copy's, all measured in turn. None: no such
+    path."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).bfloat16()
     target = torch.empty_like(x)
-    message = method.encode(x)
-    method.decode(message, x)
-    rounds = [
-        (
-            seconds(lambda: target.copy_(x)),
-            seconds(lambda: method.encode(x)),
-            seconds(lambda: method.decode(message, x)),
-        )
-        for _ in range(NUM_ROUNDS)
-    ]
-    copy_s, encode_s, decode_s = (statistics.median(column) for column in zip(*rounds, strict=True))
-    return {
-        "encode GB/s": x.nbytes / encode_s / 1e9,
-        "decode GB/s": x.nbytes / decode_s / 1e9,
-        "encode of copy": copy_s / encode_s,
-        "decode of copy": copy_s / decode_s,
-    }
+    timed: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(x)}
+    torch.compiler.reset()  # it compiles a function 8 times at most, which is enough for a rank
+    for path in PATHS:
+        if path == PATHS[0] or (isinstance(method, Ours) and isinstance(method.codec, GroupedCodec)):
+            encode, decode = calls(method, x, compiles=path != PATHS[0])
+            timed |= {f"{path}encode": encode, f"{path}decode": decode}
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for round_ in range(NUM_WARM_UP + NUM_ROUNDS):
+        x.neg_()  # so that there always is a change to send
+        for name, call in timed.items():
+            spent_s = seconds(call)
+            if round_ >= NUM_WARM_UP:
+                times[name].append(spent_s)
+    median_s = {name: statistics.median(found) for name, found in times.items()}
+    figures: dict[str, float | None] = {}
+    for name in (f"{path}{action}" for path in PATHS for action in ("encode", "decode")):
+        spent = median_s.get(name)
+        figures[f"{name} GB/s"] = x.nbytes / spent / 1e9 if spent else None
+        figures[f"{name} of copy"] = median_s["copy"] / spent if spent else None
+    return figures
 
 
 def row(method: Method, captured: dict[tuple[str, str], list[torch.Tensor]]) -> dict[str, Any]:
@@ -248,6 +261,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="the CPU path is not compiled")
     origin = {**provenance.facts(), "captured": json.loads(options.captured.with_suffix(".json").read_text())}
     captured = messages(options.captured)
     methods: list[Method] = [*ours(), *peers()]

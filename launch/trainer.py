@@ -74,7 +74,7 @@ def train(
     model = pipeline(gpt, run.num_stages, run.seed, run.checkpoint_interval)
     engine, *_ = initialize(
         model=model,
-        optimizer=_optimizer(model, run),
+        optimizer=optimizer(model, run),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
         ),
@@ -113,7 +113,7 @@ def validation_loss(engine: Any, batches: Iterator[Any], num_batches: int) -> fl
     return sum(losses) / num_batches
 
 
-def _optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.dim() >= 2], "weight_decay": run.weight_decay},

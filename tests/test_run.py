@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,11 @@ CONFIG = {
 
 
 def launch(*arguments, **environment):
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", *arguments]
+    with socket.socket() as probe:  # another launch on this machine may hold DeepSpeed's default port
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_accelerators", "2", "--master_port", port, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False

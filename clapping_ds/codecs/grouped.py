@@ -41,7 +41,7 @@ from clapping_ds.codecs.reference import grouped as reference
 
 SEGMENTS = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}
 TILE = 2048  # values of one segment per program: 16 per thread, so that a thread writes 16 bytes of codes
-UNROLL = 2  # segments; with all 8 unrolled, registers spill
+MOST_UNROLLED = 4  # segments; with 8 and two at a time, registers spill
 NUM_WARPS = TILE // 16 // mem.WARP_SIZE
 
 
@@ -167,7 +167,7 @@ def _launch_options(codec: "GroupedCodec", num_values: int) -> tuple[tuple[int],
         "LEVELS": codec.group_size.bit_length() - 1,
         "BLOCK_G": block_groups,
         "ROTATE": codec.rotates,
-        "UNROLL": UNROLL,
+        "UNROLL": 1 if codec.num_segments > MOST_UNROLLED else 2,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 """Without it the compiler drops a rounding to a narrow dtype and back, and memories differ. It contracts
 no multiply-adds, and does not reorder floating-point sums that are written out."""
+
+MOST_KINDS = 32
+"""Kinds of arguments (dtypes, carry, shapes) that one codec's function is compiled for."""
 
 
 class Compiled:
@@ -18,12 +21,18 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.run: Callable[..., Any] = torch.compile(function, dynamic=None, fullgraph=True, options=OPTIONS)
+        self.run: Callable[..., Any] = torch.compile(
+            function,
+            fullgraph=True,
+            options=OPTIONS,
+            recompile_limit=MOST_KINDS,
+            isolate_recompiles=True,  # else all codecs share one limit, as they share one function's code
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         try:
             return self.run(*arguments)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             # Raised while compiling, before anything is written.
             if self.run is self.function:
                 raise

@@ -106,7 +106,8 @@ class ClappingConfig(BaseModel):
     """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
     compile: bool = False
     """Compile the codecs of CPU ranks with torch's C++ backend: some seconds per codec and shape at the
-    start, then the same bits in a fraction of the time. GPUs have their own kernels."""
+    start, then the same bits in a fraction of the time. Needs torch 2.13 and a C++ compiler; GPUs have
+    their own kernels."""
 
     @model_validator(mode="before")
     @classmethod

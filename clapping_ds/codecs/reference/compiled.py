@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
-"""Without it the compiler drops a rounding to a narrow dtype and back, and memories differ. It contracts
-no multiply-adds, and does not reorder floating-point sums that are written out."""
-
-MOST_KINDS = 32
-"""Kinds of arguments (dtypes, carry, shapes) that one codec's function is compiled for."""
+ARGUMENTS: dict[str, Any] = {
+    "fullgraph": True,
+    # Without it the compiler drops a rounding to a narrow dtype and back, and memories differ. It contracts
+    # no multiply-adds, and keeps the order of sums that are written out.
+    "options": {"emulate_precision_casts": True},
+    # Kinds of arguments (dtypes, carry, shapes) per codec; not isolated, all codecs would share 8.
+    "recompile_limit": 32,
+    "isolate_recompiles": True,
+}
 
 
 class Compiled:
@@ -21,13 +24,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.run: Callable[..., Any] = torch.compile(
-            function,
-            fullgraph=True,
-            options=OPTIONS,
-            recompile_limit=MOST_KINDS,
-            isolate_recompiles=True,  # else all codecs share one limit, as they share one function's code
-        )
+        self.run: Callable[..., Any] = torch.compile(function, **ARGUMENTS)
 
     def __call__(self, *arguments: Any) -> Any:
         try:

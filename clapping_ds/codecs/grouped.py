@@ -59,7 +59,7 @@ def tile_of(segment, num_rows, num_values, GROUP: tl.constexpr, BLOCK_G: tl.cons
     return first_group, first_value, m_group, o_value, m_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def encode_kernel(
     value, memory, codes, scales, num_values, seed_low, seed_high,
     ENCODED: tl.constexpr, LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
@@ -68,7 +68,8 @@ def encode_kernel(
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 5.192296858534828e33
-    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
+    num_values = tl.cast(num_values, tl.int64)
+    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS)
     o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for segment in tl.range(0, SEGMENTS, loop_unroll_factor=UNROLL):
@@ -113,7 +114,7 @@ def encode_kernel(
         tl.store(codes + first + o_code, b_byte, m_code)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def decode_kernel(
     codes, scales, memory, out, num_values, seed_low, seed_high,
     LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
@@ -121,7 +122,8 @@ def decode_kernel(
     BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, UNROLL: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS).to(tl.int64)
+    num_values = tl.cast(num_values, tl.int64)
+    num_rows = tl.cdiv(tl.cdiv(num_values, GROUP), SEGMENTS)
     o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for row in tl.static_range(BITS * SEGMENTS // 8):

@@ -41,6 +41,7 @@ def apply_kernel(
     RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_OUT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
+    num_rows, num_columns = tl.cast(num_rows, tl.int64), tl.cast(num_columns, tl.int64)
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_row, m_column = o_row < num_rows, o_column < num_columns

@@ -42,7 +42,7 @@ def places(o_block, seed_low, seed_high, BLOCK: tl.constexpr, HALF: tl.constexpr
     return b_place.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def encode_kernel(
     value, memory, values, num_values, seed_low, seed_high,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, HALF: tl.constexpr,
@@ -68,7 +68,7 @@ def encode_kernel(
     tl.store(values + o_block[:, None] * K + b_place, b_bits, m_kept & m_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def decode_kernel(
     values, memory, out, num_values, seed_low, seed_high,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, HALF: tl.constexpr,

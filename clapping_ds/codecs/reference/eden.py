@@ -13,9 +13,9 @@ def encoded(
     square_G = tree_sum(y_GS * y_GS)
     root_G = (square_G * (1.0 / y_GS.shape[1])).sqrt()
     magnitude_GS = (y_GS * torch.where(root_G > 0, 1.0 / root_G, 0.0)[:, None]).abs()
-    code_GS = y_GS.signbit().to(torch.int32) * (len(thresholds) + 1)
+    code_GS = y_GS.signbit().to(torch.uint8) * (len(thresholds) + 1)
     for threshold in thresholds:
-        code_GS = code_GS + (magnitude_GS > threshold).to(torch.int32)
+        code_GS = code_GS + (magnitude_GS > threshold).to(torch.uint8)
 
     level_GS = level(code_GS, constants)
     product_G = tree_sum(y_GS * level_GS)

@@ -22,7 +22,7 @@ Constants = tuple[Any, ...]
 
 
 class Functions(NamedTuple):
-    """encoded(y_GS, count_G, noise_GS, constants) -> (int32 code_GS, fp32 scale_G, exact in bfloat16);
+    """encoded(y_GS, count_G, noise_GS, constants) -> (uint8 code_GS, fp32 scale_G, exact in bfloat16);
     level(code_GS, constants) -> fp32 level_GS, at most 8 significant bits."""
 
     encoded: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -96,7 +96,7 @@ class Steps:
             up_G = up_G * (1.0 / size)
         noise_GS = random_bits.noise(key_G, size) if self.draws_noise else y_GS
         code_GS, scale_G = self.family.plain.encoded(y_GS, count_G, noise_GS, self.family.constants)
-        return code_GS.to(torch.uint8), (scale_G * up_G).where(finite_G, torch.nan)
+        return code_GS, (scale_G * up_G).where(finite_G, torch.nan)
 
     def apply_(
         self,
@@ -110,7 +110,7 @@ class Steps:
     ) -> None:
         """Steps the memory by what codes and scales say and hands it out; `dtype` is the message's."""
         finite_G1 = scale_G.isfinite()[:, None]
-        sent_GS = self.family.plain.level(code_GS.to(torch.int32), self.family.constants) * scale_G[:, None]
+        sent_GS = self.family.plain.level(code_GS, self.family.constants) * scale_G[:, None]
         if self.rotates:
             sent_GS = random_bits.with_signs(random_bits.hadamard(sent_GS), key_G)
         kept_dtype = dtype if memory_GS is None else memory_GS.dtype

@@ -20,11 +20,11 @@ def encoded(
             half_G = _fitted(y_GS, count_G, torch.minimum(half_G * start, largest_G), top)
     half_G = _rounded_up(half_G) if is_stochastic else half_G.bfloat16().float()
     level_GS = _levels(y_GS, half_G, noise_GS if is_stochastic else -0.5, top)
-    return ((level_GS + top) * 0.5).to(torch.int32), half_G
+    return ((level_GS + top) * 0.5).to(torch.uint8), half_G
 
 
 def level(code_GS: torch.Tensor, constants: Constants) -> torch.Tensor:
-    return (2 * code_GS - ((1 << constants[0]) - 1)).float()
+    return 2.0 * code_GS.float() - ((1 << constants[0]) - 1)
 
 
 def _rounded_up(half_G: torch.Tensor) -> torch.Tensor:

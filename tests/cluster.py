@@ -1,5 +1,6 @@
 """Ranks that stay: a launch costs ten seconds, so each test sends its function to running processes."""
 
+import gc
 import os
 import socket
 import traceback
@@ -82,7 +83,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     logger.setLevel(logging.WARNING)
     start_distributed()
     groups._clone_world_group()  # cached by DeepSpeed for good
-    kept = set(c10d._world.pg_map)
+    KEPT_GROUPS.update(c10d._world.pg_map)
     while True:
         try:
             function, args = pipe.recv()
@@ -92,6 +93,18 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             pipe.send(("result", function(*args)))
         except BaseException as error:
             pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
-        # Each gloo group runs threads of its own, and each engine makes several groups.
-        for group in [group for group in c10d._world.pg_map if group not in kept]:
-            c10d.destroy_process_group(group)
+        free_groups()
+
+
+KEPT_GROUPS: set[Any] = set()
+
+
+def free_groups() -> None:
+    """Ends the process groups of finished engines. Each gloo group runs busy threads of its own until
+    nothing refers to it, and each engine makes several groups."""
+    from torch.distributed import distributed_c10d as c10d
+
+    gc.collect()
+    for group in [group for group in c10d._world.pg_map if group not in KEPT_GROUPS]:
+        c10d.destroy_process_group(group)
+    gc.collect()

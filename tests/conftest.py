@@ -1,4 +1,4 @@
-"""Settings that must stand before torch or triton are imported, and the ranks that tests share."""
+"""Settings that must stand before torch or triton are imported, and the ranks that a module's tests share."""
 
 import os
 
@@ -13,14 +13,14 @@ from tests.cluster import Cluster
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks():
     cluster = Cluster(2)
     yield cluster
     cluster.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks():
     cluster = Cluster(4)
     yield cluster

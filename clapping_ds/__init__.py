@@ -13,13 +13,13 @@ __all__ = ["ClappingConfig", "enable", "initialize"]
 
 def enable() -> None:
     """From now on `deepspeed.initialize` heeds the `"clapping"` block. Patches nothing else."""
-    from clapping_ds.engines import deepspeed
+    from clapping_ds.engines import deepspeed_enable
 
-    deepspeed.enable()
+    deepspeed_enable.enable()
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Takes the place of `deepspeed.initialize`: same arguments, same result, "clapping" heeded."""
-    from clapping_ds.engines import deepspeed
+    from clapping_ds.engines import deepspeed_enable
 
-    return deepspeed.initialize(*args, **kwargs)
+    return deepspeed_enable.initialize(*args, **kwargs)

@@ -3,13 +3,15 @@
     fresh slot:    m <- base + K(v - base)       base = 0 or m
     reused slot:   m <- m + D(v - m)
 
-`send` and `receive` run at the two ends. Both derive the plan of a message from state that is equal at
-both ends (slot, fresh, the tensors' shapes and dtypes, the memories held), so that no header is needed,
-and both update their memory with the same arithmetic, so that the memories stay equal, bit for bit.
+`send` runs at one end, `expect` and `receive` at the other. Both derive the plan of a message from state
+that is equal at both ends (slot, fresh, the tensors' shapes and dtypes, the memories held), so that no
+header is needed, and both update their memory with the same arithmetic, so that the memories stay equal,
+bit for bit.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,9 +42,21 @@ class Wire(Protocol):
 
     device: torch.device
 
+    def working(self, *values: torch.Tensor) -> AbstractContextManager[None]: ...
+
+    def new_payload(self, num_bytes: int) -> torch.Tensor: ...
+
     def send(self, payload: torch.Tensor) -> None: ...
 
-    def receive(self, num_bytes: int) -> torch.Tensor: ...
+    def expect(self, num_bytes: int) -> None: ...
+
+    def receive(self) -> torch.Tensor: ...
+
+    def done_with(self, payload: torch.Tensor) -> None: ...
+
+    def join(self) -> None: ...
+
+    def drain(self) -> None: ...
 
 
 class Part(NamedTuple):
@@ -51,6 +65,14 @@ class Part(NamedTuple):
     codec: Codec
     context: Context
     nbytes: int
+
+
+class Message(NamedTuple):
+    """What a receiving end knows of a message before it arrives."""
+
+    fresh: bool
+    specs: Sequence[Spec]
+    parts: Sequence[Part]
 
 
 class Held(NamedTuple):
@@ -100,6 +122,9 @@ class Channel:
         self.held: dict[int, dict[int, Held]] = {}
         self.traffic = Traffic()
         self.measures_error = False
+        self.specs: Sequence[Spec] = ()
+        """Of the last message."""
+        self._expected: deque[Message] = deque()
 
     def begin_step(self, step: int, num_slots: int, measures_error: bool = False) -> None:
         """Messages are numbered by step and slot. Frees what is held for the slots from `num_slots` on."""
@@ -110,29 +135,41 @@ class Channel:
 
     def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
-        specs = [Spec.of(value) for value in values]
-        parts = self._plan(slot, fresh, specs)
-        payload = torch.empty(_nbytes(parts), dtype=torch.uint8, device=self.wire.device)
-        for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
-            contiguous = value.detach().contiguous()
-            with _on_device(part.context, payload.device) as context:
-                part.codec.encode_(contiguous, section, context)
-                if self.measures_error and part.codec is not RAW:
-                    received = _reconstruction(part.codec, contiguous, section, context)
-                    self.traffic.count_error(contiguous, received)
-        self.wire.send(payload)
-        self.traffic.count(fresh, payload.numel(), specs)
+        self.specs = [Spec.of(value) for value in values]
+        parts = self._plan(slot, fresh, self.specs)
+        with self.wire.working(*values):
+            payload = self.wire.new_payload(_nbytes(parts))
+            for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
+                self._encode(part, value.detach().contiguous(), section)
+            self.wire.send(payload)
+        self.traffic.count(fresh, _nbytes(parts), self.specs)
 
-    def receive(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> list[torch.Tensor]:
-        """The tensors of the peer's next micro-batch: what it sent, up to the codec's error."""
+    def expect(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> None:
+        """Announces the peer's next message, so that it can arrive before `receive` asks for it."""
         parts = self._plan(slot, fresh, specs)
-        payload = self.wire.receive(_nbytes(parts))
-        values = [torch.empty(spec.shape, dtype=spec.dtype, device=payload.device) for spec in specs]
-        for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
-            with _on_device(part.context, payload.device) as context:
-                part.codec.decode_(section, value, context)
-        self.traffic.count(fresh, payload.numel(), specs)
+        self._expected.append(Message(fresh, specs, parts))
+        self.wire.expect(_nbytes(parts))
+
+    def receive(self) -> list[torch.Tensor]:
+        """The tensors of the message that was expected first: what the peer sent, up to the codec's
+        error."""
+        fresh, self.specs, parts = self._expected.popleft()
+        device = self.wire.device
+        values = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in self.specs]
+        with self.wire.working():
+            payload = self.wire.receive()
+            for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
+                with _on_device(part.context, device) as context:
+                    part.codec.decode_(section, value, context)
+            self.wire.done_with(payload)
+        self.wire.join()
+        self.traffic.count(fresh, _nbytes(parts), self.specs)
         return values
+
+    def end_step(self) -> None:
+        """Waits until everything sent has gone."""
+        self.wire.drain()
+        self.wire.join()
 
     @property
     def memory_nbytes(self) -> int:
@@ -160,6 +197,13 @@ class Channel:
                 getattr(held, name).copy_(saved[name])
         return held
 
+    def _encode(self, part: Part, value: torch.Tensor, section: torch.Tensor) -> None:
+        with _on_device(part.context, value.device) as context:
+            part.codec.encode_(value, section, context)
+            if self.measures_error and part.codec is not RAW:
+                received = _reconstruction(part.codec, value, section, context)
+                self.traffic.count_error(value, received)
+
     def _plan(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> list[Part]:
         """How each tensor is sent. A function of state that is equal at both ends."""
         held = self.held.setdefault(slot, {})
@@ -169,7 +213,7 @@ class Channel:
 
     def _plan_tensor(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
         tensors = self.held[slot]
-        if spec.dtype not in COMPRESSIBLE_DTYPES or spec.shape.numel() < max(1, self.min_numel):
+        if not is_compressed(spec, self.min_numel):
             tensors.pop(index, None)
             return Part(RAW, Context(), RAW.nbytes(*spec))
         known = index in tensors and tensors[index].spec == spec
@@ -197,6 +241,11 @@ class Channel:
         delta = self.key if self.delta is None else self.delta
         states = [codec.new_state(spec.shape, self.wire.device) for codec in (self.key, delta)]
         return Held(spec, memory, *states)
+
+
+def is_compressed(spec: Spec, min_numel: int) -> bool:
+    """Whether the codecs of a direction are used for such a tensor. Others travel raw."""
+    return spec.dtype in COMPRESSIBLE_DTYPES and spec.shape.numel() >= max(1, min_numel)
 
 
 def _nbytes(parts: Sequence[Part]) -> int:

@@ -22,6 +22,14 @@ def _has_groups(codec: Mapping[str, Any]) -> bool:
     return issubclass(CODECS.get(str(codec.get("name")), Raw), GroupedCodec)
 
 
+def _check_block(key: str, codec: Codec | None, min_numel: int) -> None:
+    if isinstance(codec, TopK | RandK) and codec.block > min_numel:
+        raise ValueError(
+            f"{key}.block = {codec.block} is larger than the smallest tensor that is "
+            f"compressed, min_numel = {min_numel}; accepted: a block of at most min_numel"
+        )
+
+
 CodecConfig = Annotated[AnyCodec, Field(discriminator="name")]
 
 
@@ -61,12 +69,7 @@ class DirectionConfig(BaseModel):
     @model_validator(mode="after")
     def _blocks_fit(self) -> Self:
         for field in ("key", "delta"):
-            codec = getattr(self, field)
-            if isinstance(codec, TopK | RandK) and codec.block > self.min_numel:
-                raise ValueError(
-                    f"{field}.block = {codec.block} is larger than the smallest tensor that is "
-                    f"compressed, min_numel = {self.min_numel}; accepted: a block of at most min_numel"
-                )
+            _check_block(field, getattr(self, field), self.min_numel)
         return self
 
 
@@ -82,6 +85,33 @@ class MemoryConfig(BaseModel):
 
     def torch_dtype(self, value_dtype: torch.dtype) -> torch.dtype:
         return value_dtype if self.dtype == "same" else getattr(torch, self.dtype)
+
+
+class LinksConfig(BaseModel):
+    """How the codec of each link and direction is chosen after the first steps. `"auto"` for all defaults."""
+
+    model_config = STRICT
+
+    ladder: list[CodecConfig] = Field(
+        default=[Quantizer(name="int8"), Quantizer(name="int4"), Quantizer(name="int2")], min_length=1
+    )
+    """Delta codecs to choose from besides `none`, lightest compression first."""
+    min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Part of the step time that a heavier codec must save to be preferred to a lighter one."""
+    write: str | None = None
+    """File that the decision is written to."""
+    read: str | None = None
+    """File of an earlier decision, used in place of measuring."""
+
+    _allow_names = field_validator("ladder", mode="before")(
+        lambda ladder: [_named(codec) for codec in ladder] if isinstance(ladder, list) else ladder
+    )
+
+    @model_validator(mode="after")
+    def _reads_or_writes(self) -> Self:
+        if self.read is not None and self.write is not None:
+            raise ValueError(f"write = {self.write!r} together with read; accepted: one of them")
+        return self
 
 
 class ClappingConfig(BaseModel):
@@ -102,12 +132,48 @@ class ClappingConfig(BaseModel):
     activations: DirectionConfig = Field(default_factory=DirectionConfig)
     gradients: DirectionConfig = Field(default_factory=DirectionConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    overlap: bool = True
+    """Messages travel while the stages compute. False: sends block, as in the stock engine."""
+    in_flight: int | Literal["auto"] = "auto"
+    """Micro-batches that each link holds beyond stock 1F1B, to hide its latency and transfer time.
+    `auto`: after the first steps, as many as the measured links need and memory allows."""
+    links: LinksConfig | None = None
+    """`auto`: the codec of each link is chosen after the first steps. None: as configured."""
     checkpoint_memory: bool = True
     """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
     compile: bool = False
     """Compile the codecs of CPU ranks with torch's C++ backend: some seconds per codec and shape at the
     start, then the same bits in a fraction of the time. Needs torch 2.13 and a C++ compiler; GPUs have
     their own kernels."""
+
+    @field_validator("in_flight", mode="before")
+    @classmethod
+    def _depth(cls, depth: object) -> object:
+        if depth == "auto" or (isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0):
+            return depth
+        raise ValueError("'auto', or a whole number of micro-batches from 0")
+
+    @field_validator("links", mode="before")
+    @classmethod
+    def _auto_links(cls, links: object) -> object:
+        if links is None or isinstance(links, Mapping | LinksConfig):
+            return links
+        if links != "auto":
+            raise ValueError("'auto', or an object with the keys " + ", ".join(LinksConfig.model_fields))
+        return {}
+
+    @model_validator(mode="after")
+    def _ladder_fits(self) -> Self:
+        for number, codec in enumerate(self.links.ladder if self.links else []):
+            smallest = min(self.activations.min_numel, self.gradients.min_numel)
+            _check_block(f"links.ladder.{number}", codec, smallest)
+        return self
+
+    @model_validator(mode="after")
+    def _depth_needs_overlap(self) -> Self:
+        if not self.overlap and self.in_flight not in ("auto", 0):
+            raise ValueError(f"in_flight = {self.in_flight} with overlap = false; accepted: 0")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +229,12 @@ class ClappingConfig(BaseModel):
         base = self.direction(name).base
         return self.key_codec(name).carries_by_default if base is None else base == "carry"
 
+    def with_delta(self, name: str, delta: Codec) -> "ClappingConfig":
+        """The same, but for the codec of one direction; with `none` every message of it is raw."""
+        key = Raw() if isinstance(delta, Raw) and self.strategy != "direct" else self.direction(name).key
+        direction = self.direction(name).model_copy(update={"key": key, "delta": delta})
+        return self.model_copy(update={name: direction})
+
     def holds_memory(self, name: str) -> bool:
         """Whether some message of a direction is the difference to a memory."""
         delta = self.delta_codec(name)
@@ -184,6 +256,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "activations": DirectionConfig,
     "gradients": DirectionConfig,
     "memory": MemoryConfig,
+    "links": LinksConfig,
     **CODECS,
 }
 

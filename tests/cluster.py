@@ -25,11 +25,12 @@ class RankError(Exception):
 class Cluster:
     """`world_size` processes in one gloo process group."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         context = mp.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.timeout_s = timeout_s
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -48,7 +49,7 @@ class Cluster:
             pipe.send((function, args))
         results = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_S):
+            if not pipe.poll(self.timeout_s):
                 self.close()
                 raise TimeoutError(f"rank {rank} hangs in {function.__name__}")
             results.append(pipe.recv())
@@ -101,9 +102,14 @@ KEPT_GROUPS: set[Any] = set()
 
 def free_groups() -> None:
     """Ends the process groups of finished engines. Each gloo group runs busy threads of its own until
-    nothing refers to it, and each engine makes several groups."""
+    nothing refers to it, and each engine makes several groups. The loss of a finished engine has hooks
+    that refer to the engine, which the garbage collector cannot see."""
+    from deepspeed import PipelineEngine
     from torch.distributed import distributed_c10d as c10d
 
+    for engine in [found for found in gc.get_objects() if isinstance(found, PipelineEngine)]:
+        vars(engine).update(loss=None, total_loss=None, fwd_outputs=None, pipe_buffers={})
+        del engine
     gc.collect()
     for group in [group for group in c10d._world.pg_map if group not in KEPT_GROUPS]:
         c10d.destroy_process_group(group)

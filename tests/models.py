@@ -137,8 +137,8 @@ def train_on_too_little() -> None:
     engine.train_batch(data_iter=iter([next(batches())] * 3))
 
 
-def train(engine: Any, steps: int, seed: int = 0) -> list[float]:
-    data = batches(seed + 100 * engine.grid.get_data_parallel_id())
+def train(engine: Any, steps: int, seed: int = 0, length: int = LENGTH) -> list[float]:
+    data = batches(seed + 100 * engine.grid.get_data_parallel_id(), length)
     return [float(engine.train_batch(data_iter=data)) for _ in range(steps)]
 
 

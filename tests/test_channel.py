@@ -1,6 +1,7 @@
 """The two ends of a channel, joined by a queue: equal memories, exact bytes, every case of the design."""
 
 from collections import deque
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -18,14 +19,33 @@ class QueueWire:
     def __init__(self):
         self.device = torch.device("cpu")
         self.payloads = deque()
+        self.expected = deque()
+
+    def working(self, *values):
+        return nullcontext()
+
+    def new_payload(self, num_bytes):
+        return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
 
     def send(self, payload):
         self.payloads.append(payload.clone())
 
-    def receive(self, num_bytes):
+    def expect(self, num_bytes):
+        self.expected.append(num_bytes)
+
+    def receive(self):
         payload = self.payloads.popleft()
-        assert payload.numel() == num_bytes
+        assert payload.numel() == self.expected.popleft()
         return payload
+
+    def done_with(self, payload):
+        payload.fill_(255)
+
+    def join(self):
+        pass
+
+    def drain(self):
+        pass
 
 
 class Ends:
@@ -36,7 +56,8 @@ class Ends:
 
     def pass_on(self, slot, fresh, *values):
         self.sender.send(slot, fresh, values)
-        received = self.receiver.receive(slot, fresh, [Spec.of(value) for value in values])
+        self.receiver.expect(slot, fresh, [Spec.of(value) for value in values])
+        received = self.receiver.receive()
         self.assert_equal()
         return received if len(values) > 1 else received[0]
 

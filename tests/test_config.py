@@ -50,6 +50,13 @@ def test_mean_bits():
 
 WRONG = [
     ({"p_neu": 1}, "clapping.p_neu = 1: unknown key; accepted: enabled, strategy, p_new"),
+    ({"in_flight": 1.5}, "clapping.in_flight = 1.5: accepted: 'auto', or a whole number of micro-batches"),
+    ({"in_flight": 2, "overlap": False}, "clapping.in_flight = 2 with overlap = false; accepted: 0"),
+    ({"links": "fast"}, "clapping.links = 'fast': accepted: 'auto', or an object with the keys ladder, min"),
+    ({"links": {"ladder": []}}, "clapping.links.ladder = []: "),
+    ({"links": {"ladder": ["topk"]}, "gradients": {"min_numel": 8}}, "links.ladder.0.block = 1024 is larger"),
+    ({"links": {"read": "a", "write": "b"}}, "clapping.links.write = 'b' together with read; accepted: one"),
+    ({"links": {"laddr": ["int8"]}}, "clapping.links.laddr = ['int8']: unknown key; accepted: ladder, min"),
     ({"p_new": 0}, "clapping.p_new = 0: accepted: greater than 0"),
     ({"p_new": 1.5}, "clapping.p_new = 1.5: accepted: less than or equal to 1"),
     ({"p_new": "0.5"}, "clapping.p_new = '0.5': accepted: a valid number"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clapping_ds.codecs import CODECS
-from tests import models
+from clapping_ds.links import Choice, Decision
+from tests import models, stress
 from tests.cluster import RankError, free_groups
 
 NONE = {"strategy": "fu", "p_new": 1, "activations": {"delta": "none"}, "gradients": {"delta": "none"}}
@@ -51,6 +52,31 @@ def test_two_stages_equal_stock(two_ranks, case):
 @pytest.mark.parametrize("case", ["fp32", "tuple", "tied", "bf16 ZeRO-1"])
 def test_four_stages_equal_stock(four_ranks, case):
     assert_identical_to_stock(four_ranks.run(compare, {**CASES[case], "num_stages": 4}))
+
+
+def at_depths(num_stages, block, settings):
+    """Losses, memories and most payloads of a wire under each setting."""
+    found = []
+    for setting in settings:
+        ds = {"gradient_accumulation_steps": 8}
+        engine = models.make_engine({**block, **setting}, num_stages, ds=ds)
+        losses = models.train(engine, 5)
+        most_payloads = max(wire.most_payloads for wire in engine._stage.wires.values())
+        found.append((losses, models.memories(engine), most_payloads))
+        del engine
+        free_groups()
+    return found
+
+
+@pytest.mark.parametrize("block", [NONE, INT2], ids=["none", "int2"])
+def test_losses_and_memories_are_the_same_at_every_depth(two_ranks, four_ranks, block):
+    depths = [0, 1, 3, 8]
+    settings = [{"overlap": False}, {"in_flight": "auto"}, *({"in_flight": depth} for depth in depths)]
+    for ranks, num_stages in ((two_ranks, 2), (four_ranks, 4)):
+        for blocking, *others in ranks.run(at_depths, num_stages, block, settings):
+            assert all(other[:2] == blocking[:2] for other in others)
+            for depth, (_, _, most_payloads) in zip(depths, others[1:], strict=True):
+                assert most_payloads <= depth + 2
 
 
 @pytest.mark.parametrize("case", ["fp32", "bf16 ZeRO-1", "clipping"])
@@ -258,6 +284,53 @@ def test_what_is_not_finite_reaches_the_loss_but_not_the_memories(two_ranks):
     assert one == other
 
 
+# Links and depth that are decided after the first steps
+
+
+def with_links(block, num_stages, steps=6):
+    engine = models.make_engine(block, num_stages)
+    models.train(engine, steps)
+    return engine._tuning.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
+
+
+def test_links_auto_leaves_fast_links_alone(two_ranks, tmp_path):
+    block = {**INT2, "links": {"write": str(tmp_path / "links.json"), "min_gain": 0.5}}
+    (one, *_, report), (other, *_) = two_ranks.run(with_links, block, 2)
+    assert one == other == Decision.read(str(tmp_path / "links.json"), 2)
+    assert [choice.codec.name for choice in one.choices] == ["none", "none"]
+    for row in report:
+        before, after = 3 * 4 * (2048 + 128), 3 * 4 * 2 * 64 * 64 * 4
+        assert row["payload_bytes"] == before + after
+        assert row["memory_bytes"] == 0
+
+
+def test_links_from_a_file_that_only_the_first_rank_sees(four_ranks, tmp_path):
+    path = tmp_path / "links.json"
+    codecs = iter(["int2", "none", "int8", "eden2", "none", "int4"])
+    choices = [
+        Choice(link=f"{i}-{i + 1}", direction=name, codec=CODECS[codec](name=codec), mbit_per_s=1.0,
+               latency_ms=1.0, raw_ms=1.0, compressed_ms=1.0)
+        for i in range(3) for name in ("activations", "gradients") for codec in [next(codecs)]
+    ]  # fmt: skip
+    Decision(num_stages=4, in_flight=2, stage_ms=1.0, choices=choices).write(str(path))
+    block = {**INT2, "links": {"read": str(path)}}
+    ends = {}
+    for decision, in_flight, memories, _ in four_ranks.run(with_links, block, 4):
+        assert (decision.choices, in_flight) == (choices, 2)
+        for channel, bits in memories.items():
+            ends.setdefault(channel, []).append(bits)
+    assert all(one == other for one, other in ends.values())
+    assert [bool(ends[choice.link, choice.direction][0][0, 0]) for choice in choices] == [
+        True, False, True, True, False, True,
+    ]  # fmt: skip
+    outcomes = four_ranks.outcomes(models.make_engine_only, block, 2)
+    assert_same_error(outcomes, "ValueError", "written for 4 stages; accepted: a file written for 2 stages")
+
+
+def test_delays_on_random_ranks_change_nothing(four_ranks):
+    stress.check(four_ranks, steps=30)
+
+
 # Bad input
 
 
@@ -274,6 +347,10 @@ def assert_same_error(outcomes, kind, message):
     [({"p_neu": 0.5}, "clapping.p_neu = 0.5: unknown key; accepted: enabled"),
      ({"p_new": 2}, "clapping.p_new = 2: accepted: less than or equal to 1"),
      ({"gradients": {"delta": "int5"}}, "unknown codec; accepted: none, int8"),
+     ({"in_flight": -1}, "clapping.in_flight = -1: accepted: 'auto', or a whole number"),
+     ({"in_flight": 5}, "clapping.in_flight = 5: accepted: 'auto', or 0 to 4, the number of micro-batches"),
+     ({"links": {"ladder": ["int8", "int5"]}}, "clapping.links.ladder.1 = {'name': 'int5'}: unknown codec"),
+     ({"links": {"read": "/nowhere"}}, "clapping.links.read = '/nowhere': [Errno 2]"),
      ({"gradients": {"delta": "topk", "min_numel": 8}}, "accepted: a block of at most min_numel")],
 )  # fmt: skip
 def test_a_wrong_block_is_one_error_on_every_rank(two_ranks, block, message):

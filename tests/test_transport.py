@@ -1,23 +1,79 @@
 """Messages between ranks."""
 
+import time
+
+import pytest
 import torch
+import torch.distributed as dist
 
-from clapping_ds.transport import Wire, all_agree, gather
+from clapping_ds.transport import Buffers, Wire, all_agree, direction_groups, gather
 
-
-def exchange(sizes):
-    rank = torch.distributed.get_rank()
-    wire = Wire(1 - rank, torch.device("cpu"))
-    payloads = [torch.full((size,), index + 1, dtype=torch.uint8) for index, size in enumerate(sizes)]
-    if rank == 0:
-        for payload in payloads:
-            wire.send(payload)
-        return True
-    return all(torch.equal(wire.receive(len(payload)), payload) for payload in payloads)
+CPU = torch.device("cpu")
 
 
-def test_messages_arrive_whole_and_in_order(two_ranks):
-    assert two_ranks.run(exchange, [1, 0, 100_000, 17]) == [True, True]
+def exchange(sizes, num_ahead, carrier="cpu"):
+    """Rank 0 sends, rank 1 announces `num_ahead` messages and compares."""
+    wire = Wire(1 - dist.get_rank(), CPU, most_pending=num_ahead)
+    if carrier != "cpu":
+        wire.carried = Buffers(CPU)
+    messages = [torch.full((size,), index + 1, dtype=torch.uint8) for index, size in enumerate(sizes)]
+    if dist.get_rank() == 0:
+        for message in messages:
+            wire.send(wire.new_payload(len(message)).copy_(message))
+        wire.drain()
+        return True, wire.most_payloads
+    equal, announced = True, 0
+    for index, message in enumerate(messages):
+        while announced < min(index + num_ahead, len(messages)):
+            wire.expect(sizes[announced])
+            announced += 1
+        payload = wire.receive()
+        equal &= torch.equal(payload, message)
+        wire.done_with(payload)
+    return equal, wire.most_payloads
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2, 5])
+@pytest.mark.parametrize("carrier", ["cpu", "another device"])
+def test_messages_arrive_whole_and_in_order_in_few_buffers(two_ranks, num_ahead, carrier):
+    sizes = [1, 0, 100_000, 17, 0, 3, 50_000, 50_001, 1, 1]
+    (sent, sent_in), (arrived, arrived_in) = two_ranks.run(exchange, sizes, num_ahead, carrier)
+    assert sent
+    assert arrived
+    assert sent_in <= num_ahead + 1
+    assert arrived_in <= num_ahead + 1
+
+
+def send_without_a_receiver():
+    """A send returns before the peer knows of it; both directions at once."""
+    groups = direction_groups([[0, 1]])
+    outgoing, incoming = (Wire(1 - dist.get_rank(), CPU, groups[i ^ dist.get_rank()]) for i in range(2))
+    outgoing.send(outgoing.new_payload(1 << 20).fill_(dist.get_rank()))
+    incoming.expect(1 << 20)
+    value = int(incoming.receive()[-1])
+    outgoing.drain()
+    return value
+
+
+def test_sends_do_not_wait_for_the_peer(two_ranks):
+    assert two_ranks.run(send_without_a_receiver) == [1, 0]
+
+
+def blocking():
+    wire = Wire(1 - dist.get_rank(), CPU, overlaps=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        start = time.perf_counter()
+        wire.send(wire.new_payload(8))
+        return time.perf_counter() - start
+    time.sleep(0.3)
+    wire.expect(8)
+    wire.done_with(wire.receive())
+    return 1.0
+
+
+def test_without_overlap_a_send_waits_for_the_peer(two_ranks):
+    assert min(two_ranks.run(blocking)) >= 0.2
 
 
 def vote():

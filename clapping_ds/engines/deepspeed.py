@@ -1,22 +1,21 @@
 """DeepSpeed: a `PipelineEngine` whose stages talk through channels, and which samples lazily.
 
-Of the stock engine these are replaced, in training steps only: the four instructions that send and
-receive, and `_next_batch`. Left alone: schedule, forward and backward, optimizer, loss, `eval_batch`,
-tied weights, data-parallel reduction, checkpoints.
+Of the stock engine these are replaced, in training steps only: the schedule, the four instructions that
+send and receive, and `_next_batch`. Forward and backward are watched in the first steps. Left alone:
+optimizer, loss, `eval_batch`, tied weights, data-parallel reduction, checkpoints.
 
 `_INSTRUCTION_MAP` holds function objects, so overriding the `_exec_*` methods would do nothing. An
 engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import (
     PIPE_RECV_GRAD_TIMER,
     PIPE_RECV_INPUT_TIMER,
@@ -29,13 +28,16 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from clapping_ds import telemetry
 from clapping_ds.channel import Spec
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
+from clapping_ds.engines.deepspeed_schedule import InFlightSchedule
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
+    SENDING_ENDS,
     Stage,
 )
+from clapping_ds.engines.tuning import Tuning
 from clapping_ds.transport import gather
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
@@ -61,12 +63,19 @@ class ClappingPipelineEngine(PipelineEngine):
                 "pipeline.pipe_partitioned = pipeline.grad_partitioned = true (the default with tensor "
                 f'parallelism) together with a "{BLOCK_NAME}" block: accepted: both false'
             )
+        if self.clapping.in_flight != "auto" and self.clapping.in_flight > self.micro_batches:
+            raise ValueError(
+                f"{BLOCK_NAME}.in_flight = {self.clapping.in_flight}: accepted: 'auto', or 0 to "
+                f"{self.micro_batches}, the number of micro-batches (gradient_accumulation_steps)"
+            )
         self._INSTRUCTION_MAP = {
             **PipelineEngine._INSTRUCTION_MAP,
             schedule.SendActivation: ClappingPipelineEngine._send_activations,
             schedule.RecvActivation: ClappingPipelineEngine._receive_activations,
             schedule.SendGrad: ClappingPipelineEngine._send_gradients,
             schedule.RecvGrad: ClappingPipelineEngine._receive_gradients,
+            schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
+            schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
         }
         self._stage = Stage(
             self.clapping,
@@ -74,14 +83,25 @@ class ClappingPipelineEngine(PipelineEngine):
             None if self.is_first_stage() else self.grid.stage_to_global(self.prev_stage),
             None if self.is_last_stage() else self.grid.stage_to_global(self.next_stage),
             self.device,
-            self.grid.get_data_parallel_id(),
+            self.grid.topology().get_axis_comm_lists("pipe"),
         )
+        self._tuning = Tuning(self._stage, self.num_stages)
         self._sent_specs: list[Spec] | None = None
         self._received_specs: list[Spec] | None = None
         self._receives_tuple = False
         dtype = self.communication_data_type or torch.float32
-        if self.global_rank == 0:  # printed: DeepSpeed's logger hides all below a warning
-            print(f"clapping:\n{telemetry.expectation(self.clapping, dtype)}", flush=True)
+        self._say(telemetry.expectation(self.clapping, dtype))
+
+    def _say(self, text: str | None) -> None:
+        """Prints, on one rank: DeepSpeed's logger hides all below a warning."""
+        if text is not None and self.global_rank == 0:
+            print(f"clapping:\n{text}", flush=True)
+
+    def _train_schedule(self) -> schedule.PipeSchedule:
+        """The order of a training step, for `PipelineEngine.train_batch`. Sends that block need stock's."""
+        if not (self.clapping.enabled and self.clapping.overlap):
+            return super()._train_schedule()
+        return InFlightSchedule(self.micro_batches, self.num_stages, self.stage_id, self._stage.in_flight)
 
     # Steps
 
@@ -96,9 +116,12 @@ class ClappingPipelineEngine(PipelineEngine):
             self.set_dataiterator(data_iter)
         loads_data = self.is_first_stage() or self.is_last_stage()
         reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
+        self._say(self._tuning.settle(self.micro_batches, get_accelerator().available_memory()))
         self._stage.begin_step(self.micro_batches, super()._next_batch if loads_data else None, reports)
+        self._expect_known_shapes()
         loss = super().train_batch()
         self._stage.end_step()
+        self._tuning.end_step(self.micro_batches)
         if reports and self.monitor.enabled and self.global_rank == 0:
             self.monitor.write_events(telemetry.events(self._stage.channels.values(), self.global_samples))
         return loss
@@ -115,8 +138,8 @@ class ClappingPipelineEngine(PipelineEngine):
     def clapping_report(self) -> list[dict[str, Any]]:
         """A row per channel of each replica, with counters and memory of its sending end; the receiving
         end has the same. A collective of all ranks."""
-        sent = [ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS]
-        rows = [telemetry.row(self._stage.channels[end]) for end in sent if end in self._stage.channels]
+        channels = self._stage.channels
+        rows = [telemetry.row(channels[end]) for end in SENDING_ENDS if end in channels]
         return [row for rows_of_rank in gather(rows) for row in rows_of_rank]
 
     # Checkpoints
@@ -169,7 +192,8 @@ class ClappingPipelineEngine(PipelineEngine):
             return super()._exec_recv_activations(buffer_id)
         with self._timed(PIPE_RECV_INPUT_TIMER):
             specs = self._announced()
-            values = self._stage.receive(ACTIVATIONS_FROM_PREVIOUS, specs)
+            looks_ahead = not self._tells_shapes(specs)
+            values = self._stage.receive(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead)
             for value in values:
                 value.requires_grad = value.is_floating_point()
             self.pipe_buffers["inputs"][buffer_id] = tuple(values) if self._receives_tuple else values[0]
@@ -191,9 +215,20 @@ class ClappingPipelineEngine(PipelineEngine):
     def _receive_gradients(self, buffer_id: int) -> None:
         with self._timed(PIPE_RECV_GRAD_TIMER):
             outputs = self.pipe_buffers["outputs"][buffer_id]
-            specs = [Spec.of(output) for output in _listed(outputs) if output.is_floating_point()]
-            gradients = self._stage.receive(GRADIENTS_FROM_NEXT, specs)
+            specs = _with_gradient(Spec.of(output) for output in _listed(outputs))
+            looks_ahead = not self._tells_shapes(self._sent_specs)
+            gradients = self._stage.receive(GRADIENTS_FROM_NEXT, specs, looks_ahead)
             self.grad_layer = gradients[0] if torch.is_tensor(outputs) else gradients
+
+    def _forward_pass(self, buffer_id: int) -> None:
+        if not self.module.training:
+            return super()._exec_forward_pass(buffer_id)
+        with self._tuning.watching(self.module.parameters()):
+            super()._exec_forward_pass(buffer_id)
+
+    def _backward_pass(self, buffer_id: int) -> None:
+        with self._tuning.watching():
+            super()._exec_backward_pass(buffer_id)
 
     # Shapes: told once, and again only while they may differ
 
@@ -203,6 +238,13 @@ class ClappingPipelineEngine(PipelineEngine):
 
     def _tells_shapes(self, told: Sequence[Spec] | None) -> bool:
         return told is None or self.dynamic_shape or self._stage.shapes_differ
+
+    def _expect_known_shapes(self) -> None:
+        """Announces the step's first messages, if they have the shapes of the last step."""
+        if self._received_specs is not None and not self._tells_shapes(self._received_specs):
+            self._stage.expect(ACTIVATIONS_FROM_PREVIOUS, self._received_specs, self._stage.num_ahead)
+        if self._sent_specs is not None and not self._tells_shapes(self._sent_specs):
+            self._stage.expect(GRADIENTS_FROM_NEXT, _with_gradient(self._sent_specs), self._stage.num_ahead)
 
     def _announce(self, outputs: Tensors) -> None:
         specs = [Spec.of(output) for output in _listed(outputs)]
@@ -233,39 +275,16 @@ class ClappingPipelineEngine(PipelineEngine):
         self.timers(timer).stop()
 
 
-class DualPipeVRefusal(DualPipeVEngine):
-    """The stock DualPipeV engine; with an enabled `"clapping"` block, an error."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if ClappingConfig.from_ds_config(kwargs["config_class"]._param_dict).enabled:
-            raise ValueError(
-                f'"{BLOCK_NAME}" block with a DualPipeVModule: accepted: a PipelineModule, or enabled = false'
-            )
-        super().__init__(*args, **kwargs)
-
-
-def enable() -> None:
-    """From now on `deepspeed.initialize` heeds the `"clapping"` block. Calling it again changes nothing.
-
-    Rebinds `deepspeed.PipelineEngine` and `deepspeed.DualPipeVEngine`, where `deepspeed.initialize`
-    looks its engines up; both stay subclasses of the originals.
-    """
-    deepspeed.PipelineEngine = ClappingPipelineEngine
-    deepspeed.DualPipeVEngine = DualPipeVRefusal
-
-
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """As `deepspeed.initialize`, heeding the `"clapping"` block of the configuration."""
-    enable()
-    return deepspeed.initialize(*args, **kwargs)
-
-
 def _check_num_stages(model: PipelineModule) -> None:
     if model.num_stages < 2:
         raise ValueError(
             f'"{BLOCK_NAME}" block with PipelineModule(num_stages={model.num_stages}): there is no link to '
             f'compress; accepted: at least 2 stages, or "{BLOCK_NAME}": {{"enabled": false}}'
         )
+
+
+def _with_gradient(specs: Iterable[Spec]) -> list[Spec]:
+    return [spec for spec in specs if spec.dtype.is_floating_point]
 
 
 def _listed(tensors: Tensors) -> tuple[torch.Tensor, ...]:

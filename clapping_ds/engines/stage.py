@@ -12,20 +12,23 @@ import torch
 
 from clapping_ds.channel import Channel, Spec
 from clapping_ds.config import ClappingConfig
+from clapping_ds.links import Decision
 from clapping_ds.sampling import Coin, LazySampler
-from clapping_ds.transport import Wire, all_agree
+from clapping_ds.transport import Wire, all_agree, direction_groups, rank
 
 ACTIVATIONS_TO_NEXT = "activations to next"
 ACTIVATIONS_FROM_PREVIOUS = "activations from previous"
 GRADIENTS_TO_PREVIOUS = "gradients to previous"
 GRADIENTS_FROM_NEXT = "gradients from next"
+ACTIVATIONS = (ACTIVATIONS_TO_NEXT, ACTIVATIONS_FROM_PREVIOUS)
+SENDING_ENDS = (ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS)
 
 
 class Stage:
     """Channel ends and lazy sampling of one rank.
 
     previous_rank, next_rank   global rank of the neighbouring stage; None at the pipeline's ends
-    replica                    number of this pipeline among its data-parallel replicas
+    pipelines                  global ranks of the stages of each data-parallel replica
     """
 
     def __init__(
@@ -35,23 +38,37 @@ class Stage:
         previous_rank: int | None,
         next_rank: int | None,
         device: torch.device,
-        replica: int = 0,
+        pipelines: Sequence[Sequence[int]],
     ) -> None:
         # Configuration
+        self.config = config
+        self.stage_id = stage_id
+        self.replica = next(number for number, ranks in enumerate(pipelines) if rank() in ranks)
         self.coin = Coin(config.p_new, config.refresh, config.seed)
         self.device = device
-        self.channels: dict[str, Channel] = {}
-        if next_rank is not None:
-            self._connect(config, stage_id, next_rank, replica, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT)
-        if previous_rank is not None:
-            link, ends = stage_id - 1, (ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_TO_PREVIOUS)
-            self._connect(config, link, previous_rank, replica, *ends)
+        self.in_flight = 0 if config.in_flight == "auto" else config.in_flight
+        peers = {
+            ACTIVATIONS_FROM_PREVIOUS: previous_rank,
+            GRADIENTS_TO_PREVIOUS: previous_rank,
+            ACTIVATIONS_TO_NEXT: next_rank,
+            GRADIENTS_FROM_NEXT: next_rank,
+        }
+        forward, backward = direction_groups(pipelines)
+        self.wires = {
+            end: Wire(
+                peer, device, forward if end in ACTIVATIONS else backward, self.in_flight + 1, config.overlap
+            )
+            for end, peer in peers.items()
+            if peer is not None
+        }
+        self.channels = {end: self._channel(end, config) for end in self.wires}
         # State
         self.sampler = LazySampler()
         self.step = 0
         self.fresh: list[bool] = []
         self.shapes_differ = False
         self._num_messages: Counter[str] = Counter()
+        self._num_expected: Counter[str] = Counter()
 
     def begin_step(
         self, num_slots: int, next_batch: Callable[[], Any] | None, measures_error: bool = False
@@ -84,11 +101,54 @@ class Stage:
             self.sampler.begin(num_slots)
         self.fresh = fresh
         self._num_messages.clear()
+        self._num_expected.clear()
         for channel in self.channels.values():
             channel.begin_step(self.step, num_slots, measures_error)
 
     def end_step(self) -> None:
+        """Waits until the step's last messages have gone."""
+        for channel in self.channels.values():
+            channel.end_step()
         self.step += 1
+
+    def adopt(self, decision: Decision) -> None:
+        """Between two steps: the decided depth and, with `links`, codecs. Channels whose codec changes
+        start with no memory."""
+        self.in_flight = decision.in_flight
+        for end, channel in self.channels.items():
+            self.wires[end].most_pending = decision.in_flight + 1
+            if self.config.links is not None:
+                config = decision.config(self.config, channel.link, channel.direction)
+                new = self._channel(end, config)
+                if (new.key, new.delta) != (channel.key, channel.delta):
+                    new.traffic = channel.traffic
+                    self.channels[end] = new
+
+    def send(self, end: str, values: Sequence[torch.Tensor]) -> None:
+        """Sends the tensors of the end's next slot."""
+        slot = self._num_messages[end]
+        self._num_messages[end] += 1
+        self.channels[end].send(slot, self.fresh[slot], values)
+
+    def expect(self, end: str, specs: Sequence[Spec], num_messages: int) -> None:
+        """Announces an end's messages, so that up to `num_messages` besides those received are announced.
+        They have the specs `specs`."""
+        last = min(self._num_messages[end] + num_messages, len(self.fresh))
+        for slot in range(self._num_expected[end], last):
+            self.channels[end].expect(slot, self.fresh[slot], specs)
+            self._num_expected[end] += 1
+
+    def receive(self, end: str, specs: Sequence[Spec], looks_ahead: bool) -> list[torch.Tensor]:
+        """The tensors of the end's next slot. looks_ahead: the messages after it have the same specs, so
+        that they can arrive while this one is used."""
+        self.expect(end, specs, self.num_ahead if looks_ahead else 1)
+        self._num_messages[end] += 1
+        return self.channels[end].receive()
+
+    @property
+    def num_ahead(self) -> int:
+        """Messages of a direction that are announced at the same time."""
+        return self.in_flight + 2 if self.config.overlap else 1
 
     def state_dict(self) -> dict[str, Any]:
         """Step, held batches, memories and codec states of this rank, between two steps."""
@@ -113,25 +173,8 @@ class Stage:
         for end, channel in self.channels.items():
             channel.load_state_dict(state["channels"][end])
 
-    def send(self, end: str, values: Sequence[torch.Tensor]) -> None:
-        """Sends the tensors of the end's next slot."""
-        slot = self._next_slot(end)
-        self.channels[end].send(slot, self.fresh[slot], values)
-
-    def receive(self, end: str, specs: Sequence[Spec]) -> list[torch.Tensor]:
-        """The tensors of the end's next slot."""
-        slot = self._next_slot(end)
-        return self.channels[end].receive(slot, self.fresh[slot], specs)
-
-    def _connect(
-        self, config: ClappingConfig, link: int, peer: int, replica: int, activations: str, gradients: str
-    ) -> None:
-        """The two channel ends of a link."""
-        wire = Wire(peer, self.device)
-        self.channels[activations] = Channel(config, link, "activations", wire, replica)
-        self.channels[gradients] = Channel(config, link, "gradients", wire, replica)
-
-    def _next_slot(self, end: str) -> int:
-        slot = self._num_messages[end]
-        self._num_messages[end] += 1
-        return slot
+    def _channel(self, end: str, config: ClappingConfig) -> Channel:
+        """A new channel end with its wire."""
+        link = self.stage_id if end in (ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT) else self.stage_id - 1
+        direction = "activations" if end in ACTIVATIONS else "gradients"
+        return Channel(config, link, direction, self.wires[end], self.replica)

@@ -1,0 +1,160 @@
+"""What `links` decides by: time and memory of a stage's passes, cost of codecs, speed of links."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from clapping_ds.channel import Channel, Spec, is_compressed
+from clapping_ds.codecs import Codec, Context, Raw
+from clapping_ds.config import ClappingConfig
+from clapping_ds.links import Candidate, Speed
+from clapping_ds.transport import Wire
+
+NUM_PINGS = 8
+LONG_ENOUGH_S = 0.1
+MOST_BYTES = 1 << 26
+
+
+class Passes:
+    """Forward and backward passes of one stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.per_micro_batch_s = float("inf")
+        """The fastest of the steps that were timed."""
+        self.stored_bytes = 0
+        """Kept of one micro-batch from its forward to its backward pass, besides the parameters."""
+        self._step_s = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around every pass of a step that is timed. Waits for the device before and after."""
+        start = _now_s(self.device)
+        yield
+        self._step_s += _now_s(self.device) - start
+
+    def end_step(self, num_micro_batches: int) -> None:
+        if self._step_s:
+            self.per_micro_batch_s = min(self.per_micro_batch_s, self._step_s / num_micro_batches)
+        self._step_s = 0.0
+
+    @contextmanager
+    def weighed(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Around one forward pass."""
+        stored: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        for parameter in parameters:
+            stored.pop(parameter.untyped_storage().data_ptr(), None)
+        self.stored_bytes = max(self.stored_bytes, sum(stored.values()))
+
+
+def candidates(config: ClappingConfig, channel: Channel) -> list[Candidate]:
+    """What the last message of a channel would cost with each codec that the channel may get."""
+    name = channel.direction
+    if config.links is None:
+        return [_candidate(config, config.direction(name).delta, channel)]
+    codecs: list[Codec] = [Raw(), *config.links.ladder]
+    return [_candidate(config.with_delta(name, codec), codec, channel) for codec in codecs]
+
+
+def _candidate(config: ClappingConfig, codec: Codec, channel: Channel) -> Candidate:
+    compressed = [spec for spec in channel.specs if is_compressed(spec, channel.min_numel)]
+    raw_bytes = sum(spec.nbytes for spec in channel.specs if spec not in compressed)
+    key = config.key_codec(channel.direction)
+    delta = config.delta_codec(channel.direction) or key
+    key_bytes, delta_bytes = (
+        raw_bytes + sum(each.nbytes(*spec) for spec in compressed) for each in (key, delta)
+    )
+    codec_s = 0.0
+    if not isinstance(codec, Raw):
+        codec_s = sum(_codec_s(codec, spec, channel.wire.device, config) for spec in compressed)
+    return Candidate(codec, key_bytes, delta_bytes, codec_s)
+
+
+def _codec_s(codec: Codec, spec: Spec, device: torch.device, config: ClappingConfig) -> float:
+    """To encode and to decode one tensor: the fastest of three."""
+    value = torch.randn(spec.shape, device=device).to(spec.dtype)
+    payload = torch.empty(codec.nbytes(*spec), dtype=torch.uint8, device=device)
+    memory = None if config.strategy == "direct" else torch.zeros_like(value)
+    context = Context(memory, memory is not None, 0, codec.new_state(spec.shape, device), config.compile)
+
+    def once() -> float:
+        start = _now_s(device)
+        codec.encode_(value, payload, context)
+        codec.decode_(payload, value, context)
+        return _now_s(device) - start
+
+    once()  # kernels are compiled
+    return min(once() for _ in range(3))
+
+
+def probe(outgoing: Wire, incoming: Wire, leads: bool) -> Speed:
+    """How fast messages to the peer are. Both ends call it, one of them with `leads`, while nothing is on
+    its way. Messages grow until one takes a tenth of a second."""
+    if leads:
+        speed = _time_messages(outgoing, incoming)
+        _answer_messages(outgoing, incoming)
+    else:
+        _answer_messages(outgoing, incoming)
+        speed = _time_messages(outgoing, incoming)
+    return speed
+
+
+def _time_messages(outgoing: Wire, incoming: Wire) -> Speed:
+    round_trip_s = min(_round_trip_s(outgoing, incoming, 1) for _ in range(NUM_PINGS))
+    num_bytes, took_s = 1 << 14, 0.0
+    while took_s < LONG_ENOUGH_S and num_bytes < MOST_BYTES:
+        num_bytes *= 4
+        took_s = _round_trip_s(outgoing, incoming, num_bytes) - round_trip_s
+    _put(outgoing, torch.zeros(1, dtype=torch.int64))
+    outgoing.drain()
+    return Speed(num_bytes / max(took_s, 1e-9), round_trip_s / 2)
+
+
+def _answer_messages(outgoing: Wire, incoming: Wire) -> None:
+    while num_bytes := int(_get(incoming, 8).view(torch.int64)):
+        _get(incoming, num_bytes)
+        _put(outgoing, torch.zeros(1, dtype=torch.uint8))
+    outgoing.drain()
+
+
+def _round_trip_s(outgoing: Wire, incoming: Wire, num_bytes: int) -> float:
+    """Until a message, told of by one with its size, is answered by a byte."""
+    start = time.perf_counter()
+    _put(outgoing, torch.tensor([num_bytes]))
+    _put(outgoing, torch.zeros(num_bytes, dtype=torch.uint8))
+    _get(incoming, 1)
+    return time.perf_counter() - start
+
+
+def _put(wire: Wire, message: torch.Tensor) -> None:
+    with wire.working():
+        payload = wire.new_payload(message.numel() * message.element_size())
+        wire.send(payload.copy_(message.view(torch.uint8)))
+
+
+def _get(wire: Wire, num_bytes: int) -> torch.Tensor:
+    """The first bytes of the peer's next message, on the CPU."""
+    with wire.working():
+        wire.expect(num_bytes)
+        payload = wire.receive()
+        start = payload[:8].to("cpu", copy=True)
+        wire.done_with(payload)
+    return start
+
+
+def _now_s(device: torch.device) -> float:
+    """Once the device has done what was asked of it so far."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

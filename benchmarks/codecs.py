@@ -168,7 +168,6 @@ def speed(method: Method, shape: tuple[int, int] = SPEED_SHAPE) -> dict[str, flo
     x = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).bfloat16()
     target = torch.empty_like(x)
     timed: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(x)}
-    torch.compiler.reset()  # it compiles a function 8 times at most, which is enough for a rank
     for path in PATHS:
         if path == PATHS[0] or (isinstance(method, Ours) and isinstance(method.codec, GroupedCodec)):
             encode, decode = calls(method, x, compiles=path != PATHS[0])

@@ -87,4 +87,8 @@ def tree_sum(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constex
 
 def halves(seed: int) -> tuple[int, int]:
     """The low and the high 32 bits of a seed as signed numbers, which Triton passes as int32."""
-    return tuple(half - ((half >> 31) << 32) for half in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))  # type: ignore[return-value]
+    return _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF)
+
+
+def _signed(half: int) -> int:
+    return half - ((half >> 31) << 32)

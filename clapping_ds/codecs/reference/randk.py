@@ -7,13 +7,18 @@ import torch
 from clapping_ds.codecs.memory import limit
 from clapping_ds.codecs.protocol import Context
 from clapping_ds.codecs.reference.random_bits import group_keys, mixed
-from clapping_ds.codecs.reference.steps import deliver_, differences, grouped, keep_, stepped
+from clapping_ds.codecs.reference.steps import (
+    LARGEST_BFLOAT16,
+    NAN_BFLOAT16_BITS,
+    deliver_,
+    differences,
+    grouped,
+    keep_,
+    stepped,
+)
 
 if TYPE_CHECKING:
     from clapping_ds.codecs.randk import RandK
-
-LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
-NAN_BFLOAT16_BITS = 0x7FC0
 
 
 def encode_(codec: "RandK", value: torch.Tensor, values: torch.Tensor, context: Context) -> None:

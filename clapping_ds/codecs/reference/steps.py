@@ -5,6 +5,8 @@ from torch.nn.functional import pad
 
 from clapping_ds.codecs.memory import limit
 
+LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+NAN_BFLOAT16_BITS = 0x7FC0
 RUN = 16
 """Values that `copy_` keeps or leaves together: a run of 16 bytes or more, one access of the kernel."""
 

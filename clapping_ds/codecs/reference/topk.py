@@ -6,13 +6,18 @@ import torch
 
 from clapping_ds.codecs.memory import limit
 from clapping_ds.codecs.protocol import Context
-from clapping_ds.codecs.reference.steps import deliver_, differences, grouped, keep_, stepped
+from clapping_ds.codecs.reference.steps import (
+    LARGEST_BFLOAT16,
+    NAN_BFLOAT16_BITS,
+    deliver_,
+    differences,
+    grouped,
+    keep_,
+    stepped,
+)
 
 if TYPE_CHECKING:
     from clapping_ds.codecs.topk import Sections, TopK
-
-LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
-NAN_BFLOAT16_BITS = 0x7FC0
 
 
 def encode_(codec: "TopK", value: torch.Tensor, sections: "Sections", context: Context) -> None:

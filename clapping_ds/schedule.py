@@ -1,0 +1,53 @@
+"""1F1B with more micro-batches in flight, so that a link's latency and transfer hide behind compute.
+
+Stock 1F1B runs S - s forwards on stage s of S before its first backward: just enough to fill the
+pipeline when links take no time. Here every link holds `in_flight` more, so stage s runs
+1 + (S - 1 - s) * (1 + in_flight), the last stage always one. Then backward and forward alternate.
+Gradients are added up in the same order, so losses are the same for every depth, bit for bit; what
+grows is memory, by the activations of one micro-batch for each additional forward.
+
+Messages are sent as soon as they are computed. That needs a transport whose sends do not block.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Literal
+
+Work = tuple[Literal["forward", "backward"], int]
+
+
+def num_warmup(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> int:
+    """Forwards before the first backward: how many micro-batches a stage stores at most."""
+    return min(num_micro_batches, 1 + (num_stages - 1 - stage_id) * (1 + in_flight))
+
+
+def order(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> Iterator[Work]:
+    """What a stage computes, in order: every micro-batch forward and backward, both ascending."""
+    warmup = num_warmup(num_micro_batches, num_stages, stage_id, in_flight)
+    for micro_batch in range(warmup):
+        yield "forward", micro_batch
+    for micro_batch in range(num_micro_batches):
+        yield "backward", micro_batch
+        if micro_batch + warmup < num_micro_batches:
+            yield "forward", micro_batch + warmup
+
+
+def hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], tolerance: float) -> int:
+    """The smallest `in_flight` with which the links' delays do not hold up the pipeline.
+
+    compute_s   forward and backward of one micro-batch on the slowest stage
+    period_s    between two micro-batches when nothing is waited for: the most of compute_s and of the
+                time that one micro-batch takes on the wire of any link and direction
+    delays_s    for each link, first stage first, the time that a micro-batch spends on its way there
+                and back
+    tolerance   part of a period that may stay unhidden
+
+    From stage s of S a micro-batch takes (S - s) * compute_s and the delays of the links after s until
+    its gradient is back. Little's law: as many are needed on their way as periods fit into that.
+    """
+    depth = 0
+    for num_links in range(1, len(delays_s) + 1):
+        round_trip_s = (num_links + 1) * compute_s + sum(delays_s[-num_links:])
+        num_needed = round_trip_s / period_s - tolerance
+        depth = max(depth, ceil((num_needed - 1) / num_links - 1))
+    return depth

@@ -1,7 +1,8 @@
 """Where compression would pay on larger pipelines, by the model of `benchmarks.timeline`.
 
 Nothing here is measured, and only time is considered, not what a codec does to the loss. What is assumed
-is listed in `benchmarks.pipelines`; `benchmarks.simulate` checks the model and runs this. It writes
+is listed in `benchmarks.pipelines`; `benchmarks.simulate` checks the model and runs this. Differences
+below 2 % mean nothing: no depth is looked for that comes closer to the bound. It writes
 
     plan.csv            every model, number of stages, link, number of replicas and method
     plan_summary.csv    per pipeline: stock, overlap only, and the fastest compressed method that fits

@@ -229,6 +229,10 @@ def mean_bytes(candidate: Candidate, config: ClappingConfig) -> float:
     return config.p_new * candidate.key_bytes + (1 - config.p_new) * candidate.delta_bytes
 
 
+def _largest_bytes(candidate: Candidate, config: ClappingConfig) -> int:
+    return candidate.key_bytes if config.p_new == 1 else max(candidate.key_bytes, candidate.delta_bytes)
+
+
 def _depth(
     directions: Sequence[Direction],
     chosen: Sequence[Candidate],
@@ -236,15 +240,14 @@ def _depth(
     compute_s: float,
     num_stages: int,
 ) -> int:
-    """The `in_flight` that hides all links."""
-    transfers_s = [
-        mean_bytes(candidate, config) / direction.speed.bytes_per_s
-        for direction, candidate in zip(directions, chosen, strict=True)
-    ]
-    delays_s = [0.0] * (num_stages - 1)
-    for direction, candidate, transfer_s in zip(directions, chosen, transfers_s, strict=True):
-        delays_s[first_stage(direction.link)] += transfer_s + direction.speed.latency_s + candidate.codec_s
-    return hiding_depth(compute_s, max(compute_s, *transfers_s), delays_s, tolerance=0.05)
+    """The `in_flight` that hides all links. Throughput is a matter of the mean message, delay of the
+    largest: a key may come at any time."""
+    period_s, delays_s = compute_s, [0.0] * (num_stages - 1)
+    for direction, candidate in zip(directions, chosen, strict=True):
+        period_s = max(period_s, mean_bytes(candidate, config) / direction.speed.bytes_per_s)
+        largest_s = _largest_bytes(candidate, config) / direction.speed.bytes_per_s
+        delays_s[first_stage(direction.link)] += largest_s + direction.speed.latency_s + candidate.codec_s
+    return hiding_depth(compute_s, period_s, delays_s, tolerance=0.05)
 
 
 def _affordable(in_flight: int, measured: Sequence[Measured], num_stages: int, num_micro_batches: int) -> int:

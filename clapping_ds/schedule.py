@@ -40,7 +40,7 @@ def hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], t
                 time that one micro-batch takes on the wire of any link and direction
     delays_s    for each link, first stage first, the time that a micro-batch spends on its way there
                 and back
-    tolerance   part of a period that may stay unhidden
+    tolerance   part of the throughput that may be given up for a smaller depth
 
     From stage s of S a micro-batch takes (S - s) * compute_s and the delays of the links after s until
     its gradient is back. Little's law: as many are needed on their way as periods fit into that.
@@ -48,6 +48,6 @@ def hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], t
     depth = 0
     for num_links in range(1, len(delays_s) + 1):
         round_trip_s = (num_links + 1) * compute_s + sum(delays_s[-num_links:])
-        num_needed = round_trip_s / period_s - tolerance
+        num_needed = round_trip_s / period_s * (1 - tolerance)
         depth = max(depth, ceil((num_needed - 1) / num_links - 1))
     return depth

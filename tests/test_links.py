@@ -93,7 +93,7 @@ def test_every_rank_decides_alike():
 def test_depth():
     """Off the critical path by int8, a message takes 0.25 + 0.5 s each way: 1.5 stage times in all."""
     slow = pipeline([1.0], latency_s=0.5)
-    assert decide(slow, config(links={"ladder": ["int8"], "min_gain": 0.0}), 16).in_flight == 2
+    assert decide(slow, config(), 16).in_flight == 2
     assert decide(slow, config(in_flight=7), 16).in_flight == 7
     assert decide(slow, config(overlap=False), 16).in_flight == 0
     assert decide(pipeline([0.001]), config(), 16).in_flight == 0

@@ -35,10 +35,11 @@ from clapping_ds.engines.stage import (
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
     SENDING_ENDS,
+    Peer,
     Stage,
 )
 from clapping_ds.engines.tuning import Tuning
-from clapping_ds.transport import gather
+from clapping_ds.transport import direction_groups, gather
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -77,13 +78,14 @@ class ClappingPipelineEngine(PipelineEngine):
             schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
             schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
         }
+        groups = direction_groups(self.grid.topology().get_axis_comm_lists("pipe"))
         self._stage = Stage(
             self.clapping,
             self.stage_id,
-            None if self.is_first_stage() else self.grid.stage_to_global(self.prev_stage),
-            None if self.is_last_stage() else self.grid.stage_to_global(self.next_stage),
+            None if self.is_first_stage() else Peer(self.grid.stage_to_global(self.prev_stage), *groups),
+            None if self.is_last_stage() else Peer(self.grid.stage_to_global(self.next_stage), *groups),
             self.device,
-            self.grid.topology().get_axis_comm_lists("pipe"),
+            self.grid.get_data_parallel_id(),
         )
         self._tuning = Tuning(self._stage, self.num_stages)
         self._sent_specs: list[Spec] | None = None

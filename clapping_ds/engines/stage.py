@@ -6,7 +6,7 @@ A host's engine calls `begin_step`, then `send` and `receive` in the order of it
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from clapping_ds.channel import Channel, Spec
 from clapping_ds.config import ClappingConfig
 from clapping_ds.links import Decision
 from clapping_ds.sampling import Coin, LazySampler
-from clapping_ds.transport import Wire, all_agree, direction_groups, rank
+from clapping_ds.transport import Wire, all_agree
 
 ACTIVATIONS_TO_NEXT = "activations to next"
 ACTIVATIONS_FROM_PREVIOUS = "activations from previous"
@@ -24,43 +24,44 @@ ACTIVATIONS = (ACTIVATIONS_TO_NEXT, ACTIVATIONS_FROM_PREVIOUS)
 SENDING_ENDS = (ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS)
 
 
+class Peer(NamedTuple):
+    """A neighbouring stage: its global rank, and the process group of each direction of the link to it."""
+
+    rank: int
+    activations: Any
+    gradients: Any
+
+
 class Stage:
     """Channel ends and lazy sampling of one rank.
 
-    previous_rank, next_rank   global rank of the neighbouring stage; None at the pipeline's ends
-    pipelines                  global ranks of the stages of each data-parallel replica
+    previous, next   the neighbouring stages; None at the pipeline's ends
+    replica          number of this pipeline among its data-parallel replicas
     """
 
     def __init__(
         self,
         config: ClappingConfig,
         stage_id: int,
-        previous_rank: int | None,
-        next_rank: int | None,
+        previous: Peer | None,
+        next: Peer | None,
         device: torch.device,
-        pipelines: Sequence[Sequence[int]],
+        replica: int = 0,
     ) -> None:
         # Configuration
         self.config = config
         self.stage_id = stage_id
-        self.replica = next(number for number, ranks in enumerate(pipelines) if rank() in ranks)
+        self.replica = replica
         self.coin = Coin(config.p_new, config.refresh, config.seed)
         self.device = device
         self.in_flight = 0 if config.in_flight == "auto" else config.in_flight
-        peers = {
-            ACTIVATIONS_FROM_PREVIOUS: previous_rank,
-            GRADIENTS_TO_PREVIOUS: previous_rank,
-            ACTIVATIONS_TO_NEXT: next_rank,
-            GRADIENTS_FROM_NEXT: next_rank,
-        }
-        forward, backward = direction_groups(pipelines)
-        self.wires = {
-            end: Wire(
-                peer, device, forward if end in ACTIVATIONS else backward, self.in_flight + 1, config.overlap
-            )
-            for end, peer in peers.items()
-            if peer is not None
-        }
+        self.wires: dict[str, Wire] = {}
+        if previous is not None:
+            self.wires[ACTIVATIONS_FROM_PREVIOUS] = self._wire(previous.rank, previous.activations)
+            self.wires[GRADIENTS_TO_PREVIOUS] = self._wire(previous.rank, previous.gradients)
+        if next is not None:
+            self.wires[ACTIVATIONS_TO_NEXT] = self._wire(next.rank, next.activations)
+            self.wires[GRADIENTS_FROM_NEXT] = self._wire(next.rank, next.gradients)
         self.channels = {end: self._channel(end, config) for end in self.wires}
         # State
         self.sampler = LazySampler()
@@ -172,6 +173,9 @@ class Stage:
         self.sampler.load_state_dict(state["sampler"])
         for end, channel in self.channels.items():
             channel.load_state_dict(state["channels"][end])
+
+    def _wire(self, peer: int, group: Any) -> Wire:
+        return Wire(peer, self.device, group, self.in_flight + 1, self.config.overlap)
 
     def _channel(self, end: str, config: ClappingConfig) -> Channel:
         """A new channel end with its wire."""

@@ -24,6 +24,7 @@ setup(
         "megatron": ["megatron-core>=0.16,<0.17"],
         "launch": ["tqdm>=4.60", "tokenizers>=0.20", "matplotlib>=3.8"],
         "dev": [
+            "megatron-core>=0.16,<0.17",
             "tqdm>=4.60",
             "tokenizers>=0.20",
             "matplotlib>=3.8",

@@ -185,3 +185,8 @@ def gather(item: Any) -> list[Any]:
     items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def ranks_of(group: Any) -> list[int]:
+    """The global ranks of a process group, in its order."""
+    return list(dist.get_process_group_ranks(group))

@@ -1,0 +1,195 @@
+"""Megatron-Core: lazily sampled data iterators, and a communicator that talks through channels.
+
+`MegatronPipeline.wrap` takes one of Megatron-Core's `forward_backward_pipelining_*` functions and returns
+one that is called in the same way. In training steps it hands the schedule a communicator and iterators of
+ours; evaluation (`forward_only`) runs stock. Left alone: schedules, model, optimizer, data-parallel and
+tensor-parallel traffic, the tied embeddings' all-reduce.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from clapping_ds import telemetry
+from clapping_ds.engines.megatron_checks import Source, agreed, check_call, on_every_rank, tells_shapes
+from clapping_ds.engines.megatron_chunks import Chunks, make_stages
+from clapping_ds.engines.megatron_communicator import ClappingCommunicator
+from clapping_ds.engines.stage import SENDING_ENDS, Stage
+from clapping_ds.transport import gather, rank, ranks_of
+
+GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
+
+
+class LazyIterator:
+    """Stands in for a chunk's data iterator in one step: the batches that its sampler holds."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._num_left = len(stage.fresh)
+
+    def __iter__(self) -> "LazyIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if self._num_left == 0:
+            raise ValueError(
+                f"forward_step_func took more than {len(self.stage.fresh)} batches from its data iterator in "
+                "a step; accepted: one per micro-batch"
+            )
+        self._num_left -= 1
+        return self.stage.sampler.next()
+
+
+class MegatronPipeline:
+    """What one rank keeps between steps: the stages of its model chunks, with memories and held batches.
+
+    config          `{"clapping": {...}}`, a JSON file with that, or a ClappingConfig
+    model_config    the model's TransformerConfig
+    pg_collection   the process groups; None: parallel_state's
+    device          None: the current GPU, or the CPU where there is none
+    Building it is a collective of all ranks. Raises ValueError on every rank if one rank's configuration
+    is wrong, or another than the others'.
+    """
+
+    def __init__(
+        self,
+        config: Source,
+        model_config: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        # Configuration
+        self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(GROUPS)
+        self.config = agreed(config, model_config, self.groups.pp.size())
+        self.measures_error = False
+        """Whether the relative error of messages is measured; costs a pass over each."""
+        # State
+        self.fresh_samples = 0
+        """Samples drawn by this data-parallel replica."""
+        self.chunks = Chunks([], 0, 0, torch.float32, tells_shapes=False)
+        self._was_called = False
+        if self.config.enabled:
+            self._start(model_config, device)
+
+    def _start(self, model_config: Any, device: torch.device | None) -> None:
+        if device is None:
+            is_gpu = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+        pipelines = sorted({tuple(ranks) for ranks in gather(ranks_of(self.groups.pp))})
+        num_chunks = model_config.virtual_pipeline_model_parallel_size or 1
+        # Tensor-parallel ranks hold the same activations, and must compress them alike.
+        replica = self.groups.dp_cp.rank()
+        stages = make_stages(self.config, pipelines, rank(), num_chunks, device, replica)
+        dtype = model_config.pipeline_dtype
+        self.chunks = Chunks(
+            stages, self.groups.pp.rank(), self.groups.pp.size(), dtype, tells_shapes(model_config)
+        )
+        if rank() == 0:
+            text = telemetry.expectation(self.config, dtype)
+            print(f"clapping:\n{text}", flush=True)
+
+    def wrap(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
+        """A schedule with compression: takes and returns what Megatron-Core's own takes and returns.
+
+        With `"enabled": false` it is `forward_backward` itself. Raises StopIteration on every rank, before
+        anything is computed, if one rank's iterator ends.
+        """
+        if not self.config.enabled:
+            return forward_backward
+
+        @wraps(forward_backward)
+        def run(*, data_iterator: Any, model: Any, forward_only: bool = False, **options: Any) -> Any:
+            options["model"] = model
+            if forward_only:
+                return forward_backward(data_iterator=data_iterator, forward_only=True, **options)
+            is_list = isinstance(data_iterator, list)
+            with self.step(
+                data_iterator if is_list else [data_iterator],
+                get_model_config(model[0] if isinstance(model, list) else model),
+                options["num_microbatches"],
+                options["micro_batch_size"],
+                options,
+            ) as (communicator, lazy):
+                options["p2p_communicator"] = communicator
+                if options.get("pg_collection") is None:
+                    options["pg_collection"] = self.groups
+                data = lazy if is_list else lazy[0]
+                return forward_backward(data_iterator=data, forward_only=False, **options)
+
+        return run
+
+    @contextmanager
+    def step(
+        self,
+        data_iterators: Sequence[Any],
+        model_config: Any,
+        num_micro_batches: int,
+        micro_batch_size: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> Iterator[tuple[ClappingCommunicator, list[LazyIterator | None]]]:
+        """Around one training step of a schedule that is called by hand: what to pass it as
+        `p2p_communicator=` and, a list for interleaved schedules, as `data_iterator=`."""
+        stages = self.chunks.stages
+        if not self._was_called:
+            on_every_rank(lambda: check_call(data_iterators, len(stages), options or {}))
+            self._was_called = True
+        check_call(data_iterators, len(stages), options or {})
+        group_size = model_config.microbatch_group_size_per_vp_stage
+        table = get_schedule_table(num_micro_batches, len(stages), group_size)
+        draws = [None if iterator is None else iterator.__next__ for iterator in data_iterators]
+        self.chunks.begin_step([chunk for _, chunk in table], draws, self.measures_error)
+        lazy = [
+            None if draw is None else LazyIterator(stage) for draw, stage in zip(draws, stages, strict=True)
+        ]
+        yield ClappingCommunicator(self.groups.pp, model_config, self.chunks), lazy
+        self.chunks.end_step()
+        self.fresh_samples += sum(stages[0].fresh) * micro_batch_size
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples drawn by all data-parallel replicas: a resumed run's data starts after as many."""
+        return self.fresh_samples * self.groups.dp.size()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's sampler and memories, between two steps, to be saved per rank."""
+        keeps = self.config.checkpoint_memory
+        stages = {stage.stage_id: stage.state_dict() for stage in self.chunks.stages} if keeps else {}
+        return {"fresh_samples": self.fresh_samples, "stages": stages}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Takes what `state_dict` gave. Without memories for the same stages on every rank, the next step
+        is all fresh. A collective of all ranks."""
+        if state is not None:
+            self.fresh_samples = state["fresh_samples"]
+        for stage in self.chunks.stages:
+            stage.load_state_dict(None if state is None else state["stages"].get(stage.stage_id))
+
+    def sharded_state_dict(self, prefix: str = "clapping.") -> dict[str, Any]:
+        """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank."""
+        found = gather(None)
+        key = f"{prefix}state"
+        return {key: ShardedObject(key, self.state_dict(), (len(found),), (rank(),))}
+
+    # Figures
+
+    def clapping_traffic(self) -> telemetry.Traffic:
+        """This rank's counters, all its chunks together. No communication."""
+        return telemetry.total(
+            channel.traffic for stage in self.chunks.stages for channel in stage.channels.values()
+        )
+
+    def clapping_report(self) -> list[dict[str, Any]]:
+        """A row per channel of each pipeline, with counters and memory of its sending end. A collective of
+        all ranks."""
+        ends = [(stage, end) for stage in self.chunks.stages for end in SENDING_ENDS if end in stage.channels]
+        rows = [telemetry.row(stage.channels[end]) for stage, end in ends]
+        return [row for rows_of_rank in gather(rows) for row in rows_of_rank]

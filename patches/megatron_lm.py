@@ -1,0 +1,118 @@
+"""Megatron-LM's own scripts with compression: no line of theirs is changed.
+
+torchrun ... -m patches.megatron_lm pretrain_gpt.py --clapping-config FILE [arguments of the script]
+
+Its training loop looks `forward_backward_pipelining_*` up in `megatron.core.pipeline_parallel.schedules`
+when it starts. Both are replaced there by what `MegatronPipeline.wrap` makes of them, which passes our
+communicator and iterators as their arguments. `args.consumed_train_samples` comes to count fresh samples
+only, so that a resumed run skips no data.
+
+Megatron-Core is imported late, so that it is the one beside the script, if there is one.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from patches.patch import Patch, check_version
+
+ACCEPTED = ["0.16", "0.17", "0.18", "0.19"]
+USAGE = "usage: python -m patches.megatron_lm SCRIPT --clapping-config FILE [arguments of the script]"
+OPTION = "--clapping-config"
+SCHEDULES = (
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+)
+SIGNATURE = (
+    "forward_step_func, data_iterator, model, num_microbatches, seq_length, micro_batch_size, "
+    "decoder_seq_length, forward_only, collect_non_loss_data, first_val_step, adjust_tensor_shapes_fn, "
+    "p2p_communicator, pg_collection, force_all_reduce"
+)
+
+
+class Compression:
+    """The `MegatronPipeline` of this process, made when the first schedule runs: by then Megatron-LM has
+    set up its process groups."""
+
+    def __init__(self, source: str | Mapping[str, Any]) -> None:
+        self.source = source
+        self.pipeline: Any = None
+
+    def of(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement of a schedule."""
+
+        @wraps(original)
+        def run(*, model: Any, forward_only: bool = False, **options: Any) -> Any:
+            if self.pipeline is None:
+                from megatron.core.utils import get_model_config
+
+                from clapping_ds.engines.megatron import MegatronPipeline
+
+                chunk = model[0] if isinstance(model, list) else model
+                self.pipeline = MegatronPipeline(self.source, get_model_config(chunk))
+            before = self.pipeline.consumed_samples
+            result = self.pipeline.wrap(original)(model=model, forward_only=forward_only, **options)
+            if self.pipeline.config.enabled and not forward_only:
+                num_samples = options["num_microbatches"] * options["micro_batch_size"]
+                fresh = self.pipeline.consumed_samples - before
+                _give_back(num_samples * self.pipeline.groups.dp.size() - fresh)
+            return result
+
+        return run
+
+
+def _give_back(num_samples: int) -> None:
+    """Samples of a step that were not drawn. Megatron-LM's loop is going to add all of the step."""
+    training = sys.modules.get("megatron.training")
+    if training is not None:
+        training.get_args().consumed_train_samples -= num_samples
+
+
+_APPLIED: list[Patch] = []
+
+
+def apply(source: str | Mapping[str, Any]) -> Compression:
+    """For schedules that are looked up from now on. Raises ImportError on a Megatron-Core that is not
+    known, ValueError if it is applied already."""
+    if _APPLIED:
+        raise ValueError("patches.megatron_lm is applied already; accepted: undo() first")
+    import megatron.core
+
+    check_version("megatron-core", megatron.core.__version__, ACCEPTED)
+    from megatron.core.pipeline_parallel import schedules
+
+    compression = Compression(source)
+    patches = [Patch(schedules, name, SIGNATURE, compression.of) for name in SCHEDULES]
+    for patch in patches:
+        patch.check()
+    for patch in patches:
+        patch.apply()
+    _APPLIED.extend(patches)
+    return compression
+
+
+def undo() -> None:
+    while _APPLIED:
+        _APPLIED.pop().undo()
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the script as `__main__` without the option that is ours."""
+    if OPTION not in arguments[:-1]:
+        raise SystemExit(USAGE)
+    place = arguments.index(OPTION)
+    source = arguments[place + 1]
+    arguments = arguments[:place] + arguments[place + 2 :]
+    if not arguments or not Path(arguments[0]).is_file():
+        raise SystemExit(f"script = {arguments[:1]}: no such file; {USAGE}")
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    apply(source)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

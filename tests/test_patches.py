@@ -1,0 +1,193 @@
+"""Each patch: the defect without it, none with it, off again, and a refusal of a host that is not known."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from patches.patch import Patch, check_version
+from tests import megatron_cpu, models
+from tests.cluster import RankError, free_groups
+
+
+def owner(function):
+    return types.SimpleNamespace(__name__="host", f=function)
+
+
+def test_a_patch_is_marked_idempotent_and_undone():
+    host = owner(lambda x: x)
+    original = host.f
+    patch = Patch(host, "f", "x", lambda found: lambda x: found(x) + 1)
+    assert not patch.is_applied
+    patch.apply()
+    patch.apply()
+    assert patch.is_applied and host.f(1) == 2
+    patch.undo()
+    patch.undo()
+    assert host.f is original and not patch.is_applied
+
+
+def test_what_is_not_known_is_refused():
+    for host in (owner(lambda y: y), types.SimpleNamespace(__name__="host")):
+        with pytest.raises(ImportError, match=r"host.f (takes \(y\); accepted: \(x\)|is missing)"):
+            Patch(host, "f", "x", lambda found: found).apply()
+    check_version("host", "0.16.1", ["0.16", "0.17"])
+    for version in ("0.160", "0.15.9", "1.16"):
+        with pytest.raises(
+            ImportError, match=f"host {version} is not known to this patch; accepted: 0.16, 0.17"
+        ):
+            check_version("host", version, ["0.16", "0.17"])
+
+
+# DeepSpeed's timers
+
+
+def trained_with_timers(block, patched):
+    from patches import deepspeed_timers
+
+    if patched:
+        deepspeed_timers.apply()
+    try:
+        engine = models.make_engine(block, ds={"wall_clock_breakdown": True}, stock=block is None)
+        return models.train(engine, 2)
+    finally:
+        deepspeed_timers.undo()
+
+
+@pytest.mark.parametrize("block", [None, {"strategy": "fc"}], ids=["stock", "clapping"])
+def test_wall_clock_breakdown_crashes_without_its_patch_only(two_ranks, block):
+    losses = two_ranks.run(trained_with_timers, block, True)
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_wall_clock_breakdown_crashes_without_its_patch():
+    from tests.cluster import Cluster
+
+    ranks = Cluster(2)  # what crashes leaves messages behind
+    try:
+        outcomes = ranks.outcomes(trained_with_timers, None, False)
+        crash = next(found for found in outcomes if isinstance(found, RankError))
+        assert "has already been started" in crash.message
+    finally:
+        ranks.close()
+
+
+def test_the_timers_patch_refuses_another_deepspeed(monkeypatch):
+    import deepspeed
+
+    from patches import deepspeed_timers
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
+    with pytest.raises(ImportError, match=r"deepspeed 0.20.0 is not known to this patch; accepted: 0.19.8"):
+        deepspeed_timers.apply()
+    assert not deepspeed_timers.PATCH.is_applied
+
+
+# Megatron-LM
+
+BLOCK = {
+    "strategy": "fc",
+    "refresh": "slot",
+    "activations": {"delta": "int2"},
+    "gradients": {"delta": "int2"},
+}
+NUM_STEPS = 6
+SAMPLES_PER_STEP = 4 * models.LENGTH
+
+
+def train_as_megatron_lm(num_chunks):
+    """Losses of a script that knows nothing of us and counts samples as Megatron-LM's loop does."""
+    training = types.SimpleNamespace(consumed_train_samples=0)
+    sys.modules["megatron.training"] = types.SimpleNamespace(get_args=lambda: training)
+    try:
+        with megatron_cpu.parallel(2, num_chunks):
+            options = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if num_chunks > 1 else {}
+            trainer = megatron_cpu.Trainer(None, num_chunks, **options)
+            losses = []
+            for _ in range(NUM_STEPS):
+                losses.append(trainer.step())
+                training.consumed_train_samples += SAMPLES_PER_STEP
+            return losses, training.consumed_train_samples
+    finally:
+        del sys.modules["megatron.training"]
+
+
+def with_and_without(num_chunks):
+    from patches import megatron_lm
+
+    found = [train_as_megatron_lm(num_chunks)]
+    compression = megatron_lm.apply({"clapping": BLOCK})
+    try:
+        found.append(train_as_megatron_lm(num_chunks))
+        traffic = compression.pipeline.clapping_traffic()
+    finally:
+        megatron_lm.undo()
+    free_groups()
+    found.append(train_as_megatron_lm(num_chunks))
+    options = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if num_chunks > 1 else {}
+    free_groups()
+    by_hand = megatron_cpu.train(BLOCK, 2, num_chunks, NUM_STEPS, **options)[0]
+    return found, by_hand, traffic.ratio, compression.pipeline.consumed_samples
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_megatron_lm_is_compressed_with_its_patch_only(two_ranks, num_chunks):
+    outcomes = two_ranks.run(with_and_without, num_chunks)
+    for (without, patched, undone), by_hand, ratio, fresh_samples in outcomes:
+        assert without[1] == undone[1] == NUM_STEPS * SAMPLES_PER_STEP
+        assert patched[1] == fresh_samples < NUM_STEPS * SAMPLES_PER_STEP
+        assert without == undone
+        assert patched[0] == by_hand
+        assert ratio > 15
+    (without, patched, _), *_ = outcomes[-1]
+    assert without[0] != patched[0]
+
+
+def run_script(arguments):
+    from patches import megatron_lm
+
+    path, argv = sys.path[:], sys.argv
+    try:
+        megatron_lm.main(arguments)
+    finally:
+        megatron_lm.undo()
+        sys.path, sys.argv = path, argv
+    return sys.modules["__main__"].__dict__.get("found")
+
+
+def test_a_script_is_run_with_its_own_arguments(tmp_path):
+    script, result = tmp_path / "pretrain.py", tmp_path / "result.json"
+    script.write_text(
+        "import json, sys\n"
+        "from megatron.core.pipeline_parallel import get_forward_backward_func\n"
+        "function = get_forward_backward_func(pp_size=2, vp_size=None)\n"
+        f"open({str(result)!r}, 'w').write(json.dumps([sys.argv, __name__, hasattr(function, '__clapping_patch__')]))"
+    )
+    run_script([str(script), "--lr", "1", "--clapping-config", "clapping.json", "--bf16"])
+    assert json.loads(result.read_text()) == [[str(script), "--lr", "1", "--bf16"], "__main__", True]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["a.py"], ["a.py", "--clapping-config"], ["a.py", "--clapping-config", "b"]]
+)
+def test_the_runner_names_what_it_needs(arguments):
+    with pytest.raises(SystemExit, match="usage: "):
+        run_script(arguments)
+
+
+def test_the_megatron_patch_refuses_another_megatron(monkeypatch):
+    import megatron.core
+    from megatron.core.pipeline_parallel import schedules
+
+    from patches import megatron_lm
+
+    original = schedules.forward_backward_pipelining_without_interleaving
+    monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
+    with pytest.raises(ImportError, match=r"megatron-core 0.20.0 is not known to this patch"):
+        megatron_lm.apply({"clapping": BLOCK})
+    monkeypatch.undo()
+    monkeypatch.setattr(schedules, "forward_backward_pipelining_with_interleaving", lambda model: None)
+    with pytest.raises(ImportError, match=r"takes \(model\); accepted: \(forward_step_func, "):
+        megatron_lm.apply({"clapping": BLOCK})
+    assert schedules.forward_backward_pipelining_without_interleaving is original

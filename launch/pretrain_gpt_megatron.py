@@ -81,7 +81,7 @@ def transformer_config(run: MegatronRun) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=run.chunks if run.chunks > 1 else None,
         overlap_p2p_comm=run.chunks > 1,
         batch_p2p_comm=run.chunks == 1,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=run.chunks == 1,  # with overlap, sends may still read them
         finalize_model_grads_func=finalize_model_grads,
     )
 
@@ -144,8 +144,9 @@ def mean_of_ranks(losses: list[torch.Tensor]) -> float:
 def make_optimizer(run: MegatronRun, config: TransformerConfig, chunks: list[Any]) -> tuple[Any, Any]:
     """Megatron-Core's optimizer, and its schedule of learning rate: warm-up, then a cosine down to 0.1."""
     settings = OptimizerConfig(
-        optimizer="adam", lr=run.learning_rate, weight_decay=run.weight_decay, adam_beta2=0.95,
-        clip_grad=run.clip_grad, bf16=config.bf16, params_dtype=config.params_dtype,
+        optimizer="adam", lr=run.learning_rate, min_lr=run.learning_rate / 10,
+        weight_decay=run.weight_decay, adam_beta2=0.95, clip_grad=run.clip_grad,
+        bf16=config.bf16, params_dtype=config.params_dtype,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     schedule = OptimizerParamScheduler(

@@ -55,6 +55,8 @@ def test_imports(path):
             assert part == "transport"
         if words[0] in ("deepspeed", "megatron"):
             assert part == "engines" and path.name.startswith(words[0])
+        if words[0] == "megatron":
+            assert path.name == "megatron_host.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -34,9 +34,7 @@ def test_what_is_not_known_is_refused():
             Patch(host, "f", "x", lambda found: found).apply()
     check_version("host", "0.16.1", ["0.16", "0.17"])
     for version in ("0.160", "0.15.9", "1.16"):
-        with pytest.raises(
-            ImportError, match=f"host {version} is not known to this patch; accepted: 0.16, 0.17"
-        ):
+        with pytest.raises(ImportError, match=f"host {version} is not known to this patch"):
             check_version("host", version, ["0.16", "0.17"])
 
 
@@ -153,7 +151,6 @@ def run_script(arguments):
     finally:
         megatron_lm.undo()
         sys.path, sys.argv = path, argv
-    return sys.modules["__main__"].__dict__.get("found")
 
 
 def test_a_script_is_run_with_its_own_arguments(tmp_path):
@@ -162,7 +159,8 @@ def test_a_script_is_run_with_its_own_arguments(tmp_path):
         "import json, sys\n"
         "from megatron.core.pipeline_parallel import get_forward_backward_func\n"
         "function = get_forward_backward_func(pp_size=2, vp_size=None)\n"
-        f"open({str(result)!r}, 'w').write(json.dumps([sys.argv, __name__, hasattr(function, '__clapping_patch__')]))"
+        "found = [sys.argv, __name__, hasattr(function, '__clapping_patch__')]\n"
+        f"open({str(result)!r}, 'w').write(json.dumps(found))"
     )
     run_script([str(script), "--lr", "1", "--clapping-config", "clapping.json", "--bf16"])
     assert json.loads(result.read_text()) == [[str(script), "--lr", "1", "--bf16"], "__main__", True]

@@ -6,21 +6,22 @@ ours; evaluation (`forward_only`) runs stock. Left alone: schedules, model, opti
 tensor-parallel traffic, the tied embeddings' all-reduce.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
 
 from clapping_ds import telemetry
 from clapping_ds.engines.megatron_checks import Source, agreed, check_call, on_every_rank, tells_shapes
 from clapping_ds.engines.megatron_chunks import Chunks, make_stages
 from clapping_ds.engines.megatron_communicator import ClappingCommunicator
+from clapping_ds.engines.megatron_host import (
+    ProcessGroupCollection,
+    ShardedObject,
+    get_model_config,
+    get_schedule_table,
+)
 from clapping_ds.engines.stage import SENDING_ENDS, Stage
 from clapping_ds.transport import gather, rank, ranks_of
 
@@ -75,6 +76,7 @@ class MegatronPipeline:
         """Samples drawn by this data-parallel replica."""
         self.chunks = Chunks([], 0, 0, torch.float32, tells_shapes=False)
         self._was_called = False
+        self._micro_batch_size = 0
         if self.config.enabled:
             self._start(model_config, device)
 
@@ -110,32 +112,36 @@ class MegatronPipeline:
             if forward_only:
                 return forward_backward(data_iterator=data_iterator, forward_only=True, **options)
             is_list = isinstance(data_iterator, list)
-            with self.step(
+            communicator, lazy = self.begin_step(
                 data_iterator if is_list else [data_iterator],
                 get_model_config(model[0] if isinstance(model, list) else model),
                 options["num_microbatches"],
                 options["micro_batch_size"],
                 options,
-            ) as (communicator, lazy):
-                options["p2p_communicator"] = communicator
-                if options.get("pg_collection") is None:
-                    options["pg_collection"] = self.groups
-                data = lazy if is_list else lazy[0]
-                return forward_backward(data_iterator=data, forward_only=False, **options)
+            )
+            options["p2p_communicator"] = communicator
+            if options.get("pg_collection") is None:
+                options["pg_collection"] = self.groups
+            data = lazy if is_list else lazy[0]
+            result = forward_backward(data_iterator=data, forward_only=False, **options)
+            self.end_step()
+            return result
 
         return run
 
-    @contextmanager
-    def step(
+    def begin_step(
         self,
         data_iterators: Sequence[Any],
         model_config: Any,
         num_micro_batches: int,
         micro_batch_size: int,
         options: Mapping[str, Any] | None = None,
-    ) -> Iterator[tuple[ClappingCommunicator, list[LazyIterator | None]]]:
-        """Around one training step of a schedule that is called by hand: what to pass it as
-        `p2p_communicator=` and, a list for interleaved schedules, as `data_iterator=`."""
+    ) -> tuple[ClappingCommunicator, list[LazyIterator | None]]:
+        """Before a training step of a schedule that is called by hand: what to pass it as
+        `p2p_communicator=` and, a list for interleaved schedules, as `data_iterator=`.
+
+        options   what else the schedule is called with, to be checked
+        """
         stages = self.chunks.stages
         if not self._was_called:
             on_every_rank(lambda: check_call(data_iterators, len(stages), options or {}))
@@ -148,9 +154,13 @@ class MegatronPipeline:
         lazy = [
             None if draw is None else LazyIterator(stage) for draw, stage in zip(draws, stages, strict=True)
         ]
-        yield ClappingCommunicator(self.groups.pp, model_config, self.chunks), lazy
+        self._micro_batch_size = micro_batch_size
+        return ClappingCommunicator(self.groups.pp, model_config, self.chunks), lazy
+
+    def end_step(self) -> None:
+        """After the schedule. Waits until the step's last messages have gone."""
         self.chunks.end_step()
-        self.fresh_samples += sum(stages[0].fresh) * micro_batch_size
+        self.fresh_samples += sum(self.chunks.stages[0].fresh) * self._micro_batch_size
 
     @property
     def consumed_samples(self) -> int:

@@ -4,41 +4,19 @@ Overriding `_communicate` is enough for every schedule, `overlap_p2p_comm` and `
 sent tensor is encoded before the call returns, so that `deallocate_pipeline_outputs` may free it.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from clapping_ds.engines.megatron_chunks import Chunks
+from clapping_ds.engines.megatron_host import P2PCommunicator
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
 )
-
-TESTED = "megatron-core 0.16.1"
-
-try:
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-except ImportError as error:
-    raise ImportError(
-        f"clapping_ds.engines.megatron needs Megatron-Core ({error}); tested: {TESTED}; "
-        "install clapping_ds[megatron]"
-    ) from error
-
-PARAMETERS = [
-    "self",
-    "tensor_send_next",
-    "tensor_send_prev",
-    "recv_prev",
-    "recv_next",
-    "tensor_shape",
-    "wait_on_reqs",
-]
-if list(inspect.signature(P2PCommunicator._communicate).parameters) != PARAMETERS:
-    raise ImportError(f"P2PCommunicator._communicate takes other arguments than expected; tested: {TESTED}")
 
 HANDLES = {
     ACTIVATIONS_TO_NEXT: "send_next",

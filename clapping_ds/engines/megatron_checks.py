@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
+from clapping_ds.engines.megatron_host import P2PCommunicator
 from clapping_ds.transport import gather
 
 Source = ClappingConfig | Mapping[str, Any] | str | Path

@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 LAUNCH = $(BIN)/deepspeed --num_accelerators $(STAGES) --module
 OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
-.PHONY: train test lint clean
+.PHONY: train train-megatron test lint clean
 
 train: $(VENV)/installed
 ifeq ($(CONFIG),)
@@ -22,6 +22,10 @@ ifeq ($(CONFIG),)
 else
 	$(LAUNCH) launch.pretrain_gpt --deepspeed_config $(CONFIG) --num-stages $(STAGES) $(OPTIONS)
 endif
+
+# The same table for Megatron-Core, on CPU ranks.
+train-megatron: $(VENV)/installed
+	$(BIN)/torchrun --nproc_per_node $(STAGES) -m benchmarks.compare_megatron $(OPTIONS)
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest

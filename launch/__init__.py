@@ -1,1 +1,1 @@
-"""Example scripts: a GPT that is trained over a DeepSpeed pipeline."""
+"""Example scripts: a GPT that is trained over a DeepSpeed or Megatron-Core pipeline."""

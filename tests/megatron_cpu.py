@@ -105,7 +105,15 @@ class Chunk(nn.Module):
 
 def forward_step(data_iterator: Any, model: Chunk) -> Any:
     tokens, labels = next(data_iterator) if model.is_first or model.is_last else (None, None)
+    if model.config.sequence_parallel and tokens is not None:
+        tokens, labels = (_own_part(tensor) for tensor in (tokens, labels))
     return model(tokens), partial(loss, labels)
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The first dimension is the one that sequence parallelism cuts."""
+    num_parts = parallel_state.get_tensor_model_parallel_world_size()
+    return tensor.chunk(num_parts)[parallel_state.get_tensor_model_parallel_rank()]
 
 
 def loss(labels: torch.Tensor, logits: torch.Tensor) -> Any:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.channel import Channel, Spec
+from clapping_ds.channel import Channel
 from clapping_ds.codecs import CODECS
+from clapping_ds.message import Spec
 from clapping_ds.sampling import Coin
 
 SHAPE = (3, 40, 64)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +57,7 @@ class Size:
     gpt: GPTConfig = field(default_factory=lambda: GPTConfig(length=64, width=512, num_heads=8, num_blocks=4))
     micro_batches: int = 16
     rhos: tuple[float, ...] = (UNSHAPED, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
-    rounds: int = 7
+    rounds: int = 5
     compiles: bool = True
 
     @property
@@ -66,11 +66,16 @@ class Size:
         return 4 * self.gpt.length * self.gpt.width
 
 
-QUICK = Size(micro_batches=8, rhos=(UNSHAPED, 1.0, 4.0), rounds=5, compiles=False)
+QUICK = Size(
+    gpt=GPTConfig(length=64, width=384, num_heads=6, num_blocks=4),
+    micro_batches=8,
+    rhos=(UNSHAPED, 1.0, 4.0),
+    compiles=False,
+)
 
 
-def rate_bits_per_s(rho: float, raw_bytes: int, stage_s: float) -> float:
-    """The link's speed at a rho, for a stage that computes `stage_s` on a micro-batch."""
+def link_rate(rho: float, raw_bytes: int, stage_s: float) -> float:
+    """The link's speed at a rho, in bits per second, for a stage that computes `stage_s` on a micro-batch."""
     return 8 * raw_bytes / (rho * stage_s)
 
 
@@ -94,7 +99,8 @@ class RankProcess:
 
     def order(self, do: str, arguments: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # a dead rank: `answer` says why
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
         """Raises RuntimeError, with the end of the ranks' log, if the rank is dead or hangs."""
@@ -136,10 +142,11 @@ def started(network: Network) -> Iterator[Ranks]:
         yield Ranks(processes)
 
 
-def measure(ranks: Ranks, size: Size, rho: float, bulk_bytes: int) -> list[dict[str, Any]]:
+def measure(ranks: Ranks, size: Size, rho: float, rate_bits_per_s: float | None) -> list[dict[str, Any]]:
     """A row per run at one speed of the link."""
     blocks = {run: block and {**block, "compile": size.compiles} for run, block in RUNS.items()}
     ranks.ask("build", gpt=asdict(size.gpt), micro_batches=size.micro_batches, runs=blocks)
+    bulk_bytes = UNSHAPED_BULK_BYTES if rate_bits_per_s is None else round(rate_bits_per_s / 8 * BULK_S)
     speeds = ranks.ask("link", num_bytes=bulk_bytes)
     warm_ups = {run: [ranks.ask("step", run=run) for _ in range(WARM_UP_STEPS)] for run in RUNS}
     before = {run: ranks.ask("describe", run=run)[0] for run in RUNS}
@@ -152,6 +159,7 @@ def measure(ranks: Ranks, size: Size, rho: float, bulk_bytes: int) -> list[dict[
             "run": run,
             "schedule": "stock" if clapping is None else "ours",
             "rho": rho,
+            "rate_bits_per_s": rate_bits_per_s,
             "bandwidth_bytes_per_s": max(speed["bandwidth_bytes_per_s"] for speed in speeds),
             "latency_s": min(speed["latency_s"] for speed in speeds),
             "num_stages": 2,
@@ -168,14 +176,12 @@ def measure(ranks: Ranks, size: Size, rho: float, bulk_bytes: int) -> list[dict[
 
 def grid(network: Network, size: Size) -> Iterator[list[dict[str, Any]]]:
     """The rows of one speed after the other."""
-    bulk_bytes, stage_s = UNSHAPED_BULK_BYTES, 0.0
+    stage_s = 0.0
     for rho in size.rhos:
-        if rho != UNSHAPED:
-            rate = rate_bits_per_s(rho, size.raw_bytes, stage_s)
-            network.shape(rate)
-            bulk_bytes = round(rate / 8 * BULK_S)
+        rate = None if rho == UNSHAPED else link_rate(rho, size.raw_bytes, stage_s)
+        network.shape(rate)
         with started(network) as ranks:
-            rows = measure(ranks, size, rho, bulk_bytes)
+            rows = measure(ranks, size, rho, rate)
         if rho == UNSHAPED:
             stage_s = Compute.least(rows).slowest_s
         yield rows

@@ -155,7 +155,7 @@ def _engine(config: GPTConfig, micro_batches: int, block: dict[str, Any] | None)
     if block is not None:
         ds_config["clapping"] = block
     engine, *_ = (deepspeed.initialize if block is None else clapping_ds.initialize)(
-        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=3e-4), config=ds_config
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=ds_config
     )
     return engine
 

@@ -168,6 +168,7 @@ def plot(source: Path, target: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("speed-up over stock DeepSpeed")
     axes[1].set_ylabel("bound / step time")
+    axes[1].set_ylim(0, 1.05)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(target, dpi=120)

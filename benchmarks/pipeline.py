@@ -36,7 +36,9 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "fc int2": block("fc", "int2"),
     "fu int4": block("fu", "int4"),
     "int8 key + int2 delta": block("fu", "int2", key="int8"),
+    "links: auto": {**block("direct", "int4"), "links": "auto"},
 }
+"""All of ours with `in_flight` "auto", the default."""
 UNSHAPED = 0.0
 WARM_UP_STEPS = 5
 BULK_S = 1.0
@@ -164,7 +166,7 @@ def measure(ranks: Ranks, size: Size, rho: float, rate_bits_per_s: float | None)
             "latency_s": min(speed["latency_s"] for speed in speeds),
             "num_stages": 2,
             "micro_batches": size.micro_batches,
-            "in_flight": after["in_flight"],
+            **{name: after[name] for name in ("in_flight", "codecs", "most_payloads")},
             "raw_bytes": size.raw_bytes,
             **traffic(before[run], after, size.raw_bytes, size.micro_batches),
             **timing(steps),

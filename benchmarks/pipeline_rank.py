@@ -128,19 +128,20 @@ class Rank:
 
     def describe(self, run: str) -> dict[str, Any]:
         """What a run sends. report: the engine's own, since the start; key_bytes, delta_bytes: payload of
-        one micro-batch; in_flight: micro-batches that the first stage holds."""
+        one micro-batch; in_flight: as decided; codecs: of reused slots; most_payloads: held by a wire."""
         engine = self.engines[run]
-        in_flight = engine.num_pipe_buffers
         if not _compresses(engine):
-            return {"report": [], "in_flight": in_flight}
-        channel = next(iter(engine._stage.channels.values()))
-        (spec,) = {held.spec for tensors in channel.held.values() for held in tensors.values()}
-        delta = channel.key if channel.delta is None else channel.delta
+            return {"report": [], "in_flight": None, "codecs": "", "most_payloads": None}
+        channels = list(engine._stage.channels.values())
+        codecs = [channel.key if channel.delta is None else channel.delta for channel in channels]
+        (spec,) = channels[0].specs
         return {
             "report": engine.clapping_report(),
-            "in_flight": in_flight,
-            "key_bytes": channel.key.nbytes(*spec),
-            "delta_bytes": delta.nbytes(*spec),
+            "in_flight": engine._stage.in_flight,
+            "codecs": " ".join(dict.fromkeys(codec.name for codec in codecs)),
+            "most_payloads": max(wire.most_payloads for wire in engine._stage.wires.values()),
+            "key_bytes": channels[0].key.nbytes(*spec),
+            "delta_bytes": codecs[0].nbytes(*spec),
         }
 
 

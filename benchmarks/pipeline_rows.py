@@ -138,6 +138,7 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "Mbit/s": row["bandwidth_bytes_per_s"] * 8 / 1e6,
         "run": row["run"],
         "in flight": row["in_flight"],
+        "codec": row["codecs"],
         "kB a step": (row["activations_bytes"] + row["gradients_bytes"]) / 1e3,
         "step ms": row["step_s"] * 1e3,
         "min": row["step_min_s"] * 1e3,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def losses(folder: Path, rank: int) -> list[tuple[int, str]]:
     return [(int(line.split()[0]), line.split()[1]) for line in lines if len(line.split()) == 2]
 
 
-def check(folder: Path, kills: int, seed: int = 0) -> list[str]:
+def check(folder: Path, kills: int, seed: int = 0, victims: Sequence[int] = (0, 1)) -> list[str]:
     """What happened, in lines. Raises AssertionError where a loss differs."""
     peace = folder / "peace"
     peace.mkdir()
@@ -105,7 +106,7 @@ def check(folder: Path, kills: int, seed: int = 0) -> list[str]:
     expected = dict(losses(peace, 0))
     assert sorted(expected) == list(range(1, STEPS + 1))
     report = []
-    for victim in range(2):
+    for victim in victims:
         generator = random.Random(seed + victim)
         war = folder / f"war_{victim}"
         war.mkdir()

@@ -111,11 +111,16 @@ def make_engine(
     if clapping is not None:
         config["clapping"] = clapping
     model = pipeline(num_stages, kind, **(module_options or {}))
+    return start(model, config, stock, training_data)
+
+
+def start(model: PipelineModule, config: dict[str, Any], stock: bool, training_data: Any = None) -> Any:
+    """An engine that trains what requires a gradient, if need be nothing. stock: as in `make_engine`."""
     if stock:
         deepspeed.PipelineEngine, deepspeed.DualPipeVEngine = STOCK_ENGINES
     initialize = deepspeed.initialize if stock else clapping_ds.initialize
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    optimizer = torch.optim.AdamW([{"params": weights}], lr=3e-3)
     return initialize(model=model, optimizer=optimizer, config=config, training_data=training_data)[0]
 
 

@@ -28,7 +28,7 @@ from clapping_ds import telemetry
 from clapping_ds.config import BLOCK_NAME
 from clapping_ds.engines.deepspeed_checkpoint import CheckpointingEngine
 from clapping_ds.engines.deepspeed_schedule import InFlightSchedule
-from clapping_ds.engines.deepspeed_shapes import Shapes, listed
+from clapping_ds.engines.deepspeed_shapes import Shapes, contiguous, listed
 from clapping_ds.engines.handshake import agreed_config
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
@@ -160,6 +160,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def _send_activations(self, buffer_id: int) -> None:
         if not self.module.training:
+            outputs = self.pipe_buffers["outputs"]
+            outputs[buffer_id] = contiguous(outputs[buffer_id])
             return super()._exec_send_activations(buffer_id)
         with self._timed(PIPE_SEND_OUTPUT_TIMER):
             outputs = self.pipe_buffers["outputs"][buffer_id]

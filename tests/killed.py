@@ -23,7 +23,7 @@ from pathlib import Path
 STEPS = 60
 SAVE_INTERVAL = 3
 TIMEOUT_S = 10.0
-LONGEST_S = 120.0
+LONGEST_S = 600.0
 BLOCK = {
     "strategy": "fc", "refresh": "slot", "timeout_s": TIMEOUT_S,
     "activations": {"delta": "int2"}, "gradients": {"delta": "eden2"},

@@ -173,6 +173,11 @@ def rank() -> int:
     return dist.get_rank()
 
 
+def group_ranks(group: Any) -> list[int]:
+    """The global ranks of a process group, in its order. None: the default group."""
+    return dist.get_process_group_ranks(group)
+
+
 def all_agree(answers: Sequence[bool], device: torch.device) -> list[bool]:
     """For each question, whether every rank answered yes. A collective of all ranks."""
     votes = torch.tensor(answers, dtype=torch.int32, device=device)

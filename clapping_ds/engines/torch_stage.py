@@ -10,12 +10,13 @@ can deadlock that does not with torch's own messages. The payloads of a whole st
 that; the stock stage holds a receive buffer per micro-batch, too.
 """
 
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.pipelining import PipelineStage
 
-from clapping_ds.channel import Spec
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
@@ -23,6 +24,7 @@ from clapping_ds.engines.stage import (
     GRADIENTS_TO_PREVIOUS,
     Stage,
 )
+from clapping_ds.message import Spec
 
 TESTED = ("2.13",)
 
@@ -37,66 +39,80 @@ class ClappingStage(PipelineStage):
     """A `PipelineStage`, of the same arguments. Stock, but within `ClappingPipeline.step`."""
 
     clapping: Stage | None = None
-    """The ends of this stage's channels, within a compressed step."""
+    """The ends of this stage's channels, within a step. None: messages go torch's own way."""
+
+    def begin_step(self, ends: Stage, orders: Mapping[str, Sequence[int]]) -> None:
+        """Starts a step whose messages go through channels. orders: for each end that may receive, the
+        micro-batches as the peer sends them."""
+        self.clapping = ends
+        self._orders = orders
+        self._due: dict[str, deque[int]] = {}
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
-        """As the stock stage's; none for what was announced to channels."""
+        """As the stock stage's; none for what is announced to channels."""
         if self.clapping is None:
             return super().get_fwd_recv_ops(fwd_chunk_id)
         self._announce(self.clapping)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
-        """As the stock stage's; none for what was announced to channels."""
+        """As the stock stage's; none for what is announced to channels."""
         return super().get_bwd_recv_ops(bwd_chunk_id) if self.clapping is None else []
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """As the stock stage's, of which all is sent through the channel."""
-        return self._sent(ACTIVATIONS_TO_NEXT, super().get_fwd_send_ops(fwd_chunk_id))
+        return self._sent(ACTIVATIONS_TO_NEXT, fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
         """As the stock stage's, of which all is sent through the channel."""
-        return self._sent(GRADIENTS_TO_PREVIOUS, super().get_bwd_send_ops(bwd_chunk_id))
+        return self._sent(GRADIENTS_TO_PREVIOUS, bwd_chunk_id, super().get_bwd_send_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As the stock stage's, with the activations that the channel received."""
         if self.clapping is not None:
             self._announce(self.clapping)
-            self._receive(self.clapping, ACTIVATIONS_FROM_PREVIOUS, self.args_recv_info, fwd_chunk_id)
+            self._receive(self.clapping, ACTIVATIONS_FROM_PREVIOUS, fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As the stock stage's, with the gradients that the channel received."""
         if self.clapping is not None:
-            self._receive(self.clapping, GRADIENTS_FROM_NEXT, self.grad_recv_info, bwd_chunk_id)
+            self._receive(self.clapping, GRADIENTS_FROM_NEXT, bwd_chunk_id)
         return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def _sent(self, end: str, slot: int, operations: list[Any]) -> list[Any]:
+        """The stock stage's operations, or none once their tensors have gone another way."""
+        if self.clapping is None or not operations:
+            return operations
+        values = [operation.tensor for operation in operations]
+        self.clapping.channels[end].send(slot, self.clapping.fresh[slot], values)
+        return []
 
     def _announce(self, ends: Stage) -> None:
         """Announces the messages of the step, once."""
-        for end, infos in (
-            (ACTIVATIONS_FROM_PREVIOUS, self.args_recv_info),
-            (GRADIENTS_FROM_NEXT, self.grad_recv_info),
-        ):
-            buffered = _buffered(infos, 0) if end in ends.channels else []
-            if buffered:
-                ends.expect(end, [Spec.of(info.buffer) for info in buffered], len(infos))
+        for end, order in self._orders.items():
+            buffered = self._buffered(end, order[0]) if end in ends.channels else []
+            if buffered and end not in self._due:
+                self._due[end] = deque(order)
+                for slot in order:
+                    specs = [Spec.of(info.buffer) for info in buffered]
+                    ends.channels[end].expect(slot, ends.fresh[slot], specs)
 
-    def _sent(self, end: str, operations: list[Any]) -> list[Any]:
-        if self.clapping is None or not operations:
-            return operations
-        self.clapping.send(end, [operation.tensor for operation in operations])
-        return []
-
-    def _receive(self, ends: Stage, end: str, infos: dict[int, Any], micro_batch: int) -> None:
+    def _receive(self, ends: Stage, end: str, slot: int) -> None:
         """Puts the end's next message where the stock stage looks for it."""
-        buffered = _buffered(infos, micro_batch) if end in ends.channels else []
-        if buffered:
-            specs = [Spec.of(info.buffer) for info in buffered]
-            for info, value in zip(buffered, ends.receive(end, specs, looks_ahead=False), strict=True):
-                info.buffer = value
+        if end not in self._due:
+            return
+        due = self._due[end].popleft()
+        if due != slot:
+            raise ValueError(
+                f"stage {self.stage_index} needs the {end} for micro-batch {slot}, where {due} is next; "
+                "accepted: a schedule that uses micro-batches in the order in which they are sent"
+            )
+        values = ends.channels[end].receive()
+        for info, value in zip(self._buffered(end, slot), values, strict=True):
+            info.buffer = value
 
-
-def _buffered(infos: dict[int, Any], micro_batch: int) -> list[Any]:
-    """Those of a micro-batch's tensors that the stock stage would receive."""
-    found = infos.get(micro_batch, ())
-    return [info for info in found if not info.is_root_arg and info.buffer is not None]
+    def _buffered(self, end: str, slot: int) -> list[Any]:
+        """Those of a micro-batch's tensors that the stock stage would receive."""
+        infos = self.args_recv_info if end == ACTIVATIONS_FROM_PREVIOUS else self.grad_recv_info
+        return [info for info in infos.get(slot, ()) if not info.is_root_arg and info.buffer is not None]

@@ -224,26 +224,35 @@ def train_deepspeed(num_stages, modes, steps):
 
 
 STEPS = 50
+COMPRESSED = [mode for mode in MODES if mode != "none"]
+
+
+@pytest.fixture(scope="module")
+def deepspeed_losses(two_ranks, four_ranks):
+    """By number of stages and mode."""
+    return {
+        2: two_ranks.run(train_deepspeed, 2, COMPRESSED, STEPS)[0],
+        4: four_ranks.run(train_deepspeed, 4, COMPRESSED, STEPS)[0],
+    }
 
 
 @pytest.mark.parametrize(
-    ("ranks", "name", "hosts", "num_stages"),
-    [("two_ranks", "Schedule1F1B", "two_ranks", 2),
-     ("two_ranks", "ScheduleInterleaved1F1B", "four_ranks", 4),
-     ("four_ranks", "ScheduleGPipe", "four_ranks", 4)],
+    ("ranks", "name", "num_stages"),
+    [("two_ranks", "Schedule1F1B", 2),
+     ("two_ranks", "ScheduleInterleaved1F1B", 4),
+     ("four_ranks", "ScheduleGPipe", 4)],
 )  # fmt: skip
 def test_losses_are_those_of_the_deepspeed_engine_and_memories_stay_equal(
-    request, ranks, name, hosts, num_stages
+    request, deepspeed_losses, ranks, name, num_stages
 ):
     """Bit for bit, by this: with four micro-batches DeepSpeed divides each loss by 4 before the backward
     pass, and torch the weights' gradients after it. A product with a power of two is exact in fp32, and
     the codecs' codes do not change with it, as their scales do: all else is the same arithmetic."""
-    by_rank = request.getfixturevalue(ranks).run(train_torch, name, list(MODES), STEPS)
-    theirs, *_ = request.getfixturevalue(hosts).run(train_deepspeed, num_stages, list(MODES), STEPS)
-    for mode in MODES:
+    by_rank = request.getfixturevalue(ranks).run(train_torch, name, COMPRESSED, STEPS)
+    for mode in COMPRESSED:
         losses = [only(step) for step in zip(*(found[mode][0] for found in by_rank), strict=True)]
-        assert losses == theirs[mode], mode
-        num_memories = 0 if mode in ("none", "direct int4") else MICRO_BATCHES
+        assert losses == deepspeed_losses[num_stages][mode], mode
+        num_memories = 0 if mode == "direct int4" else MICRO_BATCHES
         assert_ends_are_equal([found[mode][1] for found in by_rank], num_stages - 1, num_memories)
 
 
@@ -271,7 +280,8 @@ def with_evaluation(name, block, evaluates):
     return losses, evaluations, run.bits()
 
 
-@pytest.mark.parametrize("name", ["Schedule1F1B", "ScheduleZBVZeroBubble"])
+# Not the V schedules: `eval` of torch 2.13 fails there, with its own stage ("can't steal_bwd_input").
+@pytest.mark.parametrize("name", ["Schedule1F1B", "ScheduleInterleavedZeroBubble"])
 def test_evaluation_is_raw_and_changes_nothing(two_ranks, name):
     stock = two_ranks.run(with_evaluation, name, None, True)
     assert two_ranks.run(with_evaluation, name, NONE, True) == stock
@@ -343,9 +353,7 @@ def with_tuples(block):
     stage_class = pipelining.PipelineStage if block is None else ClappingStage
     stage = stage_class(WithIds(layers(4 * rank, 4 * rank + 4)), rank, 2, torch.device("cpu"))
     schedule = pipelining.Schedule1F1B(stage, MICRO_BATCHES, loss_fn=models._loss)
-    data = (
-        (tokens, labels, {"scale": tokens[:, 0] / 8 + 1}) for tokens, labels in models.batches()
-    )
+    data = ((tokens, labels, {"scale": tokens[:, 0] / 8 + 1}) for tokens, labels in models.batches())
     pipeline = None if block is None else ClappingPipeline({"clapping": block}, schedule)
     losses = []
     for _ in range(3):

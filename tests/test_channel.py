@@ -332,9 +332,8 @@ def test_empty_tensors_and_views_travel():
     for step, fresh in enumerate((True, False)):
         ends.begin_step(step, 1)
         turned = value_of(step, (64, 80)).t()
-        empty, received, nothing = ends.pass_on(
-            0, fresh, torch.empty(0, 64), turned, torch.empty(4, 0).long()
-        )
+        values = (torch.empty(0, 64), turned, torch.empty(4, 0).long())
+        empty, received, also_empty = ends.pass_on(0, fresh, *values)
         assert (empty.shape, also_empty.shape) == ((0, 64), (4, 0))
         assert received.shape == (80, 64)
         assert torch.nn.functional.cosine_similarity(received.flatten(), turned.flatten(), dim=0) > 0.5

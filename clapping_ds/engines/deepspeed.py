@@ -134,10 +134,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
         return loss
 
     def _loss_scale(self) -> float:
-        """What the gradients of the coming step are multiplied by: not 1 with fp16."""
-        config = getattr(self.optimizer, "loss_scale_config", None)
-        scale = config.cur_scale if config is not None else getattr(self.optimizer, "loss_scale", 1.0)
-        return float(scale) if self.fp16_enabled() else 1.0
+        """What the optimizer will multiply the losses of the coming step by: with fp16, not 1."""
+        if not self.fp16_enabled():
+            return 1.0
+        loss = torch.ones((), device=self.device, requires_grad=True).clone()
+        return float(self.optimizer.scale_if_loss(loss))
 
     def _next_batch(self) -> Any:
         if not (self.clapping.enabled and self.module.training):

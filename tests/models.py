@@ -1,6 +1,6 @@
 """Small pipelines and the runs that the engine's tests make of them. Imported by the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -10,6 +10,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 import clapping_ds
+from clapping_ds.channel import Channel
 
 WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
@@ -153,6 +154,13 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
     """By (link, direction): the bits of every memory and codec state at this rank's end."""
+    return channel_memories(engine._stage.channels.values())
+
+
+def channel_memories(
+    channels: Iterable[Channel],
+) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
+    """The same of some channels."""
     return {
         (channel.link, channel.direction): {
             (slot, index): [
@@ -163,5 +171,5 @@ def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, byt
             for slot, tensors in channel.held.items()
             for index, held in tensors.items()
         }
-        for channel in engine._stage.channels.values()
+        for channel in channels
     }

@@ -70,7 +70,7 @@ def at_depths(num_stages, block, settings):
 
 @pytest.mark.parametrize("block", [NONE, INT2], ids=["none", "int2"])
 def test_losses_and_memories_are_the_same_at_every_depth(two_ranks, four_ranks, block):
-    depths = [0, 1, 3, 8]
+    depths = [0, 1, 3, 8] if block is NONE else [3]
     settings = [{"overlap": False}, {"in_flight": "auto"}, *({"in_flight": depth} for depth in depths)]
     for ranks, num_stages in ((two_ranks, 2), (four_ranks, 4)):
         for blocking, *others in ranks.run(at_depths, num_stages, block, settings):
@@ -117,12 +117,12 @@ def assert_ends_are_equal(by_rank, blocks):
 
 @pytest.mark.parametrize("kind", ["plain", "tuple"])
 def test_memories_of_two_stages_are_equal(two_ranks, kind):
-    blocks = list(all_blocks())
+    blocks = list(all_blocks())[:: 1 if kind == "plain" else 3]
     assert_ends_are_equal(two_ranks.run(memories_of, blocks, 2, kind, 3), blocks)
 
 
 def test_memories_of_four_stages_are_equal(four_ranks):
-    blocks = list(all_blocks())[::2]
+    blocks = list(all_blocks())[::4]
     assert_ends_are_equal(four_ranks.run(memories_of, blocks, 4, "plain", 3), blocks)
 
 

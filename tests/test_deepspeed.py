@@ -290,7 +290,7 @@ def test_what_is_not_finite_reaches_the_loss_but_not_the_memories(two_ranks):
 def with_links(block, num_stages, steps=6):
     engine = models.make_engine(block, num_stages)
     models.train(engine, steps)
-    return engine._tuning.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
+    return engine._stage.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
 
 
 def test_links_auto_leaves_fast_links_alone(two_ranks, tmp_path):

@@ -28,7 +28,8 @@ train-megatron: $(VENV)/installed
 	$(BIN)/torchrun --nproc_per_node $(STAGES) -m benchmarks.compare_megatron $(OPTIONS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ranks" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m ranks
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

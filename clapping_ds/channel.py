@@ -11,85 +11,19 @@ bit for bit.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
+from clapping_ds import verification
 from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Context, Raw
 from clapping_ds.config import ClappingConfig
+from clapping_ds.message import Held, Message, Part, Spec, Wire
 from clapping_ds.sampling import drawn
 from clapping_ds.telemetry import Traffic
-
-
-class Spec(NamedTuple):
-    """What a receiver knows of a tensor before it arrives."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Spec":
-        return cls(tensor.shape, tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-class Wire(Protocol):
-    """What a channel needs of the transport."""
-
-    device: torch.device
-
-    def working(self, *values: torch.Tensor) -> AbstractContextManager[None]: ...
-
-    def new_payload(self, num_bytes: int) -> torch.Tensor: ...
-
-    def send(self, payload: torch.Tensor) -> None: ...
-
-    def expect(self, num_bytes: int) -> None: ...
-
-    def receive(self) -> torch.Tensor: ...
-
-    def done_with(self, payload: torch.Tensor) -> None: ...
-
-    def join(self) -> None: ...
-
-    def drain(self) -> None: ...
-
-
-class Part(NamedTuple):
-    """How one tensor of a message is sent."""
-
-    codec: Codec
-    context: Context
-    nbytes: int
-
-
-class Message(NamedTuple):
-    """What a receiving end knows of a message before it arrives."""
-
-    fresh: bool
-    specs: Sequence[Spec]
-    parts: Sequence[Part]
-
-
-class Held(NamedTuple):
-    """What both ends hold for one slot and one tensor."""
-
-    spec: Spec
-    memory: torch.Tensor | None
-    """The reconstruction."""
-    key_state: torch.Tensor | None
-    delta_state: torch.Tensor | None
-    """What the codecs keep besides."""
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.memory, self.key_state, self.delta_state)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
+from clapping_ds.verification import Header, VerificationError
 
 RAW = Raw()
 
@@ -116,6 +50,8 @@ class Channel:
         self.min_numel = config.direction(direction).min_numel
         self.memory_config = config.memory
         self.compiles = config.compile
+        self.verify = config.verify
+        self.header_nbytes = verification.NBYTES if config.verify else 0
         self.wire = wire
         # State
         self.step = 0
@@ -135,35 +71,43 @@ class Channel:
 
     def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
-        self.specs = [Spec.of(value) for value in values]
-        parts = self._plan(slot, fresh, self.specs)
-        with self.wire.working(*values):
-            payload = self.wire.new_payload(_nbytes(parts))
-            for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
+        message = self._plan(slot, fresh, [Spec.of(value) for value in values])
+        with self.at(slot), self.wire.working(*values):
+            payload = self.wire.new_payload(message.num_bytes)
+            header, *sections = self._sections(payload, message)
+            expected = self._header(message)
+            for part, value, section in zip(message.parts, values, sections, strict=True):
                 self._encode(part, value.detach().contiguous(), section)
+            if expected is not None:
+                expected.with_payload(payload[len(header) :]).write_(header)
             self.wire.send(payload)
-        self.traffic.count(fresh, _nbytes(parts), self.specs)
+        self._count(message)
 
     def expect(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> None:
         """Announces the peer's next message, so that it can arrive before `receive` asks for it."""
-        parts = self._plan(slot, fresh, specs)
-        self._expected.append(Message(fresh, specs, parts))
-        self.wire.expect(_nbytes(parts))
+        message = self._plan(slot, fresh, specs)
+        self._expected.append(message)
+        with self.at(slot):
+            self.wire.expect(message.num_bytes)
 
     def receive(self) -> list[torch.Tensor]:
         """The tensors of the message that was expected first: what the peer sent, up to the codec's
         error."""
-        fresh, self.specs, parts = self._expected.popleft()
+        message = self._expected.popleft()
         device = self.wire.device
-        values = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in self.specs]
-        with self.wire.working():
+        values = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in message.specs]
+        with self.at(message.slot), self.wire.working():
             payload = self.wire.receive()
-            for part, value, section in zip(parts, values, _sections(payload, parts), strict=True):
+            header, *sections = self._sections(payload, message)
+            expected = self._header(message)
+            if expected is not None:
+                expected.with_payload(payload[len(header) :]).check(Header.read(header))
+            for part, value, section in zip(message.parts, values, sections, strict=True):
                 with _on_device(part.context, device) as context:
                     part.codec.decode_(section, value, context)
             self.wire.done_with(payload)
         self.wire.join()
-        self.traffic.count(fresh, _nbytes(parts), self.specs)
+        self._count(message)
         return values
 
     def end_step(self) -> None:
@@ -176,18 +120,28 @@ class Channel:
         """Bytes that error feedback and codecs hold at this end."""
         return sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
 
-    def state_dict(self) -> dict[int, dict[int, dict[str, Any]]]:
-        """What is held, by slot and tensor, for `torch.save`."""
-        return {
+    def rescale(self, factor: float) -> None:
+        """Multiplies what is held, at both ends: the values to come are so many times larger."""
+        for tensors in self.held.values():
+            for held in tensors.values():
+                if held.memory is not None:
+                    largest = torch.finfo(held.memory.dtype).max
+                    held.memory.copy_((held.memory.float() * factor).clamp(-largest, largest))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and what is held by slot and tensor, for `torch.save`."""
+        held = {
             slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
             for slot, tensors in self.held.items()
         }
+        return {"traffic": asdict(self.traffic), "held": held}
 
-    def load_state_dict(self, state: dict[int, dict[int, dict[str, Any]]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
+        self.traffic = Traffic(**state["traffic"])
         self.held = {
             slot: {index: self._loaded(saved) for index, saved in tensors.items()}
-            for slot, tensors in state.items()
+            for slot, tensors in state["held"].items()
         }
 
     def _loaded(self, saved: dict[str, Any]) -> Held:
@@ -204,12 +158,37 @@ class Channel:
                 received = _reconstruction(part.codec, value, section, context)
                 self.traffic.count_error(value, received)
 
-    def _plan(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> list[Part]:
+    @contextmanager
+    def at(self, slot: int) -> Iterator[None]:
+        """Errors of the wire and of verification say where they happened."""
+        try:
+            yield
+        except (ConnectionError, VerificationError) as error:
+            place = f"link {self.link}, {self.direction}, step {self.step}, slot {slot}"
+            raise type(error)(f"{place}: {error}") from error
+
+    def _sections(self, payload: torch.Tensor, message: Message) -> Sequence[torch.Tensor]:
+        """The header, and the part of the payload that belongs to each tensor."""
+        return payload.split([self.header_nbytes, *(part.nbytes for part in message.parts)])
+
+    def _header(self, message: Message) -> Header | None:
+        """Of a message that is about to change the memories."""
+        if not self.verify:
+            return None
+        codecs = [part.codec for part in message.parts]
+        return Header.of(self.step, message.slot, codecs, [part.context.memory for part in message.parts])
+
+    def _count(self, message: Message) -> None:
+        self.specs = message.specs
+        self.traffic.count(message.fresh, message.num_bytes, message.specs)
+
+    def _plan(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> Message:
         """How each tensor is sent. A function of state that is equal at both ends."""
         held = self.held.setdefault(slot, {})
         for index in [index for index in held if index >= len(specs)]:
             del held[index]
-        return [self._plan_tensor(slot, index, fresh, spec) for index, spec in enumerate(specs)]
+        parts = [self._plan_tensor(slot, index, fresh, spec) for index, spec in enumerate(specs)]
+        return Message(slot, fresh, specs, parts, self.header_nbytes + sum(part.nbytes for part in parts))
 
     def _plan_tensor(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
         tensors = self.held[slot]
@@ -246,15 +225,6 @@ class Channel:
 def is_compressed(spec: Spec, min_numel: int) -> bool:
     """Whether the codecs of a direction are used for such a tensor. Others travel raw."""
     return spec.dtype in COMPRESSIBLE_DTYPES and spec.shape.numel() >= max(1, min_numel)
-
-
-def _nbytes(parts: Sequence[Part]) -> int:
-    return sum(part.nbytes for part in parts)
-
-
-def _sections(payload: torch.Tensor, parts: Sequence[Part]) -> Sequence[torch.Tensor]:
-    """The part of the payload that belongs to each tensor."""
-    return payload.split([part.nbytes for part in parts])
 
 
 @contextmanager

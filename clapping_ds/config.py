@@ -141,6 +141,10 @@ class ClappingConfig(BaseModel):
     """`auto`: the codec of each link is chosen after the first steps. None: as configured."""
     checkpoint_memory: bool = True
     """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long a message of a peer is waited for before that is an error."""
+    verify: bool = False
+    """Messages carry a header with checksums, and any difference between the two ends is an error."""
     compile: bool = False
     """Compile the codecs of CPU ranks with torch's C++ backend: some seconds per codec and shape at the
     start, then the same bits in a fraction of the time. Needs torch 2.13 and a C++ compiler; GPUs have

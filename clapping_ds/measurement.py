@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from clapping_ds.channel import Channel, Spec, is_compressed
+from clapping_ds.channel import Channel, is_compressed
 from clapping_ds.codecs import Codec, Context, Raw
 from clapping_ds.config import ClappingConfig
 from clapping_ds.links import Candidate, Speed
+from clapping_ds.message import Spec
 from clapping_ds.transport import Wire
 
 NUM_PINGS = 8

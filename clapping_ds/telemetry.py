@@ -10,7 +10,8 @@ from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import ClappingConfig
 
 if TYPE_CHECKING:
-    from clapping_ds.channel import Channel, Spec
+    from clapping_ds.channel import Channel
+from clapping_ds.message import Spec
 
 DIRECTIONS = ("activations", "gradients")
 

@@ -9,6 +9,7 @@ Within a direction of a link messages keep their order.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ class Wire:
         work, carried = self._arriving.popleft()
         with torch.cuda.stream(self.stream):
             if work is not None:
-                work.wait()
+                self._wait(work)
             return self._moved(carried, self.payloads)
 
     def done_with(self, payload: torch.Tensor) -> None:
@@ -118,8 +119,14 @@ class Wire:
         while self._sending and (len(self._sending) > most_pending or self._sending[0].work.is_completed()):
             work, carried = self._sending.popleft()
             with torch.cuda.stream(self.stream):
-                work.wait()
+                self._wait(work)
             self.carried.take_back(carried)
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {self.peer} ended or was silent for too long ({error})") from error
 
     def _moved(self, payload: torch.Tensor, target: "Buffers") -> torch.Tensor:
         """The payload on the target's device. Between GPU and CPU this waits for one copy, not for the
@@ -157,12 +164,13 @@ class Buffers:
         self._free.append(lent.untyped_storage())
 
 
-def direction_groups(pipelines: Iterable[Sequence[int]]) -> tuple[Any, Any]:
+def direction_groups(pipelines: Iterable[Sequence[int]], timeout_s: float) -> tuple[Any, Any]:
     """Process groups for the two directions of this rank's pipeline. A collective: every rank names the
-    ranks of all pipelines, in the same order."""
+    ranks of all pipelines, in the same order. timeout_s: how long a message is waited for."""
     groups: tuple[Any, Any] = (None, None)
+    timeout = timedelta(seconds=timeout_s)
     for ranks in pipelines:
-        pair = (dist.new_group(list(ranks)), dist.new_group(list(ranks)))
+        pair = (dist.new_group(list(ranks), timeout), dist.new_group(list(ranks), timeout))
         if rank() in ranks:
             groups = pair
     return groups
@@ -171,6 +179,16 @@ def direction_groups(pipelines: Iterable[Sequence[int]]) -> tuple[Any, Any]:
 def rank() -> int:
     """Global rank of this process."""
     return dist.get_rank()
+
+
+def group_ranks(group: Any) -> list[int]:
+    """The global ranks of a process group, in its order. None: the default group."""
+    return dist.get_process_group_ranks(group)
+
+
+def wait_for_all() -> None:
+    """Returns once every rank has called it."""
+    dist.barrier()
 
 
 def all_agree(answers: Sequence[bool], device: torch.device) -> list[bool]:
@@ -185,8 +203,3 @@ def gather(item: Any) -> list[Any]:
     items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
-
-
-def ranks_of(group: Any) -> list[int]:
-    """The global ranks of a process group, in its order."""
-    return list(dist.get_process_group_ranks(group))

@@ -180,20 +180,11 @@ class Trainer:
 
 
 def memories(pipeline: MegatronPipeline) -> dict[tuple[str, str], Any]:
-    """As tests.models.memories, of all chunks."""
+    """As tests.models.memories, of all chunks: for each channel, those of the ends that are here."""
     found: dict[tuple[str, str], list[Any]] = {}
     for stage in pipeline.chunks.stages:
-        for channel in stage.channels.values():
-            held = {
-                (slot, index): [
-                    (str(t.dtype), t.view(torch.uint8).numpy().tobytes())
-                    for t in (item.memory, item.key_state, item.delta_state)
-                    if t is not None
-                ]
-                for slot, items in channel.held.items()
-                for index, item in items.items()
-            }
-            found.setdefault((channel.link, channel.direction), []).append(held)
+        for name, held in models.channel_memories(stage.channels.values()).items():
+            found.setdefault(name, []).append(held)
     return found
 
 

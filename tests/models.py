@@ -1,6 +1,6 @@
 """Small pipelines and the runs that the engine's tests make of them. Imported by the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -10,6 +10,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 import clapping_ds
+from clapping_ds.channel import Channel
 
 WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
@@ -111,11 +112,16 @@ def make_engine(
     if clapping is not None:
         config["clapping"] = clapping
     model = pipeline(num_stages, kind, **(module_options or {}))
+    return start(model, config, stock, training_data)
+
+
+def start(model: PipelineModule, config: dict[str, Any], stock: bool, training_data: Any = None) -> Any:
+    """An engine that trains what requires a gradient, if need be nothing. stock: as in `make_engine`."""
     if stock:
         deepspeed.PipelineEngine, deepspeed.DualPipeVEngine = STOCK_ENGINES
     initialize = deepspeed.initialize if stock else clapping_ds.initialize
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    optimizer = torch.optim.AdamW([{"params": weights}], lr=3e-3)
     return initialize(model=model, optimizer=optimizer, config=config, training_data=training_data)[0]
 
 
@@ -148,6 +154,13 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
     """By (link, direction): the bits of every memory and codec state at this rank's end."""
+    return channel_memories(engine._stage.channels.values())
+
+
+def channel_memories(
+    channels: Iterable[Channel],
+) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
+    """The same of some channels."""
     return {
         (channel.link, channel.direction): {
             (slot, index): [
@@ -158,5 +171,5 @@ def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, byt
             for slot, tensors in channel.held.items()
             for index, held in tensors.items()
         }
-        for channel in engine._stage.channels.values()
+        for channel in channels
     }

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.channel import Channel, Spec
+from clapping_ds.channel import Channel
 from clapping_ds.codecs import CODECS
+from clapping_ds.message import Spec
 from clapping_ds.sampling import Coin
+from clapping_ds.verification import VerificationError, checksum
 
 SHAPE = (3, 40, 64)
 
@@ -210,3 +212,128 @@ def test_memory_on_the_cpu():
     ends = Ends(strategy="fc", memory={"device": "cpu"})
     ends.pass_on(0, True, value_of(0))
     assert ends.sender.held[0][0].memory.device.type == "cpu"
+
+
+# Verification
+
+
+def verified_ends(**block):
+    direction = {"delta": "int4", "min_numel": 16}
+    ends = Ends(**{"strategy": "fc", "verify": True, "activations": direction} | block)
+    ends.begin_step(3, 4)
+    return ends
+
+
+def test_verified_messages_arrive_as_others_do():
+    plain, verified = Ends(strategy="fc", activations={"delta": "int4", "min_numel": 16}), verified_ends()
+    plain.begin_step(3, 4)
+    for fresh in (True, False):
+        value, small = value_of(int(fresh)), torch.arange(3)
+        for one, other in zip(
+            plain.pass_on(1, fresh, value, small), verified.pass_on(1, fresh, value, small), strict=True
+        ):
+            assert torch.equal(one, other)
+    sent, verified_sent = (ends.sender.traffic.payload_bytes for ends in (plain, verified))
+    assert verified_sent == sent + 2 * 48
+
+
+def mismatch(ends, spoil, slot=1):
+    """The error after `spoil` did something between the two ends of a second message."""
+    ends.pass_on(slot, True, value_of(0))
+    ends.sender.send(slot, False, [value_of(1)])
+    spoil(ends)
+    with pytest.raises(VerificationError) as error:
+        ends.receiver.receive()
+    return str(error.value)
+
+
+def announce(ends, slot=1, fresh=False):
+    ends.receiver.expect(slot, fresh, [Spec(torch.Size(SHAPE), torch.float32)])
+
+
+def flip_a_bit(ends):
+    announce(ends)
+    ends.sender.wire.payloads[0][100] ^= 4
+
+
+def change_a_memory(ends):
+    announce(ends)
+    ends.receiver.held[1][0].memory[0, 0, 0] += 1
+
+
+def be_a_step_ahead(ends):
+    ends.receiver.begin_step(4, 4)
+    announce(ends)
+
+
+def be_at_another_slot(ends):
+    ends.receiver.held[2] = ends.receiver.held[1]
+    announce(ends, slot=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(flip_a_bit, "link 0-1, activations, step 3, slot 1: payload: expected "),
+     (change_a_memory, "link 0-1, activations, step 3, slot 1: memory: expected "),
+     (be_a_step_ahead, "link 0-1, activations, step 4, slot 1: step: expected 4, found 3"),
+     (be_at_another_slot, "link 0-1, activations, step 3, slot 2: slot: expected 2, found 1")],
+)  # fmt: skip
+def test_any_difference_between_the_ends_is_an_error(spoil, message):
+    assert message in mismatch(verified_ends(), spoil)
+
+
+def test_another_codec_is_an_error():
+    ends = verified_ends()
+    ends.receiver.key = ends.receiver.key.model_copy(update={"rotate": True})
+    ends.sender.send(0, True, [value_of(0)])
+    announce(ends, slot=0, fresh=True)
+    with pytest.raises(VerificationError, match="slot 0: codecs: expected"):
+        ends.receiver.receive()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (16, 4), (5, 7)])
+def test_a_checksum_notices_every_byte(shape):
+    tensor = value_of(0, shape)
+    before = checksum(tensor)
+    for position in range(tensor.numel() * 4):
+        changed = tensor.clone()
+        changed.view(-1).view(torch.uint8)[position] ^= 1
+        assert checksum(changed) != before
+
+
+# Loss scale
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_memories_follow_the_loss_scale(dtype):
+    """A power of two is exact: the difference to a value that is as much larger is as much larger."""
+    ends = Ends(strategy="fc", activations={"delta": "int4"}, memory={"dtype": dtype})
+    ends.begin_step(0, 1)
+    first = ends.pass_on(0, True, value_of(0))
+    for end in (ends.sender, ends.receiver):
+        end.rescale(4.0)
+    ends.assert_equal()
+    assert torch.equal(ends.sender.held[0][0].memory.float(), first * 4)
+
+
+def test_a_memory_that_is_rescaled_stays_finite():
+    ends = Ends(strategy="fc", activations={"delta": "int4"}, memory={"dtype": "float16"})
+    ends.begin_step(0, 1)
+    ends.pass_on(0, True, value_of(0) * 1000)
+    ends.sender.rescale(2.0**10)
+    assert ends.sender.held[0][0].memory.isfinite().all()
+
+
+# Odd tensors
+
+
+def test_empty_tensors_and_views_travel():
+    ends = Ends(strategy="fc", activations={"delta": "int2", "min_numel": 0})
+    for step, fresh in enumerate((True, False)):
+        ends.begin_step(step, 1)
+        turned = value_of(step, (64, 80)).t()
+        values = (torch.empty(0, 64), turned, torch.empty(4, 0).long())
+        empty, received, also_empty = ends.pass_on(0, fresh, *values)
+        assert (empty.shape, also_empty.shape) == ((0, 64), (4, 0))
+        assert received.shape == (80, 64)
+        assert torch.nn.functional.cosine_similarity(received.flatten(), turned.flatten(), dim=0) > 0.5

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from clapping_ds import telemetry
-from clapping_ds.engines.megatron_checks import Source, agreed, check_call, on_every_rank, tells_shapes
+from clapping_ds.engines.megatron_checks import Source, agreed, check_call, check_first_call, tells_shapes
 from clapping_ds.engines.megatron_chunks import Chunks, make_stages
 from clapping_ds.engines.megatron_communicator import ClappingCommunicator
 from clapping_ds.engines.megatron_host import (
@@ -23,7 +23,7 @@ from clapping_ds.engines.megatron_host import (
     get_schedule_table,
 )
 from clapping_ds.engines.stage import SENDING_ENDS, Stage
-from clapping_ds.transport import gather, rank, ranks_of
+from clapping_ds.transport import gather, group_ranks, rank
 
 GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
 
@@ -48,15 +48,21 @@ class LazyIterator:
         return self.stage.sampler.next()
 
 
+def loss_scale(model_config: Any, device: torch.device) -> float:
+    """What the losses of the coming step are multiplied by: with fp16, not 1."""
+    scaled = model_config.grad_scale_func
+    return 1.0 if scaled is None else float(scaled(torch.ones((), device=device)))
+
+
 class MegatronPipeline:
     """What one rank keeps between steps: the stages of its model chunks, with memories and held batches.
 
-    config          `{"clapping": {...}}`, a JSON file with that, or a ClappingConfig
+    config          `{"clapping": {...}}`, or a JSON file with that
     model_config    the model's TransformerConfig
     pg_collection   the process groups; None: parallel_state's
     device          None: the current GPU, or the CPU where there is none
     Building it is a collective of all ranks. Raises ValueError on every rank if one rank's configuration
-    is wrong, or another than the others'.
+    is wrong, and where configurations, versions or pipelines differ.
     """
 
     def __init__(
@@ -68,6 +74,10 @@ class MegatronPipeline:
     ) -> None:
         # Configuration
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(GROUPS)
+        if device is None:
+            is_gpu = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+        self.device = device
         self.config = agreed(config, model_config, self.groups.pp.size())
         self.measures_error = False
         """Whether the relative error of messages is measured; costs a pass over each."""
@@ -78,17 +88,14 @@ class MegatronPipeline:
         self._was_called = False
         self._micro_batch_size = 0
         if self.config.enabled:
-            self._start(model_config, device)
+            self._start(model_config)
 
-    def _start(self, model_config: Any, device: torch.device | None) -> None:
-        if device is None:
-            is_gpu = torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-        pipelines = sorted({tuple(ranks) for ranks in gather(ranks_of(self.groups.pp))})
+    def _start(self, model_config: Any) -> None:
+        pipelines = sorted({tuple(ranks) for ranks in gather(group_ranks(self.groups.pp))})
         num_chunks = model_config.virtual_pipeline_model_parallel_size or 1
         # Tensor-parallel ranks hold the same activations, and must compress them alike.
         replica = self.groups.dp_cp.rank()
-        stages = make_stages(self.config, pipelines, rank(), num_chunks, device, replica)
+        stages = make_stages(self.config, pipelines, rank(), num_chunks, self.device, replica)
         dtype = model_config.pipeline_dtype
         self.chunks = Chunks(
             stages, self.groups.pp.rank(), self.groups.pp.size(), dtype, tells_shapes(model_config)
@@ -142,11 +149,13 @@ class MegatronPipeline:
 
         options   what else the schedule is called with, to be checked
         """
-        stages = self.chunks.stages
+        stages, options = self.chunks.stages, options or {}
         if not self._was_called:
-            on_every_rank(lambda: check_call(data_iterators, len(stages), options or {}))
+            facts = {"num_microbatches": num_micro_batches, "micro_batch_size": micro_batch_size}
+            check_first_call(data_iterators, len(stages), options, facts, model_config)
             self._was_called = True
-        check_call(data_iterators, len(stages), options or {})
+        check_call(data_iterators, len(stages), options)
+        self.chunks.rescale_gradients(loss_scale(model_config, self.device))
         group_size = model_config.microbatch_group_size_per_vp_stage
         table = get_schedule_table(num_micro_batches, len(stages), group_size)
         draws = [None if iterator is None else iterator.__next__ for iterator in data_iterators]
@@ -170,18 +179,18 @@ class MegatronPipeline:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's sampler and memories, between two steps, to be saved per rank."""
-        keeps = self.config.checkpoint_memory
-        stages = {stage.stage_id: stage.state_dict() for stage in self.chunks.stages} if keeps else {}
+        """What each rank must save, in a file of its own, between two steps: samples, position, held
+        batches, memories. With `checkpoint_memory` false: samples alone."""
+        stages = self.chunks.state_dict() if self.config.checkpoint_memory else {}
         return {"fresh_samples": self.fresh_samples, "stages": stages}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Takes what `state_dict` gave. Without memories for the same stages on every rank, the next step
-        is all fresh. A collective of all ranks."""
-        if state is not None:
-            self.fresh_samples = state["fresh_samples"]
-        for stage in self.chunks.stages:
-            stage.load_state_dict(None if state is None else state["stages"].get(stage.stage_id))
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
+        """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
+        what is held, so that the next step is all fresh, and says why. The count of samples is kept if any
+        rank has it. A collective of all ranks."""
+        counts = gather(None if state is None else state["fresh_samples"])
+        self.fresh_samples = max((count for count in counts if count is not None), default=self.fresh_samples)
+        return self.chunks.load_state_dict({} if state is None else state["stages"])
 
     def sharded_state_dict(self, prefix: str = "clapping.") -> dict[str, Any]:
         """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank."""

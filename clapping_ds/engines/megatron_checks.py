@@ -1,57 +1,51 @@
 """What is checked before Megatron-Core trains: the configuration, and what a schedule is called with."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
+from clapping_ds.engines.handshake import agreed_config, check_equal, on_every_rank
 from clapping_ds.engines.megatron_host import P2PCommunicator
-from clapping_ds.transport import gather
 
-Source = ClappingConfig | Mapping[str, Any] | str | Path
-Result = TypeVar("Result")
-
-
-def on_every_rank(check: Callable[[], Result]) -> Result:
-    """What `check` returns. If it raises ValueError or OSError on one rank, every rank raises ValueError
-    with that rank's message. A collective of all ranks."""
-    result, mistake = None, None
-    try:
-        result = check()
-    except (ValueError, OSError) as error:
-        mistake = str(error)
-    for rank, text in enumerate(gather(mistake)):
-        if text is not None:
-            raise ValueError(f"rank {rank}: {text}")
-    return result  # type: ignore[return-value]
+Source = Mapping[str, Any] | str | Path
 
 
 def agreed(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
-    """The configuration, if every rank has a valid one and all are equal. A collective of all ranks."""
-    config = on_every_rank(lambda: _checked(_read(source), model_config, num_ranks))
-    dumps = gather(config.model_dump_json())
-    for rank, dump in enumerate(dumps):
-        if dump != dumps[0]:
-            raise ValueError(
-                f"rank {rank} has the configuration {dump}, rank 0 has {dumps[0]}; accepted: the same on "
-                "all ranks"
-            )
+    """The configuration, if every rank has a valid one and all are equal. A collective of all ranks.
+
+    Raises ValueError on every rank, with the same text: for a file that is missing or no JSON, a wrong
+    block, configurations or pipelines that differ, and what cannot be done with Megatron-Core.
+    """
+    block = on_every_rank(lambda: _read(source))
+    facts = {
+        "pipeline_model_parallel_size": num_ranks,
+        "virtual_pipeline_model_parallel_size": model_config.virtual_pipeline_model_parallel_size,
+        "pipeline_dtype": model_config.pipeline_dtype,
+        "variable_seq_lengths or mtp_standalone": tells_shapes(model_config),
+        "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
+    }
+    config = agreed_config(block, facts)
+    if config.enabled:
+        _check(config, model_config, num_ranks)
     return config
 
 
-def _read(source: Source) -> ClappingConfig:
-    if isinstance(source, ClappingConfig):
-        return source
-    block = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+def _read(source: Source) -> Mapping[str, Any]:
+    block = source
+    if not isinstance(source, Mapping):
+        try:
+            block = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON ({error})") from error
     if not isinstance(block, Mapping) or BLOCK_NAME not in block:
-        raise ValueError(f'no "{BLOCK_NAME}" block in {source!r}; accepted: {{"{BLOCK_NAME}": {{...}}}}')
-    return ClappingConfig.from_ds_config(block)
+        raise ValueError(f'no "{BLOCK_NAME}" block in {source}; accepted: {{"{BLOCK_NAME}": {{...}}}}')
+    return block
 
 
-def _checked(config: ClappingConfig, model_config: Any, num_ranks: int) -> ClappingConfig:
-    if not config.enabled:
-        return config
+def _check(config: ClappingConfig, model_config: Any, num_ranks: int) -> None:
+    """Of facts that are the same on every rank."""
     if num_ranks < 2:
         raise ValueError(
             f"pipeline_model_parallel_size = {num_ranks}: there is no link to compress; accepted: at least "
@@ -72,12 +66,25 @@ def _checked(config: ClappingConfig, model_config: Any, num_ranks: int) -> Clapp
         )
     if model_config.use_ring_exchange_p2p:
         raise ValueError(f'use_ring_exchange_p2p = True with a "{BLOCK_NAME}" block; accepted: False')
-    return config
 
 
 def tells_shapes(model_config: Any) -> bool:
     """Whether Megatron-Core tells the shape of each message before it."""
     return bool(model_config.variable_seq_lengths or getattr(model_config, "mtp_standalone", False))
+
+
+def check_first_call(
+    data_iterators: Sequence[Any],
+    num_chunks: int,
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    model_config: Any,
+) -> None:
+    """As `check_call`, and that `facts` are the same everywhere; the same ValueError on every rank. A
+    collective of all ranks."""
+    on_every_rank(lambda: check_call(data_iterators, num_chunks, options))
+    # Both ends of a link must know the loss scale, though only the last stage uses it.
+    check_equal({**facts, "has a grad_scale_func": model_config.grad_scale_func is not None})
 
 
 def check_call(data_iterators: Sequence[Any], num_chunks: int, options: Mapping[str, Any]) -> None:

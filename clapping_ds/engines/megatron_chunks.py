@@ -6,13 +6,12 @@ an end gives the chunk, and each stage counts its own messages, which gives the 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from clapping_ds.channel import Spec
 from clapping_ds.config import ClappingConfig
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
@@ -22,6 +21,7 @@ from clapping_ds.engines.stage import (
     Peer,
     Stage,
 )
+from clapping_ds.message import Spec
 from clapping_ds.transport import Wire, direction_groups
 
 SHAPE_BYTES = 3 * 8
@@ -72,8 +72,11 @@ class Chunks:
     ) -> None:
         """chunk_ids: the chunk of every forward pass of this rank, in order. As `Stage.begin_step`."""
         num_slots = len(chunk_ids) // len(self.stages)
-        for stage, next_batch in zip(self.stages, next_batches, strict=True):
-            stage.begin_step(num_slots, next_batch, measures_error)
+        draws = list(zip(self.stages, next_batches, strict=True))
+        # No chunk begins before all have their data: the step can be tried again as a whole.
+        has_data = all(stage.draw(num_slots, next_batch) for stage, next_batch in draws)
+        for stage, next_batch in draws:
+            stage.begin_step(num_slots, next_batch, measures_error, has_data)
             if self.tells_shapes:  # nothing is announced ahead, so that sends must not wait for it
                 for wire in stage.wires.values():
                     wire.most_pending = 2 * num_slots
@@ -86,6 +89,29 @@ class Chunks:
         for stage in self.stages:
             stage.end_step()
 
+    def rescale_gradients(self, scale: float) -> None:
+        """Between two steps: the loss scale of the next one."""
+        for stage in self.stages:
+            stage.rescale_gradients(scale)
+
+    def state_dict(self) -> dict[int, Any]:
+        """By stage, between two steps."""
+        return {stage.stage_id: stage.state_dict() for stage in self.stages}
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> str | None:
+        """As `Stage.load_state_dict`: all chunks of all ranks, or none. The number of micro-batches may be
+        another than it was: slots that are new are fresh."""
+        saved = [state.get(stage.stage_id) for stage in self.stages]
+        reasons = [
+            stage.load_state_dict(found, 0 if found is None else len(found["fresh"]))
+            for stage, found in zip(self.stages, saved, strict=True)
+        ]
+        why = next(filter(None, reasons), None)
+        for stage in self.stages if why is not None else []:
+            stage.load_state_dict(None, 0)
+            stage.step = self.stages[0].step
+        return why
+
     def send(self, end: str, value: torch.Tensor) -> None:
         """Sends an end's next message."""
         if value.dtype != self.dtype:
@@ -94,7 +120,8 @@ class Chunks:
             )
         stage = self._turn(end)
         if self.tells_shapes:
-            _tell_shape(stage.wires[end], value.shape)
+            with stage.at_next(end):
+                _tell_shape(stage.wires[end], value.shape)
         stage.send(end, [value])
 
     def arrival(self, end: str, shape: Sequence[int] | None) -> Arrival:
@@ -126,7 +153,8 @@ class Chunks:
         return stage.receive(end, specs, looks_ahead=True)[0]
 
     def _take_told(self, stage: Stage, end: str) -> torch.Tensor:
-        shape = _told_shape(stage.wires[end])
+        with stage.at_next(end):
+            shape = _told_shape(stage.wires[end])
         return stage.receive(end, [Spec(shape, self.dtype)], looks_ahead=False)[0]
 
 
@@ -166,7 +194,7 @@ def make_stages(
     num_ranks, place = len(ranks), ranks.index(rank)
     num_links = num_chunks * num_ranks - 1
     links_per_set = 1 if num_ranks == 2 else num_ranks
-    groups = [direction_groups(pipelines) for _ in range(0, num_links, links_per_set)]
+    groups = [direction_groups(pipelines, config.timeout_s) for _ in range(0, num_links, links_per_set)]
 
     def peer(link: int, stage_id: int) -> Peer | None:
         if not 0 <= link < num_links:

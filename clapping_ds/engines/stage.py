@@ -6,13 +6,15 @@ A host's engine calls `begin_step`, then `send` and `receive` in the order of it
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.channel import Channel, Spec
+from clapping_ds.channel import Channel
 from clapping_ds.config import ClappingConfig
 from clapping_ds.links import Decision
+from clapping_ds.message import Spec
 from clapping_ds.sampling import Coin, LazySampler
 from clapping_ds.transport import Wire, all_agree
 
@@ -68,26 +70,36 @@ class Stage:
         self.step = 0
         self.fresh: list[bool] = []
         self.shapes_differ = False
+        self.loss_scale = 1.0
+        self.decision: Decision | None = None
         self._num_messages: Counter[str] = Counter()
         self._num_expected: Counter[str] = Counter()
 
+    def draw(self, num_slots: int, next_batch: Callable[[], Any] | None) -> bool:
+        """Draws what the coming step lacks; whether all was there. `begin_step` does so if it was not done."""
+        if next_batch is not None:
+            try:
+                self.sampler.draw(self._tossed(num_slots), next_batch)
+            except StopIteration:
+                return False
+        return True
+
     def begin_step(
-        self, num_slots: int, next_batch: Callable[[], Any] | None, measures_error: bool = False
+        self,
+        num_slots: int,
+        next_batch: Callable[[], Any] | None,
+        measures_error: bool = False,
+        has_data: bool = True,
     ) -> None:
         """Tosses the coin and draws the new batches. A collective of all ranks when a slot is fresh.
 
         next_batch   returns the data iterator's next batch; None on stages that load no data
+        has_data     whether all that this rank needs besides was there
         Raises StopIteration on every rank if `next_batch` did on one. No message was sent then, and
         what was drawn is used when the step is tried again.
         """
-        fresh = self.coin.fresh(self.step, num_slots)
-        fresh = [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
-        has_data = True
-        if next_batch is not None:
-            try:
-                self.sampler.draw(fresh, next_batch)
-            except StopIteration:
-                has_data = False
+        fresh = self._tossed(num_slots)
+        has_data = self.draw(num_slots, next_batch) and has_data
         if any(fresh):
             shapes_are_one = len(self.sampler.shapes()) <= 1
             has_data, shapes_are_one = all_agree([has_data, shapes_are_one], self.device)
@@ -106,6 +118,11 @@ class Stage:
         for channel in self.channels.values():
             channel.begin_step(self.step, num_slots, measures_error)
 
+    def _tossed(self, num_slots: int) -> list[bool]:
+        """For each slot of the coming step, whether it is fresh."""
+        fresh = self.coin.fresh(self.step, num_slots)
+        return [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
+
     def end_step(self) -> None:
         """Waits until the step's last messages have gone."""
         for channel in self.channels.values():
@@ -115,6 +132,7 @@ class Stage:
     def adopt(self, decision: Decision) -> None:
         """Between two steps: the decided depth and, with `links`, codecs. Channels whose codec changes
         start with no memory."""
+        self.decision = decision
         self.in_flight = decision.in_flight
         for end, channel in self.channels.items():
             self.wires[end].most_pending = decision.in_flight + 1
@@ -146,33 +164,75 @@ class Stage:
         self._num_messages[end] += 1
         return self.channels[end].receive()
 
+    def at_next(self, end: str) -> AbstractContextManager[None]:
+        """Within it, errors of the end's wire name its link, direction, step and next slot."""
+        return self.channels[end].at(self._num_messages[end])
+
     @property
     def num_ahead(self) -> int:
         """Messages of a direction that are announced at the same time."""
         return self.in_flight + 2 if self.config.overlap else 1
 
+    def rescale_gradients(self, scale: float) -> None:
+        """Between two steps: the loss scale of the next one. What is held of gradients follows it."""
+        if scale != self.loss_scale:
+            for end in (GRADIENTS_TO_PREVIOUS, GRADIENTS_FROM_NEXT):
+                if end in self.channels:
+                    self.channels[end].rescale(scale / self.loss_scale)
+        self.loss_scale = scale
+
     def state_dict(self) -> dict[str, Any]:
-        """Step, held batches, memories and codec states of this rank, between two steps."""
-        channels = {end: channel.state_dict() for end, channel in self.channels.items()}
+        """Step, held batches, memories, codec states, counters and decided links of this rank, between
+        two steps."""
         return {
+            "written by": self._identity(len(self.fresh)),
             "step": self.step,
             "fresh": self.fresh,
             "shapes_differ": self.shapes_differ,
+            "loss_scale": self.loss_scale,
+            "decision": None if self.decision is None else self.decision.model_dump_json(),
             "sampler": self.sampler.state_dict(),
-            "channels": channels,
+            "channels": {end: channel.state_dict() for end, channel in self.channels.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Takes what `state_dict` gave, if every rank has it; else forgets: the next step is all fresh.
-        A collective of all ranks."""
-        (all_have_it,) = all_agree([state is not None], self.device)
-        if state is None or not all_have_it:
-            self.fresh = []
-            return
+    def load_state_dict(self, state: dict[str, Any] | None, num_slots: int) -> str | None:
+        """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
+        what is held, so that the next step is all fresh, and says why. A collective of all ranks.
+
+        num_slots   micro-batches of the steps to come
+        """
+        is_ours = state is not None and state["written by"] == self._identity(num_slots)
+        is_there, is_ours = all_agree([state is not None, is_ours], self.device)
+        if state is None or not is_ours:
+            self._forget()
+            if not is_there:
+                return "the checkpoint has no state of clapping_ds for every rank"
+            return "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
+        if state["decision"] is not None:
+            self.adopt(Decision.model_validate_json(state["decision"]))
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
+        self.loss_scale = state["loss_scale"]
         self.sampler.load_state_dict(state["sampler"])
         for end, channel in self.channels.items():
             channel.load_state_dict(state["channels"][end])
+        return None
+
+    def _forget(self) -> None:
+        self.fresh = []
+        self.sampler = LazySampler()
+        for channel in self.channels.values():
+            channel.held.clear()
+
+    def _identity(self, num_slots: int) -> dict[str, Any]:
+        """What a state belongs to."""
+        codecs = {"strategy", "p_new", "refresh", "seed", "activations", "gradients", "memory"}
+        return {
+            **self.config.model_dump(include=codecs),
+            "stage": self.stage_id,
+            "replica": self.replica,
+            "ends": sorted(self.channels),
+            "slots": num_slots,
+        }
 
     def _wire(self, peer: int, group: Any) -> Wire:
         return Wire(peer, self.device, group, self.in_flight + 1, self.config.overlap)

@@ -31,11 +31,14 @@ class Tuning:
         self.num_stages = num_stages
         self.passes = Passes(stage.device)
         self.num_steps = 0
-        self.decision: Decision | None = None
         links = stage.config.links
-        self.is_watching = stage.config.in_flight == "auto" or links is not None
+        self.is_wanted = stage.config.in_flight == "auto" or links is not None
         if links is not None and links.read is not None:
             self._adopt(_read_by_first_rank(links.read, num_stages))
+
+    @property
+    def is_watching(self) -> bool:
+        return self.is_wanted and self.stage.decision is None
 
     @contextmanager
     def watching(self, weighs: Iterable[torch.Tensor] | None = None) -> Iterator[None]:
@@ -62,11 +65,10 @@ class Tuning:
         links = self.stage.config.links
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
-        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}"
+        advice = "" if links is None else decision.advice()
+        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
 
     def _adopt(self, decision: Decision) -> None:
-        self.is_watching = False
-        self.decision = decision
         self.stage.adopt(decision)
 
     def _measured(self, free_bytes: int | None) -> Measured:

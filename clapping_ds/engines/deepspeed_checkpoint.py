@@ -1,0 +1,84 @@
+"""Checkpoints of a DeepSpeed pipeline that hold our state as well, whole at any moment.
+
+Each rank writes its own file into the checkpoint's folder, under another name until it is complete. The
+file `latest` is replaced after all ranks have written everything, so that a run that is killed at any moment
+finds a complete checkpoint there. (Stock DeepSpeed's first rank does not wait for the others.)
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from clapping_ds.config import ClappingConfig
+from clapping_ds.engines.stage import Stage
+from clapping_ds.transport import wait_for_all
+
+
+class CheckpointingEngine(PipelineEngine):
+    """`save_checkpoint` and `load_checkpoint` of an engine with a stage of ours."""
+
+    clapping: ClappingConfig
+    _stage: Stage
+    micro_batches: int
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As `DeepSpeedEngine.save_checkpoint`; `latest` is written last, in one piece."""
+        client_state = {} if client_state is None else client_state
+        if not self.clapping.enabled:
+            return super().save_checkpoint(save_dir, tag, client_state, save_latest, **kwargs)
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        if self.clapping.checkpoint_memory:
+            folder = Path(save_dir) / tag
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / f"{self._state_file}.unfinished"
+            torch.save(self._stage.state_dict(), unfinished)
+            os.replace(unfinished, folder / self._state_file)
+        result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
+        wait_for_all()
+        if save_latest and self.global_rank == 0:
+            unfinished = Path(save_dir) / "latest.unfinished"
+            unfinished.write_text(tag)
+            os.replace(unfinished, Path(save_dir) / "latest")
+        return result
+
+    def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """As `DeepSpeedEngine.load_checkpoint`. Where our state is missing on a rank, or is of another
+        configuration, the next step is all fresh, and the first rank says why. The data iterator is the
+        caller's: `clapping_num_drawn` batches were taken from it."""
+        path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
+        if self.clapping.enabled:
+            state = None
+            if path is not None and self.clapping.checkpoint_memory:
+                state = self._read(Path(path).parent / self._state_file)
+            reason = self._stage.load_state_dict(state, self.micro_batches)
+            if reason is not None and self.global_rank == 0:
+                print(f"clapping: {reason}: the next step is all fresh", flush=True)
+        return path, client_state
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        """None where there is no file, or none that can be read."""
+        try:
+            state: dict[str, Any] = torch.load(file, map_location=self.device)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            return None
+        return state
+
+    @property
+    def clapping_num_drawn(self) -> int:
+        """Batches that this rank took from its data iterator."""
+        return self._stage.sampler.num_drawn
+
+    @property
+    def _state_file(self) -> str:
+        return f"clapping_rank_{self.global_rank:05d}.pt"

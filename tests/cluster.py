@@ -88,11 +88,15 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     start_distributed()
     groups._clone_world_group()  # cached by DeepSpeed for good
     KEPT_GROUPS.update(c10d._world.pg_map)
+    has_imported = False
     while True:
         try:
             function, args = pipe.recv()
         except EOFError:
             return
+        if not has_imported:
+            gc.freeze()  # what modules hold is no garbage, and looking through it takes a second each time
+            has_imported = True
         try:
             pipe.send(("result", function(*args)))
         except BaseException as error:

@@ -72,7 +72,7 @@ def parallel(num_ranks: int, num_chunks: int = 1, **sizes: int) -> Iterator[None
 
 def model_config(num_ranks: int, num_chunks: int = 1, **options: Any) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=NUM_LAYERS, hidden_size=models.WIDTH, num_attention_heads=1, pipeline_dtype=torch.float32,
+        num_layers=NUM_LAYERS, hidden_size=models.WIDTH, num_attention_heads=2, pipeline_dtype=torch.float32,
         pipeline_model_parallel_size=num_ranks,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None, **options,
     )  # fmt: skip
@@ -153,6 +153,7 @@ class Trainer:
         self.data = [batches(lengths) if c.is_first or c.is_last else None for c in self.model]
         self.num_micro_batches = num_micro_batches
         self.run = get_forward_backward_func()
+        self.grad_scale = 1.0
         self.pipeline = None
         if clapping is not None:
             self.pipeline = MegatronPipeline({"clapping": clapping}, self.config)
@@ -170,6 +171,8 @@ class Trainer:
         """Mean loss of the micro-batches, on the last rank."""
         self.optimizer.zero_grad()
         losses = self.losses_of_pass(self.data)
+        for weight in self.model.parameters():
+            weight.grad /= self.grad_scale
         self.optimizer.step()
         return sum(losses) / len(losses) if losses else None
 

@@ -76,7 +76,7 @@ class Stage:
         self._num_expected: Counter[str] = Counter()
 
     def draw(self, num_slots: int, next_batch: Callable[[], Any] | None) -> bool:
-        """Draws what the coming step lacks; whether all was there. `begin_step` does so if it was not done."""
+        """Draws what the coming step lacks; whether all was there. `begin_step` does so as well."""
         if next_batch is not None:
             try:
                 self.sampler.draw(self._tossed(num_slots), next_batch)

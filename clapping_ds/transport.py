@@ -79,7 +79,7 @@ class Wire:
         """Starts to send what `new_payload` gave; of no bytes, nothing is sent."""
         if payload.numel():
             carried = self._moved(payload, self.carried)
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), self._naming_peer():
                 work = dist.isend(carried, dst=self.peer, group=self.group)
             self._sending.append(Pending(work, carried))
         else:
@@ -90,7 +90,7 @@ class Wire:
     def expect(self, num_bytes: int) -> None:
         """Announces the peer's next message, in order, so that it can arrive before `receive` asks."""
         carried = self.carried.lend(num_bytes)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self._naming_peer():
             work = dist.irecv(carried, src=self.peer, group=self.group) if num_bytes else None
         self._arriving.append(Pending(work, carried))
 
@@ -99,7 +99,8 @@ class Wire:
         work, carried = self._arriving.popleft()
         with torch.cuda.stream(self.stream):
             if work is not None:
-                self._wait(work)
+                with self._naming_peer():
+                    work.wait()
             return self._moved(carried, self.payloads)
 
     def done_with(self, payload: torch.Tensor) -> None:
@@ -118,13 +119,16 @@ class Wire:
     def _release(self, most_pending: int) -> None:
         while self._sending and (len(self._sending) > most_pending or self._sending[0].work.is_completed()):
             work, carried = self._sending.popleft()
-            with torch.cuda.stream(self.stream):
-                self._wait(work)
+            with torch.cuda.stream(self.stream), self._naming_peer():
+                work.wait()
             self.carried.take_back(carried)
 
-    def _wait(self, work: Any) -> None:
+    @contextmanager
+    def _naming_peer(self) -> Iterator[None]:
+        """Where the process group may fail: when a message is waited for, or when another one is started
+        after the connection broke."""
         try:
-            work.wait()
+            yield
         except RuntimeError as error:
             raise ConnectionError(f"rank {self.peer} ended or was silent for too long ({error})") from error
 

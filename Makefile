@@ -25,7 +25,7 @@ endif
 
 # The same table for Megatron-Core, on CPU ranks.
 train-megatron: $(VENV)/installed
-	$(BIN)/torchrun --nproc_per_node $(STAGES) -m benchmarks.compare_megatron $(OPTIONS)
+	$(BIN)/python -m benchmarks.compare_megatron --stages $(STAGES) $(OPTIONS)
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -m "not ranks" -n 2 --dist loadfile

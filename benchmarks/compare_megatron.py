@@ -1,7 +1,7 @@
 """What compression costs and saves in Megatron-Core: its GPTModel, the same seed and steps under several
 `"clapping"` blocks. The counterpart of benchmarks.compare.
 
-    torchrun --nproc_per_node 2 -m benchmarks.compare_megatron
+    python -m benchmarks.compare_megatron
 
 Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by tests/megatron_cpu.py, which
 is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on GPUs.
@@ -9,12 +9,14 @@ is for tests and for this benchmark. So tokens/s are of no use for comparisons w
 
 import argparse
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.run import main as torchrun
 
 from benchmarks import provenance
 from benchmarks.compare import RESULTS, block, row, write_csv
@@ -24,7 +26,6 @@ from launch.trainer import RunResult
 STOCK = "stock Megatron-Core"
 COMPARISON: dict[str, dict[str, Any] | None] = {
     STOCK: None,
-    "none": {**block("fu", "none"), "p_new": 1},
     "uncompressed, lazy": block("fu", "none"),
     "direct int4": block("direct", "int4"),
     "direct eden2": block("direct", "eden2"),
@@ -39,9 +40,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if not dist.is_torchelastic_launched():
+        torchrun(["--nproc_per_node", str(options.stages), "-m", "benchmarks.compare_megatron", *sys.argv[1:]])
+        return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     from launch.pretrain_gpt_megatron import MegatronRun, start_parallel, train

@@ -73,8 +73,6 @@ class LazySampler:
     """
 
     def __init__(self) -> None:
-        self.num_drawn = 0
-        """Batches taken from the data iterator; a resumed run skips as many."""
         self._held: list[Any] = []
         self._drawn: dict[int, Any] = {}
         self._next_slot = 0
@@ -88,7 +86,6 @@ class LazySampler:
         for slot, is_fresh in enumerate(fresh):
             if is_fresh and slot not in self._drawn:
                 self._drawn[slot] = _clone(next_batch())
-                self.num_drawn += 1
 
     def begin(self, num_slots: int) -> None:
         """Starts a step with what was drawn for it. Held slots from `num_slots` on are freed."""
@@ -104,11 +101,10 @@ class LazySampler:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The held batches and `num_drawn`, between two steps."""
-        return {"num_drawn": self.num_drawn, "held": self._held}
+        """The held batches, between two steps."""
+        return {"held": self._held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_drawn = state["num_drawn"]
         self._held = state["held"]
 
     def shapes(self) -> set[tuple[Any, ...]]:

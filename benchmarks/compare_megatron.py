@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not dist.is_torchelastic_launched():
-        torchrun(["--nproc_per_node", str(options.stages), "-m", "benchmarks.compare_megatron", *sys.argv[1:]])
+        torchrun(
+            ["--nproc_per_node", str(options.stages), "-m", "benchmarks.compare_megatron", *sys.argv[1:]]
+        )
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -6,5 +6,6 @@ import torch
 
 import clapping_ds.engines.deepspeed
 import launch.pretrain_gpt
+import tests.megatron_cpu
 
 torch.set_num_threads(1)

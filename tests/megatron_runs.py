@@ -1,6 +1,7 @@
 """What ranks do in the tests of Megatron-Core, and the blocks and options that they do it with."""
 
 import time
+from multiprocessing import active_children
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ def interrupted(folder: str) -> list[Any]:
                         next(data)
             losses = [trainer.step() for _ in range(3)]
             found.append((losses, megatron_cpu.memories(pipeline), pipeline.consumed_samples))
+    for process in active_children():  # Megatron-Core's queue of written files, which outlives a killed rank
+        process.kill()
     return found
 
 

@@ -10,6 +10,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 import clapping_ds
+from clapping_ds.channel import Channel
 
 WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
@@ -149,14 +150,18 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
     """By (link, direction): the bits of every memory and codec state at this rank's end."""
     return {
-        (channel.link, channel.direction): {
-            (slot, index): [
-                (str(tensor.dtype), tensor.view(torch.uint8).numpy().tobytes())
-                for tensor in (held.memory, held.key_state, held.delta_state)
-                if tensor is not None
-            ]
-            for slot, tensors in channel.held.items()
-            for index, held in tensors.items()
-        }
-        for channel in engine._stage.channels.values()
+        (channel.link, channel.direction): held_bits(channel) for channel in engine._stage.channels.values()
+    }
+
+
+def held_bits(channel: Channel) -> dict[Any, list[tuple[str, bytes]]]:
+    """By (slot, tensor): the bits of memory and codec states."""
+    return {
+        (slot, index): [
+            (str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes())
+            for tensor in (held.memory, held.key_state, held.delta_state)
+            if tensor is not None
+        ]
+        for slot, tensors in channel.held.items()
+        for index, held in tensors.items()
     }

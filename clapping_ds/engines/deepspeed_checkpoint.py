@@ -49,6 +49,7 @@ class CheckpointingEngine(PipelineEngine):
             unfinished = Path(save_dir) / "latest.unfinished"
             unfinished.write_text(tag)
             os.replace(unfinished, Path(save_dir) / "latest")
+        wait_for_all()  # or a load that follows at once finds another checkpoint on another rank
         return result
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,8 @@ else
 endif
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ranks" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m ranks
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

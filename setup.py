@@ -28,6 +28,7 @@ setup(
             "tokenizers>=0.20",
             "matplotlib>=3.8",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=1.10",

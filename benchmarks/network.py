@@ -14,6 +14,9 @@ What was chosen, and why:
   before it. TCP itself keeps two packets of a connection queued, not more, but with segmentation offload a
   "packet" has up to 64 kB: 200 ms at 2.6 Mbit/s instead of 13 ms.
 * A queue of 400 kB, which therefore never fills: nothing is lost.
+* Socket buffers that hold 20 kB at most of a message when a blocking send returns, a seventh of the 131 kB
+  that `benchmarks.pipeline` sends. Linux's default holds 50 kB and more, so that a blocking send would cost
+  far less here than where messages have tens of MB.
 * TCP with cubic, Linux's default, by route: machines differ in their own default, and bbr's probing for the
   shortest round trip would show in the times.
 """
@@ -29,7 +32,9 @@ SUBNET = "192.0.2.0/30"
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 BURST_BYTES = 4096
 QUEUE_BYTES = 400_000
-TOOLS = ("ip", "tc", "taskset")
+SEND_BUFFER_BYTES = "4096 16384 32768"
+"""Least, first and most."""
+TOOLS = ("ip", "tc", "taskset", "sysctl")
 
 
 class Network:
@@ -83,13 +88,15 @@ def open_network() -> Iterator[Network]:
             "ip", "link", "add", "name", DEVICE, "netns", namespaces[0],
             "type", "veth", "peer", "name", DEVICE, "netns", namespaces[1],
         )  # fmt: skip
-        for namespace, address in zip(namespaces, ADDRESSES, strict=True):
+        network = Network(namespaces, sorted(os.sched_getaffinity(0))[:2])
+        for end, (namespace, address) in enumerate(zip(namespaces, ADDRESSES, strict=True)):
             ip = ("ip", "-n", namespace)
             _run(*ip, "link", "set", "dev", "lo", "up")
             _run(*ip, "link", "set", "dev", DEVICE, "up", "gso_max_segs", "1")
             _run(*ip, "address", "add", f"{address}/30", "dev", DEVICE)
             _run(*ip, "route", "replace", SUBNET, "dev", DEVICE, "congctl", "cubic")
-        yield Network(namespaces, sorted(os.sched_getaffinity(0))[:2])
+            _run(*network.prefix(end), "sysctl", "-q", "-w", f"net.ipv4.tcp_wmem={SEND_BUFFER_BYTES}")
+        yield network
     finally:
         for namespace in namespaces:
             subprocess.run(["ip", "netns", "delete", namespace], stderr=subprocess.DEVNULL, check=False)

@@ -164,6 +164,7 @@ def measure(ranks: Ranks, size: Size, rho: float, rate_bits_per_s: float | None)
             "rate_bits_per_s": rate_bits_per_s,
             "bandwidth_bytes_per_s": max(speed["bandwidth_bytes_per_s"] for speed in speeds),
             "latency_s": min(speed["latency_s"] for speed in speeds),
+            "buffer_bytes": max(speed["buffer_bytes"] for speed in speeds),
             "num_stages": 2,
             "micro_batches": size.micro_batches,
             **{name: after[name] for name in ("in_flight", "codecs", "most_payloads")},
@@ -209,7 +210,7 @@ def main() -> None:
     if lacks := missing():
         raise SystemExit(
             "benchmarks.pipeline makes network namespaces and shapes the link between them: it needs root, "
-            f"ip and tc (iproute2), taskset and two cores. Missing: {', '.join(lacks)}."
+            f"ip and tc (iproute2), taskset, sysctl and two cores. Missing: {', '.join(lacks)}."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that all is removed
     rows = []

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -69,6 +69,13 @@ class Clock:
         }
 
 
+class Transfer(NamedTuple):
+    """Seconds from the call of a blocking send until it returned, and until the peer's answer was there."""
+
+    sent_s: float
+    answered_s: float
+
+
 class Rank:
     """The orders. Each is a collective of both ranks."""
 
@@ -92,26 +99,37 @@ class Rank:
         return {}
 
     def link(self, num_bytes: int) -> dict[str, float]:
-        """The link as the processes see it. bandwidth_bytes_per_s: from here to the peer, the fastest of a
-        few transfers of `num_bytes`; latency_s: half of the median round trip of one byte."""
-        byte, bulk = torch.zeros(1, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
-        pings_s = [self._transfer(byte, sender=0) for _ in range(NUM_PINGS)]
-        to_next_s = [self._transfer(bulk, sender=0) for _ in range(NUM_TRANSFERS)]
-        to_previous_s = [self._transfer(bulk, sender=1) for _ in range(NUM_TRANSFERS)]
-        fastest_s = min(to_next_s if self.rank == 0 else to_previous_s)
-        return {"bandwidth_bytes_per_s": num_bytes / fastest_s, "latency_s": median(pings_s) / 2}
+        """The link as the processes see it.
 
-    def _transfer(self, tensor: torch.Tensor, sender: int) -> float:
-        """Seconds until the peer's answer of one byte is back."""
+        bandwidth_bytes_per_s   from here to the peer, the fastest of a few transfers of `num_bytes`
+        latency_s               half of the median round trip of one byte
+        buffer_bytes            had yet to cross the link when the fastest transfer's send returned
+        """
+        byte, bulk = torch.zeros(1, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+        pings = [self._transfer(byte, sender=0) for _ in range(NUM_PINGS)]
+        to_next = [self._transfer(bulk, sender=0) for _ in range(NUM_TRANSFERS)]
+        to_previous = [self._transfer(bulk, sender=1) for _ in range(NUM_TRANSFERS)]
+        fastest = min(to_next if self.rank == 0 else to_previous, key=lambda each: each.answered_s)
+        bandwidth = num_bytes / fastest.answered_s
+        return {
+            "bandwidth_bytes_per_s": bandwidth,
+            "latency_s": median(ping.answered_s for ping in pings) / 2,
+            "buffer_bytes": bandwidth * (fastest.answered_s - fastest.sent_s),
+        }
+
+    def _transfer(self, tensor: torch.Tensor, sender: int) -> Transfer:
+        """Of a tensor, answered by the peer with one byte."""
         answer = torch.zeros(1, dtype=torch.uint8)
         start = time.perf_counter()
         if self.rank == sender:
             dist.send(tensor, 1 - sender)
+            sent = time.perf_counter()
             dist.recv(answer, 1 - sender)
         else:
             dist.recv(tensor, sender)
+            sent = time.perf_counter()
             dist.send(answer, sender)
-        return time.perf_counter() - start
+        return Transfer(sent - start, time.perf_counter() - start)
 
     def step(self, run: str) -> dict[str, Any]:
         """Trains one step. forward_s, backward_s: of each micro-batch; encode_s, decode_s: of each tensor;

@@ -12,7 +12,7 @@
     encode_s, decode_s             per message
     overhead_s                     per step, after the last backward
     key_bytes, delta_bytes         of a fresh slot's message and of a reused slot's
-    fresh_share                    of slots, spread evenly over the step
+    fresh_share                    of slots, which are fresh as with `refresh` "cycle"
     step_s                         measured
     buffer_bytes                   may be missing: of the link, see `benchmarks.timeline.Link`
 
@@ -29,7 +29,8 @@ from typing import Any, cast
 
 from benchmarks import plan
 from benchmarks.bounds import bound_s
-from benchmarks.timeline import Link, Order, Stage, Step, simulate, slot_bytes
+from benchmarks.timeline import Link, Order, Stage, Step, simulate
+from clapping_ds.sampling import Coin
 from clapping_ds.telemetry import table
 
 MOST_WRONG = 0.10
@@ -48,8 +49,8 @@ def measured_step(row: Mapping[str, str]) -> Step:
     )
     buffer_bytes = float(row.get("buffer_bytes") or SOCKET_BUFFER_BYTES)
     link = Link(float(row["bandwidth_bytes_per_s"]), float(row["latency_s"]), buffer_bytes)
-    sizes = float(row["key_bytes"]), float(row["delta_bytes"]), float(row["fresh_share"])
-    messages = slot_bytes(int(row["micro_batches"]), *sizes)
+    fresh = Coin(float(row["fresh_share"]), "cycle", seed=0).fresh(1, int(row["micro_batches"]))
+    messages = tuple(float(row["key_bytes"] if is_fresh else row["delta_bytes"]) for is_fresh in fresh)
     return Step(stages, (link,) * (num_stages - 1), messages, messages, float(row["overhead_s"]))
 
 

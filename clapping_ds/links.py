@@ -113,10 +113,13 @@ class Decision(BaseModel):
             }
             for choice in self.choices
         ]
-        notice = ""
-        if all(isinstance(choice.codec, Raw) for choice in self.choices):
-            notice = '\nNo link needs compression. "enabled": false would save the price of lazy sampling.'
-        return table(rows) + notice
+        return table(rows)
+
+    def advice(self) -> str:
+        """What to do where no link needs what was configured."""
+        if any(not isinstance(choice.codec, Raw) for choice in self.choices):
+            return ""
+        return '\nNo link needs compression: "enabled": false would save the price of lazy sampling.'
 
     def write(self, path: str) -> None:
         Path(path).write_text(self.model_dump_json(indent=2) + "\n")

@@ -40,8 +40,9 @@ def uniform(seed: int, step: int, slot: int) -> float:
 class Coin:
     """Which slots of a step are fresh. Step 0 is all fresh.
 
-    refresh   "step": one coin for the whole step; "slot": one per slot; "cycle": round robin, so that
-              p_new * num_slots of the slots are fresh in every step (rounded so that the mean is exact)
+    refresh   "step": one coin for the whole step; "slot": one per slot; "cycle": in turn, so that
+              p_new * num_slots of the slots are fresh in every step (rounded so that the mean is exact),
+              spread over the step, so that large and small messages alternate on the link
     """
 
     p_new: float
@@ -58,7 +59,9 @@ class Coin:
             return [uniform(self.seed, step, slot) < self.p_new for slot in range(num_slots)]
         per_step = Fraction(repr(self.p_new)) * num_slots
         turns = range(floor((step - 1) * per_step), floor(step * per_step))
-        chosen = {turn % num_slots for turn in turns}
+        stride = min(round(1 / self.p_new), num_slots)
+        order = [slot for first in range(stride) for slot in range(first, num_slots, stride)]
+        chosen = {order[turn % num_slots] for turn in turns}
         return [slot in chosen for slot in range(num_slots)]
 
 

@@ -181,6 +181,11 @@ def rank() -> int:
     return dist.get_rank()
 
 
+def group_ranks(group: Any) -> list[int]:
+    """The global ranks of a process group, in its order. None: the default group."""
+    return dist.get_process_group_ranks(group)
+
+
 def wait_for_all() -> None:
     """Returns once every rank has called it."""
     dist.barrier()

@@ -52,7 +52,10 @@ class Cluster:
             if not pipe.poll(self.timeout_s):
                 self.close()
                 raise TimeoutError(f"rank {rank} hangs in {function.__name__}")
-            results.append(pipe.recv())
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(("error", ("dead", f"rank {rank} ended", "")))
         return [RankError(*result[1]) if result[0] == "error" else result[1] for result in results]
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:

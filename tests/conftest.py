@@ -13,6 +13,16 @@ from tests.cluster import Cluster
 torch.set_num_threads(1)
 
 
+RANK_FILES = ("checkpoints", "deepspeed", "faults", "fp16", "launch", "run", "torch_pipelining", "transport")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the files that start ranks, which need both cores: all others can run beside each other."""
+    for item in items:
+        if item.path.stem.removeprefix("test_").startswith(RANK_FILES):
+            item.add_marker("ranks")
+
+
 @pytest.fixture(scope="module")
 def two_ranks():
     cluster = Cluster(2)

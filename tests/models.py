@@ -1,6 +1,6 @@
 """Small pipelines and the runs that the engine's tests make of them. Imported by the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -112,11 +112,16 @@ def make_engine(
     if clapping is not None:
         config["clapping"] = clapping
     model = pipeline(num_stages, kind, **(module_options or {}))
+    return start(model, config, stock, training_data)
+
+
+def start(model: PipelineModule, config: dict[str, Any], stock: bool, training_data: Any = None) -> Any:
+    """An engine that trains what requires a gradient, if need be nothing. stock: as in `make_engine`."""
     if stock:
         deepspeed.PipelineEngine, deepspeed.DualPipeVEngine = STOCK_ENGINES
     initialize = deepspeed.initialize if stock else clapping_ds.initialize
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    optimizer = torch.optim.AdamW([{"params": weights}], lr=3e-3)
     return initialize(model=model, optimizer=optimizer, config=config, training_data=training_data)[0]
 
 
@@ -149,19 +154,22 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
     """By (link, direction): the bits of every memory and codec state at this rank's end."""
-    return {
-        (channel.link, channel.direction): held_bits(channel) for channel in engine._stage.channels.values()
-    }
+    return channel_memories(engine._stage.channels.values())
 
 
-def held_bits(channel: Channel) -> dict[Any, list[tuple[str, bytes]]]:
-    """By (slot, tensor): the bits of memory and codec states."""
+def channel_memories(
+    channels: Iterable[Channel],
+) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
+    """The same of some channels."""
     return {
-        (slot, index): [
-            (str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes())
-            for tensor in (held.memory, held.key_state, held.delta_state)
-            if tensor is not None
-        ]
-        for slot, tensors in channel.held.items()
-        for index, held in tensors.items()
+        (channel.link, channel.direction): {
+            (slot, index): [
+                (str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes())
+                for tensor in (held.memory, held.key_state, held.delta_state)
+                if tensor is not None
+            ]
+            for slot, tensors in channel.held.items()
+            for index, held in tensors.items()
+        }
+        for channel in channels
     }

@@ -124,7 +124,7 @@ def test_without_root_or_tools_it_says_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pipeline", "--results", str(tmp_path)])
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"needs root.*Missing: root, ip, tc, taskset") as refusal:
+    with pytest.raises(SystemExit, match=r"needs root.*Missing: root, ip, tc, taskset, sysctl") as refusal:
         pipeline.main()
     assert isinstance(refusal.value.code, str), "a message to stderr, and exit status 1"
     assert not list(tmp_path.iterdir())

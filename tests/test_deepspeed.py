@@ -70,7 +70,7 @@ def at_depths(num_stages, block, settings):
 
 @pytest.mark.parametrize("block", [NONE, INT2], ids=["none", "int2"])
 def test_losses_and_memories_are_the_same_at_every_depth(two_ranks, four_ranks, block):
-    depths = [0, 1, 3, 8]
+    depths = [0, 1, 3, 8] if block is NONE else [3]
     settings = [{"overlap": False}, {"in_flight": "auto"}, *({"in_flight": depth} for depth in depths)]
     for ranks, num_stages in ((two_ranks, 2), (four_ranks, 4)):
         for blocking, *others in ranks.run(at_depths, num_stages, block, settings):
@@ -117,12 +117,12 @@ def assert_ends_are_equal(by_rank, blocks):
 
 @pytest.mark.parametrize("kind", ["plain", "tuple"])
 def test_memories_of_two_stages_are_equal(two_ranks, kind):
-    blocks = list(all_blocks())
+    blocks = list(all_blocks())[:: 1 if kind == "plain" else 3]
     assert_ends_are_equal(two_ranks.run(memories_of, blocks, 2, kind, 3), blocks)
 
 
 def test_memories_of_four_stages_are_equal(four_ranks):
-    blocks = list(all_blocks())[::2]
+    blocks = list(all_blocks())[::4]
     assert_ends_are_equal(four_ranks.run(memories_of, blocks, 4, "plain", 3), blocks)
 
 
@@ -290,7 +290,7 @@ def test_what_is_not_finite_reaches_the_loss_but_not_the_memories(two_ranks):
 def with_links(block, num_stages, steps=6):
     engine = models.make_engine(block, num_stages)
     models.train(engine, steps)
-    return engine._tuning.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
+    return engine._stage.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
 
 
 def test_links_auto_leaves_fast_links_alone(two_ranks, tmp_path):
@@ -403,42 +403,3 @@ def test_an_iterator_that_ends_stops_four_stages(four_ranks):
     assert_same_error(
         four_ranks.outcomes(models.train_on_too_little), "StopIteration", "data_iter ended in step 0"
     )
-
-
-LOWRANK = {
-    "strategy": "fu", "p_new": 0.5, "refresh": "slot",
-    "activations": {"delta": {"name": "lowrank", "rank": 2}, "key": "eden3"},
-    "gradients": {"delta": "eden1", "key": "int8"},
-}  # fmt: skip
-
-
-def interrupted(block, folder):
-    """Losses and what is held after 3 more steps: uninterrupted, and by a new engine from the checkpoint."""
-    found = []
-    for resumes in (False, True):
-        engine = models.make_engine(block)
-        data = models.batches()
-        if resumes:
-            engine.load_checkpoint(folder)
-            for _ in range(engine.clapping_num_drawn):
-                next(data)
-        else:
-            for _ in range(4):
-                engine.train_batch(data_iter=data)
-            engine.save_checkpoint(folder)
-        losses = [float(engine.train_batch(data_iter=data)) for _ in range(3)]
-        found.append((losses, models.memories(engine)))
-    return found
-
-
-@pytest.mark.parametrize("block", [INT2, LOWRANK], ids=["int2", "lowrank and eden"])
-def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
-    for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):
-        assert uninterrupted == resumed
-
-
-def test_without_memories_in_the_checkpoint_the_next_step_is_all_fresh(two_ranks, tmp_path):
-    block = {**LOWRANK, "checkpoint_memory": False}
-    for (_, _), (losses, _) in two_ranks.run(interrupted, block, str(tmp_path)):
-        assert torch.tensor(losses).isfinite().all()
-    assert not list(tmp_path.rglob("clapping_rank_*"))

@@ -54,7 +54,8 @@ def test_a_link_off_the_critical_path_gets_none_whatever_the_default():
     block = {"activations": {"delta": "int2"}, "gradients": {"delta": "int2"}}
     decision = decide(pipeline([0.1]), config(**block), 16)
     assert set(names(decision).values()) == {"none"}
-    assert "No link needs compression" in decision.describe()
+    assert "No link needs compression" in decision.advice()
+    assert decide(pipeline([9.0]), config(), 16).advice() == ""
     for strategy in ("direct", "fc", "fu"):
         mine = decision.config(config(**block, strategy=strategy), "0-1", "activations")
         assert mine.key_codec("activations") == Raw()

@@ -140,7 +140,7 @@ class ChannelRun:
 
     def check(self):
         sender, receiver = self.both
-        assert models.held_bits(sender) == models.held_bits(receiver)
+        assert models.channel_memories([sender]) == models.channel_memories([receiver])
         for held in (held for tensors in sender.held.values() for held in tensors.values()):
             for tensor in (held.memory, held.key_state, held.delta_state):
                 assert tensor is None or tensor.isfinite().all()
@@ -289,7 +289,7 @@ def written(state):
 
 
 def state_bits(ends):
-    return [(models.held_bits(end), asdict(end.traffic)) for end in ends]
+    return [(models.channel_memories([end]), asdict(end.traffic)) for end in ends]
 
 
 @given(blocks([0, 64, 512]), st.lists(operations, min_size=4, max_size=14))

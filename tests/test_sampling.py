@@ -40,6 +40,13 @@ def test_cycle_is_round_robin(p_new, num_slots, per_step):
     assert {sum(column) for column in zip(*steps, strict=True)} == {40 * per_step // num_slots}
 
 
+def test_cycle_spreads_the_fresh_slots():
+    coin = Coin(0.5, "cycle", seed=0)
+    even = [True, False] * 3
+    assert [coin.fresh(step, 6) for step in (1, 2, 3)] == [even, even[::-1], even]
+    assert Coin(1e-9, "cycle", seed=0).fresh(10**9, 3) == [False, False, True]
+
+
 def test_cycle_keeps_the_mean_where_it_is_no_whole_number():
     coin = Coin(0.3, "cycle", seed=0)
     assert sum(sum(coin.fresh(step, 5)) for step in range(1, 21)) == 30

@@ -28,7 +28,7 @@ from clapping_ds import telemetry
 from clapping_ds.config import BLOCK_NAME
 from clapping_ds.engines.deepspeed_checkpoint import CheckpointingEngine
 from clapping_ds.engines.deepspeed_schedule import InFlightSchedule
-from clapping_ds.engines.deepspeed_shapes import Shapes, listed
+from clapping_ds.engines.deepspeed_shapes import Shapes, contiguous, listed
 from clapping_ds.engines.handshake import agreed_config
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
@@ -134,10 +134,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
         return loss
 
     def _loss_scale(self) -> float:
-        """What the gradients of the coming step are multiplied by: not 1 with fp16."""
-        config = getattr(self.optimizer, "loss_scale_config", None)
-        scale = config.cur_scale if config is not None else getattr(self.optimizer, "loss_scale", 1.0)
-        return float(scale) if self.fp16_enabled() else 1.0
+        """What the optimizer will multiply the losses of the coming step by: with fp16, not 1."""
+        if not self.fp16_enabled():
+            return 1.0
+        loss = torch.ones((), device=self.device, requires_grad=True).clone()
+        return float(self.optimizer.scale_if_loss(loss))
 
     def _next_batch(self) -> Any:
         if not (self.clapping.enabled and self.module.training):
@@ -159,6 +160,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def _send_activations(self, buffer_id: int) -> None:
         if not self.module.training:
+            outputs = self.pipe_buffers["outputs"]
+            outputs[buffer_id] = contiguous(outputs[buffer_id])
             return super()._exec_send_activations(buffer_id)
         with self._timed(PIPE_SEND_OUTPUT_TIMER):
             outputs = self.pipe_buffers["outputs"][buffer_id]

@@ -6,6 +6,7 @@ finds a complete checkpoint there. (Stock DeepSpeed's first rank does not wait f
 """
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class CheckpointingEngine(PipelineEngine):
         """None where there is no file, or none that can be read."""
         try:
             state: dict[str, Any] = torch.load(file, map_location=self.device)
-        except (OSError, RuntimeError, EOFError, ValueError):
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             return None
         return state
 

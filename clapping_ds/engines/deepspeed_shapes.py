@@ -13,6 +13,12 @@ def listed(tensors: Tensors) -> tuple[torch.Tensor, ...]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
 
 
+def contiguous(tensors: Tensors) -> Tensors:
+    """What the stock engine can send: no backend takes a view with gaps."""
+    copies = tuple(tensor.contiguous() for tensor in listed(tensors))
+    return copies[0] if isinstance(tensors, torch.Tensor) else copies
+
+
 class Shapes:
     """Of one engine's activations. The telling itself is the stock engine's."""
 

@@ -65,7 +65,8 @@ class Tuning:
         links = self.stage.config.links
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
-        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}"
+        advice = "" if links is None else decision.advice()
+        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
 
     def _adopt(self, decision: Decision) -> None:
         self.stage.adopt(decision)

@@ -1,0 +1,172 @@
+"""What goes wrong ends in one clear error on every rank that is left, in bounded time; nothing is lost."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from tests import models
+from tests.cluster import Cluster, RankError
+from tests.test_deepspeed import INT2, assert_same_error
+
+TIMEOUT_S = 4.0
+
+
+# Handshake
+
+
+def with_block_of(blocks, ds=None):
+    rank = torch.distributed.get_rank()
+    models.make_engine(blocks[rank], ds=None if ds is None else ds[rank])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [([{"seed": 1}, {"seed": 2}], "clapping.seed: 1 (rank 0); 2 (rank 1)"),
+     ([{"p_new": 0.5}, {"p_new": 0.25}], "clapping.p_new: 0.5 (rank 0); 0.25 (rank 1)"),
+     ([{}, {"activations": {"delta": "int2"}}], "activations.delta.name: 'int4' (rank 0); 'int2' (rank 1)"),
+     ([{}, None], "clapping.enabled: True (rank 0); False (rank 1)"),
+     ([{}, {"p_neu": 1}], "clapping.p_neu = 1: unknown key"),
+     ([{"p_new": 7}, {"p_neu": 1}], "less than or equal to 1 (rank 0)")],
+)  # fmt: skip
+def test_ranks_that_differ_are_told_so_on_every_rank(two_ranks, blocks, message):
+    assert_same_error(two_ranks.outcomes(with_block_of, blocks), "ValueError", message)
+
+
+def test_micro_batches_that_differ_are_told_so(two_ranks):
+    ds = [{"gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 8}]
+    outcomes = two_ranks.outcomes(with_block_of, [{}, {}], ds)
+    assert_same_error(outcomes, "ValueError", "gradient_accumulation_steps: 4 (rank 0); 8 (rank 1)")
+
+
+def with_another_version():
+    from clapping_ds.engines import handshake
+
+    original = handshake.__version__
+    handshake.__version__ = f"0.{torch.distributed.get_rank()}"
+    try:
+        models.make_engine({})
+    finally:
+        handshake.__version__ = original
+
+
+def test_versions_that_differ_are_told_so(two_ranks):
+    outcomes = two_ranks.outcomes(with_another_version)
+    assert_same_error(outcomes, "ValueError", "version of clapping_ds: '0.0' (rank 0); '0.1' (rank 1)")
+
+
+# Verification
+
+
+def verified(block):
+    engine = models.make_engine(block)
+    losses = models.train(engine, 4)
+    return losses, models.memories(engine)
+
+
+def test_verification_changes_no_loss(two_ranks):
+    assert two_ranks.run(verified, {**INT2, "verify": True}) == two_ranks.run(verified, INT2)
+
+
+# Faults that end a rank, or stop it: ranks of their own
+
+
+def spoiled(spoil, block):
+    """Trains two steps; then something happens on one rank; then one more step, timed."""
+    engine = models.make_engine({**INT2, "timeout_s": TIMEOUT_S, **block}, engine_stages(), ds=AT_ONCE)
+    data = models.batches()
+    for _ in range(2):
+        engine.train_batch(data_iter=data)
+    spoil(engine)
+    start = time.perf_counter()
+    try:
+        engine.train_batch(data_iter=data)
+    except (ConnectionError, RuntimeError) as error:
+        return type(error).__name__, str(error), time.perf_counter() - start
+    return None
+
+
+AT_ONCE = {"gradient_accumulation_steps": 4}
+
+
+def engine_stages():
+    return torch.distributed.get_world_size()
+
+
+def change_a_memory(engine):
+    if engine.global_rank == 1:
+        engine._stage.fresh = [False] * 4
+        engine._stage.coin = engine._stage.coin.__class__(1e-9, "slot", 0)
+        channel = engine._stage.channels["activations from previous"]
+        channel.held[2][0].memory[0, 0, 0] += 1
+    else:
+        engine._stage.coin = engine._stage.coin.__class__(1e-9, "slot", 0)
+
+
+def sleep_in_the_forward_pass(engine):
+    if engine.global_rank == 1:
+        engine.module.forward = _sleeping(engine.module.forward)
+
+
+def _sleeping(forward):
+    def wrapped(*args, **kwargs):
+        time.sleep(TIMEOUT_S * 2.5)
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def die_in_the_forward_pass(engine):
+    def wrapped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if engine.global_rank == 1:
+        engine.module.forward = wrapped
+
+
+@pytest.fixture
+def fresh_ranks():
+    started = []
+
+    def start(world_size):
+        started.append(Cluster(world_size))
+        return started[-1]
+
+    yield start
+    for cluster in started:
+        cluster.close()
+
+
+def test_memories_that_differ_are_found_by_verification(fresh_ranks):
+    (kind, message, took_s), (other_kind, other, other_took_s) = fresh_ranks(2).run(
+        spoiled, change_a_memory, {"verify": True}
+    )[::-1]
+    assert kind == "VerificationError"
+    assert "link 0-1, activations, step 2, slot 2: memory: expected " in message
+    assert other_kind == "ConnectionError"
+    assert "link 0-1, gradients, step 2, slot " in other
+    assert "rank 1 ended or was silent for too long" in other
+    assert max(took_s, other_took_s) < TIMEOUT_S * 2
+
+
+def test_a_peer_that_stalls_is_named(fresh_ranks):
+    (kind, message, took_s), _ = fresh_ranks(2).outcomes(spoiled, sleep_in_the_forward_pass, {})
+    assert kind == "ConnectionError"
+    assert message.startswith("link 0-1, ")
+    assert ", step 2, slot " in message
+    assert "rank 1 ended or was silent for too long" in message
+    assert took_s < TIMEOUT_S * 2
+
+
+def test_a_peer_that_dies_is_named_and_no_rank_hangs(fresh_ranks):
+    outcomes = fresh_ranks(4).outcomes(spoiled, die_in_the_forward_pass, {})
+    assert isinstance(outcomes[1], RankError)
+    assert outcomes[1].kind == "dead"
+    for rank, (kind, message, took_s) in ((rank, outcomes[rank]) for rank in (0, 2)):
+        assert kind == "ConnectionError"
+        assert f"link {'0-1' if rank == 0 else '1-2'}, " in message
+        assert "rank 1 ended or was silent for too long" in message
+        assert took_s < TIMEOUT_S * 2
+    assert outcomes[3][2] < TIMEOUT_S * 3, "it waits for rank 2, which waited for rank 1"

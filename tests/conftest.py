@@ -13,7 +13,10 @@ from tests.cluster import Cluster
 torch.set_num_threads(1)
 
 
-RANK_FILES = ("checkpoints", "deepspeed", "faults", "fp16", "launch", "run", "torch_pipelining", "transport")
+RANK_FILES = (
+    *("checkpoints", "deepspeed", "engine_properties", "faults", "fp16", "launch", "run"),
+    *("torch_pipelining", "transport"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -76,25 +76,24 @@ class LazySampler:
         self.num_drawn = 0
         """Batches taken from the data iterator; a resumed run skips as many."""
         self._held: list[Any] = []
-        self._drawn: dict[int, Any] = {}
+        self._drawn: list[Any] = []
         self._next_slot = 0
 
     def draw(self, fresh: Sequence[bool], next_batch: Callable[[], Any]) -> None:
         """Gets the new batches of a step, which `begin` puts in place.
 
-        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: a further
-        call for the same step draws the rest.
+        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: the next
+        fresh slots get it, in order, whichever they are.
         """
-        for slot, is_fresh in enumerate(fresh):
-            if is_fresh and slot not in self._drawn:
-                self._drawn[slot] = _clone(next_batch())
-                self.num_drawn += 1
+        while len(self._drawn) < sum(fresh):
+            self._drawn.append(_clone(next_batch()))
+            self.num_drawn += 1
 
-    def begin(self, num_slots: int) -> None:
-        """Starts a step with what was drawn for it. Held slots from `num_slots` on are freed."""
-        kept = [*self._held, *[None] * num_slots][:num_slots]
-        self._held = [self._drawn.get(slot, batch) for slot, batch in enumerate(kept)]
-        self._drawn = {}
+    def begin(self, fresh: Sequence[bool]) -> None:
+        """Starts a step with what was drawn for it. Held slots from `len(fresh)` on are freed."""
+        drawn, kept = iter(self._drawn), [*self._held, *[None] * len(fresh)]
+        self._held = [next(drawn) if is_fresh else kept[slot] for slot, is_fresh in enumerate(fresh)]
+        self._drawn = list(drawn)
         self._next_slot = 0
 
     def next(self) -> Any:
@@ -104,16 +103,16 @@ class LazySampler:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The held batches and `num_drawn`, between two steps."""
-        return {"num_drawn": self.num_drawn, "held": self._held}
+        """Held batches, those drawn for a step that lacked some, and `num_drawn`, between two steps."""
+        return {"num_drawn": self.num_drawn, "held": self._held, "drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_drawn = state["num_drawn"]
-        self._held = state["held"]
+        self._held, self._drawn = state["held"], state["drawn"]
 
     def shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
-        return {_shapes(batch) for batch in (*self._held, *self._drawn.values())}
+        return {_shapes(batch) for batch in (*self._held, *self._drawn)}
 
 
 def _clone(batch: Any) -> Any:

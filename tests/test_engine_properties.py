@@ -63,7 +63,7 @@ class EngineRun:
         self.is_fp16 = "fp16" in ds
         self.engine = None
         self.data = Data()
-        self.expected_bytes = 0
+        self.expected_bytes, self.lacks_data = 0, False
         self.number, self.evaluated_length = 4, None
         self.saved, self.since = None, []
         self.found, self.repeated = [], []
@@ -104,7 +104,9 @@ class EngineRun:
         step = self.engine._stage.step
         try:
             loss = float(self.engine.train_batch(data_iter=self.data))
+            self.lacks_data = False
         except StopIteration as error:
+            self.lacks_data = True
             return str(error)
         config = self.engine.clapping
         tosses = Coin(config.p_new, config.refresh, config.seed).fresh(step, self.number)
@@ -141,9 +143,9 @@ class EngineRun:
     def data_ends(self, *left):
         """On each rank after so many more batches. A step that lacks some is not trained, and loses none."""
         self.data.left = left[self.engine.global_rank]
-        loss = self.train()
+        found = self.train()
         self.data.left = None
-        return loss
+        return found
 
     def evaluate(self, num_slots):
         if self.evaluated_length != self.data.length:
@@ -156,7 +158,9 @@ class EngineRun:
         self.engine.set_train_batch_size(number * models.BATCH)
 
     def length(self, length):
-        self.data.length = length
+        """Of the batches to come, once ranks have drawn as many as each other."""
+        if not self.lacks_data:
+            self.data.length = length
 
     def scale(self, power):
         if self.is_fp16:
@@ -167,7 +171,7 @@ class EngineRun:
         last_number = len(self.engine._stage.fresh)
         if last_number:
             self.engine.save_checkpoint(self.folder)
-            self.saved = last_number, self.number, self.data.length, self.expected_bytes
+            self.saved = last_number, self.number, self.data.length, self.expected_bytes, self.lacks_data
             self.since = []
 
     def load(self, into_new, with_same_number):
@@ -179,13 +183,14 @@ class EngineRun:
             return
         if into_new:
             self.start()
-        last_number, number, self.data.length, self.expected_bytes = self.saved
+        last_number, number, self.data.length, self.expected_bytes, self.lacks_data = self.saved
         self.num_slots(last_number if with_same_number else last_number + 1)
         self.engine.load_checkpoint(self.folder)
         self.num_slots(number)
         if not with_same_number:
             self.expected_bytes = self.engine.clapping_traffic().payload_bytes
-            self.data.position, self.saved, self.since = 0, None, []
+            self.data.position, self.lacks_data = 0, False
+            self.saved, self.since = None, []
             return
         self.data.position = self.engine.clapping_num_drawn
         since, self.since = self.since, []

@@ -58,7 +58,7 @@ def batch(number):
 
 def begin(sampler, fresh, source):
     sampler.draw(fresh, lambda: next(source))
-    sampler.begin(len(fresh))
+    sampler.begin(fresh)
 
 
 def numbers(sampler, num_slots):
@@ -93,6 +93,24 @@ def test_an_iterator_that_ends_loses_nothing():
     more = map(batch, range(50, 60))
     begin(sampler, [True] * 3, more)
     assert numbers(sampler, 3) == [3, 50, 51]
+
+
+def test_what_was_drawn_for_a_step_that_lacked_some_is_kept_in_order():
+    source = map(batch, range(4))
+    sampler = LazySampler()
+    begin(sampler, [True] * 2, source)
+    with pytest.raises(StopIteration):
+        begin(sampler, [True] * 3, source)
+    resumed = LazySampler()
+    resumed.load_state_dict(sampler.state_dict())
+    more = map(batch, range(sampler.num_drawn, 60))
+    begin(resumed, [False, True], more)
+    assert numbers(resumed, 2) == [0, 2]
+    begin(resumed, [True, False, True], more)
+    assert numbers(resumed, 3) == [3, 2, 4]
+    resumed.load_state_dict(sampler.state_dict())
+    begin(resumed, [False, True], more)
+    assert numbers(resumed, 2) == [0, 2]
 
 
 def test_batches_are_safe_from_both_sides():

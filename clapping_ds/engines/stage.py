@@ -102,7 +102,7 @@ class Stage:
                 "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
             )
         if next_batch is not None:
-            self.sampler.begin(num_slots)
+            self.sampler.begin(fresh)
         self.fresh = fresh
         self._num_messages.clear()
         self._num_expected.clear()

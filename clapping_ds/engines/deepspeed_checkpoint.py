@@ -59,6 +59,7 @@ class CheckpointingEngine(PipelineEngine):
         caller's: `clapping_num_drawn` batches were taken from it."""
         path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
         if self.clapping.enabled:
+            self.reset_activation_shape()
             state = None
             if path is not None and self.clapping.checkpoint_memory:
                 state = self._read(Path(path).parent / self._state_file)

@@ -190,6 +190,8 @@ class Stage:
             if not is_there:
                 return "the checkpoint has no state of clapping_ds for every rank"
             return "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
+        self.decision = None
+        self.channels = {end: self._channel(end, self.config) for end in self.wires}
         if state["decision"] is not None:
             self.adopt(Decision.model_validate_json(state["decision"]))
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]

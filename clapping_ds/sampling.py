@@ -73,8 +73,6 @@ class LazySampler:
     """
 
     def __init__(self) -> None:
-        self.num_drawn = 0
-        """Batches taken from the data iterator; a resumed run skips as many."""
         self._held: list[Any] = []
         self._drawn: list[Any] = []
         self._next_slot = 0
@@ -87,7 +85,6 @@ class LazySampler:
         """
         while len(self._drawn) < sum(fresh):
             self._drawn.append(_clone(next_batch()))
-            self.num_drawn += 1
 
     def begin(self, fresh: Sequence[bool]) -> None:
         """Starts a step with what was drawn for it. Held slots from `len(fresh)` on are freed."""
@@ -103,12 +100,11 @@ class LazySampler:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Held batches, those drawn for a step that lacked some, and `num_drawn`, between two steps."""
-        return {"num_drawn": self.num_drawn, "held": self._held, "drawn": self._drawn}
+        """The held batches, between two steps."""
+        return {"held": self._held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_drawn = state["num_drawn"]
-        self._held, self._drawn = state["held"], state["drawn"]
+        self._held, self._drawn = state["held"], []
 
     def shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""

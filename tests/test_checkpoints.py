@@ -83,6 +83,7 @@ def saved_and_loaded(saving, loading, folder, spoils=None):
     """What the first rank says when a checkpoint of one run is loaded into another, and the next losses."""
     engine = models.make_engine(**saving)
     models.train(engine, 3)
+    num_drawn = getattr(engine, "clapping_num_drawn", 0)
     engine.save_checkpoint(folder)
     if spoils is not None and engine.global_rank == 1:
         spoils(folder)
@@ -91,6 +92,7 @@ def saved_and_loaded(saving, loading, folder, spoils=None):
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         engine.load_checkpoint(folder)
+    assert engine.clapping_num_drawn == num_drawn
     losses = models.train(engine, 2)
     return said.getvalue(), losses, models.memories(engine), engine._stage.step
 

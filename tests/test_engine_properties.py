@@ -169,11 +169,11 @@ class EngineRun:
             self.engine.optimizer.loss_scale = 2.0**power
 
     def save(self):
-        """Once a step was trained with what is held."""
+        """Once a step was trained with what is held, and unless one waits for data."""
         last_number = len(self.engine._stage.fresh)
-        if last_number:
+        if last_number and not self.lacks_data:
             self.engine.save_checkpoint(self.folder)
-            self.saved = last_number, self.number, self.data.length, self.expected_bytes, self.lacks_data
+            self.saved = last_number, self.number, self.data.length, self.expected_bytes
             self.since = []
 
     def load(self, into_new, with_same_number):
@@ -185,16 +185,15 @@ class EngineRun:
             return
         if into_new:
             self.start()
-        last_number, number, self.data.length, self.expected_bytes, self.lacks_data = self.saved
+        last_number, number, self.data.length, self.expected_bytes = self.saved
         self.num_slots(last_number if with_same_number else last_number + 1)
         self.engine.load_checkpoint(self.folder)
         self.num_slots(number)
+        self.data.position, self.lacks_data = self.engine.clapping_num_drawn, False
         if not with_same_number:
             self.expected_bytes = self.engine.clapping_traffic().payload_bytes
-            self.data.position, self.lacks_data = 0, False
             self.saved, self.since = None, []
             return
-        self.data.position = self.engine.clapping_num_drawn
         since, self.since = self.since, []
         self.repeated += [(before, self.apply(before.operation)) for before in since]
 

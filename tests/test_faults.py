@@ -3,13 +3,14 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import models
 from tests.cluster import Cluster, RankError
-from tests.test_deepspeed import INT2, assert_same_error
+from tests.test_deepspeed import INT2, NONE, assert_same_error
 
 TIMEOUT_S = 4.0
 
@@ -170,3 +171,66 @@ def test_a_peer_that_dies_is_named_and_no_rank_hangs(fresh_ranks):
         assert "rank 1 ended or was silent for too long" in message
         assert took_s < TIMEOUT_S * 2
     assert outcomes[3][2] < TIMEOUT_S * 3, "it waits for rank 2, which waited for rank 1"
+
+
+# Survivors
+
+
+def survive(folder):
+    """Two replicas of two stages; the second rank dies in the third step, the others save and end."""
+    engine = models.make_engine({**NONE, "timeout_s": TIMEOUT_S}, num_stages=2)
+    data = models.batches(engine.grid.get_data_parallel_id())
+    for _ in range(2):
+        engine.train_batch(data_iter=data)
+    die_in_the_forward_pass(engine)
+    try:
+        engine.train_batch(data_iter=data)
+    except (ConnectionError, RuntimeError):
+        is_whole = engine.clapping_save_survivors(folder, {"mine": 7})
+        Path(folder, f"rank{engine.global_rank}").write_text(str(is_whole))
+    os._exit(1)
+
+
+def go_on(folder):
+    """Losses of an uninterrupted run, and of one that starts from the survivors' checkpoint."""
+    found = []
+    for resumes in (False, True):
+        engine = models.make_engine(NONE, num_stages=2)
+        data = models.batches(engine.grid.get_data_parallel_id())
+        if resumes:
+            _, client_state = engine.load_checkpoint(folder)
+            assert (client_state["mine"], engine.global_steps, engine.clapping_num_drawn) == (7, 2, 8)
+            for _ in range(engine.clapping_num_drawn):
+                next(data)
+        found.append([float(engine.train_batch(data_iter=data)) for _ in range(3 if resumes else 5)])
+    return found
+
+
+def test_survivors_of_every_stage_save_what_the_next_run_goes_on_from(fresh_ranks, tmp_path):
+    assert all(outcome.kind == "dead" for outcome in fresh_ranks(4).outcomes(survive, str(tmp_path)))
+    assert "True" in {Path(tmp_path, f"rank{rank}").read_text() for rank in (0, 2, 3)}
+    assert (tmp_path / "latest").read_text() == "survivors_step2"
+    assert not list(tmp_path.rglob("*unfinished*"))
+    for uninterrupted, resumed in fresh_ranks(4).run(go_on, str(tmp_path)):
+        assert resumed == uninterrupted[2:]
+
+
+def without_a_survivor(folder):
+    """What a rank saves when no other stage's rank has, and what with an optimizer that is split up."""
+    engine = models.make_engine(NONE)
+    found = engine.clapping_save_survivors(folder) if engine.global_rank == 0 else None
+    engine = models.make_engine(NONE, ds={"zero_optimization": {"stage": 1}})
+    try:
+        engine.clapping_save_survivors(folder)
+    except ValueError as error:
+        return found, str(error)
+    return None
+
+
+def test_a_stage_without_a_survivor_leaves_the_last_checkpoint_in_place(two_ranks, tmp_path):
+    (tmp_path / "latest").write_text("global_step5")
+    (is_whole, message), (_, other) = two_ranks.run(without_a_survivor, str(tmp_path))
+    assert is_whole is False
+    assert message == other
+    assert "zero_optimization.stage = 1 " in message
+    assert (tmp_path / "latest").read_text() == "global_step5"

@@ -24,6 +24,7 @@ from deepspeed.runtime.pipe.engine import (
     PipelineEngine,
 )
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import clip_grad_norm_
 
 from clapping_ds import telemetry
 from clapping_ds.config import BLOCK_NAME
@@ -212,6 +213,14 @@ class ClappingPipelineEngine(CheckpointingEngine):
             return  # frozen layers after frozen layers: nothing wants a gradient
         with self._tuning.watching():
             super()._exec_backward_pass(buffer_id)
+
+    def clip_fp32_gradients(self) -> None:
+        """As in stock, which crashes where a stage has no gradient; the other stages wait for its norm."""
+        if any(parameter.grad is not None for parameter in self.module.parameters()):
+            return super().clip_fp32_gradients()
+        nothing = torch.zeros(1, device=self.device, requires_grad=True)
+        nothing.grad = torch.zeros_like(nothing)
+        clip_grad_norm_([nothing], self.gradient_clipping(), mpu=self.mpu)
 
     def reset_activation_shape(self) -> None:
         super().reset_activation_shape()

@@ -14,6 +14,8 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds.config import ClappingConfig
+from clapping_ds.engines import deepspeed_survivors
+from clapping_ds.engines.deepspeed_survivors import NUM_DRAWN, replace_latest
 from clapping_ds.engines.stage import Stage
 from clapping_ds.transport import wait_for_all
 
@@ -37,6 +39,7 @@ class CheckpointingEngine(PipelineEngine):
         client_state = {} if client_state is None else client_state
         if not self.clapping.enabled:
             return super().save_checkpoint(save_dir, tag, client_state, save_latest, **kwargs)
+        client_state = {**client_state, NUM_DRAWN: self._stage.num_drawn}
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if self.clapping.checkpoint_memory:
             folder = Path(save_dir) / tag
@@ -47,11 +50,16 @@ class CheckpointingEngine(PipelineEngine):
         result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
         wait_for_all()
         if save_latest and self.global_rank == 0:
-            unfinished = Path(save_dir) / "latest.unfinished"
-            unfinished.write_text(tag)
-            os.replace(unfinished, Path(save_dir) / "latest")
+            replace_latest(Path(save_dir), tag)
         wait_for_all()  # or a load that follows at once finds another checkpoint on another rank
         return result
+
+    def clapping_save_survivors(self, save_dir: str, client_state: dict[str, Any] | None = None) -> bool:
+        """For each rank that is left after a ConnectionError: saves the last finished step, with no message
+        to any other rank. Returns whether a survivor of every stage has, which makes it `latest`; the next
+        run's first step is all fresh. Raises ValueError with a ZeRO stage above 0."""
+        client_state = {**(client_state or {}), NUM_DRAWN: self._stage.num_drawn}
+        return deepspeed_survivors.save(self, Path(save_dir), client_state)
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
         """As `DeepSpeedEngine.load_checkpoint`. Where our state is missing on a rank, or is of another
@@ -64,8 +72,10 @@ class CheckpointingEngine(PipelineEngine):
             if path is not None and self.clapping.checkpoint_memory:
                 state = self._read(Path(path).parent / self._state_file)
             reason = self._stage.load_state_dict(state, self.micro_batches)
-            if reason is not None and self.global_rank == 0:
-                print(f"clapping: {reason}: the next step is all fresh", flush=True)
+            if reason is not None:
+                self._stage.num_drawn = (client_state or {}).get(NUM_DRAWN, 0)
+                if self.global_rank == 0:
+                    print(f"clapping: {reason}: the next step is all fresh", flush=True)
         return path, client_state
 
     def _read(self, file: Path) -> dict[str, Any] | None:
@@ -78,8 +88,8 @@ class CheckpointingEngine(PipelineEngine):
 
     @property
     def clapping_num_drawn(self) -> int:
-        """Batches that this rank took from its data iterator."""
-        return self._stage.sampler.num_drawn
+        """Batches that the finished steps took from each data iterator."""
+        return self._stage.num_drawn
 
     @property
     def _state_file(self) -> str:

@@ -67,6 +67,8 @@ class Stage:
         # State
         self.sampler = LazySampler()
         self.step = 0
+        self.num_drawn = 0
+        """Batches that the finished steps took from each data iterator; a resumed run skips as many."""
         self.fresh: list[bool] = []
         self.shapes_differ = False
         self.loss_scale = 1.0
@@ -114,6 +116,7 @@ class Stage:
         for channel in self.channels.values():
             channel.end_step()
         self.step += 1
+        self.num_drawn += sum(self.fresh)
 
     def adopt(self, decision: Decision) -> None:
         """Between two steps: the decided depth and, with `links`, codecs. Channels whose codec changes
@@ -169,6 +172,7 @@ class Stage:
         return {
             "written by": self._identity(len(self.fresh)),
             "step": self.step,
+            "num_drawn": self.num_drawn,
             "fresh": self.fresh,
             "shapes_differ": self.shapes_differ,
             "loss_scale": self.loss_scale,
@@ -183,6 +187,7 @@ class Stage:
 
         num_slots   micro-batches of the steps to come
         """
+        self.num_drawn = 0 if state is None else state["num_drawn"]
         is_ours = state is not None and state["written by"] == self._identity(num_slots)
         is_there, is_ours = all_agree([state is not None, is_ours], self.device)
         if state is None or not is_ours:

@@ -68,6 +68,7 @@ class ClappingPipeline:
         # State
         self.ends = _ends(self.config, self.stages, self.num_slots) if self.config.enabled else []
         self._all_fresh = LazySampler()
+        self._num_drawn = 0
         if self.ends and rank() == 0:
             dtype = next((weight.dtype for weight in self.stages[0].submod.parameters()), torch.float32)
             print(f"clapping:\n{telemetry.expectation(self.config, dtype)}", flush=True)
@@ -103,6 +104,7 @@ class ClappingPipeline:
         if not self.ends and next_batch is not None:
             self.sampler.draw([True] * self.num_slots, next_batch)
             self.sampler.begin([True] * self.num_slots)
+            self._num_drawn += self.num_slots
         for ends in self.ends:
             ends.begin_step(self.num_slots, next_batch if ends is self.ends[0] else None)
         if self.ends and self.ends[0].shapes_differ:
@@ -126,8 +128,8 @@ class ClappingPipeline:
 
     @property
     def num_drawn(self) -> int:
-        """Micro-batches that this rank took from its data iterator."""
-        return self.sampler.num_drawn
+        """Micro-batches that the finished steps took from each data iterator."""
+        return self.ends[0].num_drawn if self.ends else self._num_drawn
 
     def report(self) -> list[dict[str, Any]]:
         """A row per channel of each replica, with counters and memory of its sending end; the receiving

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from clapping_ds.codecs.protocol import padded
 from clapping_ds.message import Spec
 from clapping_ds.sampling import Coin
+from clapping_ds.transport import all_agree
 from tests import models
 from tests.cluster import free_groups
 from tests.random_blocks import blocks, reproducible
@@ -63,7 +64,7 @@ class EngineRun:
         self.is_fp16 = "fp16" in ds
         self.engine = None
         self.data = Data()
-        self.expected_bytes, self.lacks_data = 0, False
+        self.expected_bytes = 0
         self.number, self.evaluated_length = 4, None
         self.saved, self.since = None, []
         self.found, self.repeated = [], []
@@ -104,9 +105,7 @@ class EngineRun:
         step = self.engine._stage.step
         try:
             loss = float(self.engine.train_batch(data_iter=self.data))
-            self.lacks_data = False
         except StopIteration as error:
-            self.lacks_data = True
             return str(error)
         config = self.engine.clapping
         tosses = Coin(config.p_new, config.refresh, config.seed).fresh(step, self.number)
@@ -149,6 +148,10 @@ class EngineRun:
         self.data.left = None
         return found
 
+    def all_is_used(self):
+        """Whether no rank keeps batches that it drew for a step that others lacked some for."""
+        return all_agree([not self.engine._stage.sampler._drawn], self.engine.device)[0]
+
     def evaluate(self, num_slots):
         if self.evaluated_length != self.data.length:
             self.engine.reset_activation_shape()
@@ -161,7 +164,7 @@ class EngineRun:
 
     def length(self, length):
         """Of the batches to come, once ranks have drawn as many as each other."""
-        if not self.lacks_data:
+        if self.all_is_used():
             self.data.length = length
 
     def scale(self, power):
@@ -169,9 +172,9 @@ class EngineRun:
             self.engine.optimizer.loss_scale = 2.0**power
 
     def save(self):
-        """Once a step was trained with what is held, and unless one waits for data."""
+        """Once a step was trained with what is held: a resumed run draws anew what was not used."""
         last_number = len(self.engine._stage.fresh)
-        if last_number and not self.lacks_data:
+        if last_number and self.all_is_used():
             self.engine.save_checkpoint(self.folder)
             self.saved = last_number, self.number, self.data.length, self.expected_bytes
             self.since = []
@@ -189,7 +192,7 @@ class EngineRun:
         self.num_slots(last_number if with_same_number else last_number + 1)
         self.engine.load_checkpoint(self.folder)
         self.num_slots(number)
-        self.data.position, self.lacks_data = self.engine.clapping_num_drawn, False
+        self.data.position = self.engine.clapping_num_drawn
         if not with_same_number:
             self.expected_bytes = self.engine.clapping_traffic().payload_bytes
             self.saved, self.since = None, []

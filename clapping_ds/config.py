@@ -1,6 +1,6 @@
 """The `"clapping"` block of a DeepSpeed JSON as one frozen model. Every check of it is made here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -13,13 +13,18 @@ from clapping_ds.codecs.protocol import STRICT, GroupSize
 BLOCK_NAME = "clapping"
 
 
-def _named(codec: object) -> object:
+def _shown(value: object) -> str:
+    """One line of at most 200 characters, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"<{type(value).__name__} of too many digits or levels>"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _named(codec: Any) -> Any:
     """`"int4"` is short for `{"name": "int4"}`."""
     return {"name": codec} if isinstance(codec, str) else codec
-
-
-def _has_groups(codec: Mapping[str, Any]) -> bool:
-    return issubclass(CODECS.get(str(codec.get("name")), Raw), GroupedCodec)
 
 
 def _check_block(key: str, codec: Codec | None, min_numel: int) -> None:
@@ -60,7 +65,8 @@ class DirectionConfig(BaseModel):
         shared = dict(block)
         for field in ("key", "delta"):
             codec = _named(shared.get(field))
-            if isinstance(codec, Mapping) and _has_groups(codec):
+            name = codec.get("name") if isinstance(codec, Mapping) else None
+            if isinstance(name, str) and issubclass(CODECS.get(name, Raw), GroupedCodec):
                 shared[field] = {"group_size": block["group_size"], **codec}
         if "delta" not in block:
             shared["delta"] = {"name": "int4", "group_size": block["group_size"]}
@@ -110,7 +116,7 @@ class LinksConfig(BaseModel):
     @model_validator(mode="after")
     def _reads_or_writes(self) -> Self:
         if self.read is not None and self.write is not None:
-            raise ValueError(f"write = {self.write!r} together with read; accepted: one of them")
+            raise ValueError(f"write = {_shown(self.write)} together with read; accepted: one of them")
         return self
 
 
@@ -141,7 +147,7 @@ class ClappingConfig(BaseModel):
     """`auto`: the codec of each link is chosen after the first steps. None: as configured."""
     checkpoint_memory: bool = True
     """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e9)] = 1800.0
     """How long a message of a peer is waited for before that is an error."""
     verify: bool = False
     """Messages carry a header with checksums, and any difference between the two ends is an error."""
@@ -176,7 +182,7 @@ class ClappingConfig(BaseModel):
     @model_validator(mode="after")
     def _depth_needs_overlap(self) -> Self:
         if not self.overlap and self.in_flight not in ("auto", 0):
-            raise ValueError(f"in_flight = {self.in_flight} with overlap = false; accepted: 0")
+            raise ValueError(f"in_flight = {_shown(self.in_flight)} with overlap = false; accepted: 0")
         return self
 
     @model_validator(mode="before")
@@ -185,18 +191,16 @@ class ClappingConfig(BaseModel):
         if not isinstance(block, Mapping) or block.get("strategy") != "direct":
             return block
         if block.get("p_new", 1) != 1:
-            raise ValueError(
-                f"p_new = {block['p_new']!r} with strategy = 'direct', which sends every slot fresh; "
-                "accepted: no p_new, or 1"
-            )
+            p_new = _shown(block["p_new"])
+            raise ValueError(f"p_new = {p_new} with strategy = 'direct', all fresh; accepted: no p_new, or 1")
         for name in ("activations", "gradients"):
             direction = block.get(name)
             if isinstance(direction, Mapping) and direction.get("key") is not None:
                 raise ValueError(
-                    f"{name}.key = {direction['key']!r} with strategy = 'direct', which has one codec; "
+                    f"{name}.key = {_shown(direction['key'])} with strategy = 'direct', which has one codec; "
                     "accepted: delta alone"
                 )
-        return {**block, "p_new": 1.0}
+        return {"p_new": 1.0, **block}
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> "ClappingConfig":
@@ -269,23 +273,26 @@ def _explained(error: ValidationError) -> list[str]:
     """A line per mistake: the key, its value, what is accepted."""
     lines = []
     for detail in error.errors():
-        path = [str(part) for part in detail["loc"]]
-        keys = [part for part in path if part not in CODECS]
-        key = ".".join([BLOCK_NAME, *keys])
-        value = detail["input"]
+        path = detail["loc"]
+        key = ".".join([BLOCK_NAME, *_keys(path)])
+        text = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
         if detail["type"] == "extra_forbidden":
-            parent = _MODELS.get(path[-2], ClappingConfig) if len(path) > 1 else ClappingConfig
+            parent = _MODELS.get(str(path[-2]), ClappingConfig) if len(path) > 1 else ClappingConfig
             accepted = "unknown key; accepted: " + ", ".join(parent.model_fields)
-        elif detail["type"] == "union_tag_not_found":
+        elif detail["type"] in ("union_tag_not_found", "model_attributes_type"):
             accepted = "no codec name; accepted: a name, or an object with the key name"
         elif detail["type"] == "union_tag_invalid":
             accepted = "unknown codec; accepted: " + ", ".join(CODECS)
-        elif detail["type"] == "value_error" and isinstance(value, Mapping):
-            lines.append(f"{key}.{detail['ctx']['error']}")
-            continue
-        elif detail["type"] == "value_error":
-            accepted = f"accepted: {detail['ctx']['error']}"
         else:
-            accepted = detail["msg"].replace("Input should be", "accepted:")
-        lines.append(f"{key} = {value!r}: {accepted}")
+            accepted = "accepted: " + text.removeprefix("Input should be ")
+        lines.append(
+            f"{key}.{text}" if "accepted" in text else f"{key} = {_shown(detail['input'])}: {accepted}"
+        )
     return lines
+
+
+def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
+    """As the user wrote them: without pydantic's tag of a codec, and in one line."""
+    for before, part in zip(("", *path), path, strict=False):
+        if part not in CODECS or not (before in ("key", "delta") or isinstance(before, int)):
+            yield str(part) if isinstance(part, int) or part.isidentifier() else _shown(part)

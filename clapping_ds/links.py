@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from clapping_ds.codecs import Codec, Raw
 from clapping_ds.codecs.protocol import STRICT
@@ -129,7 +129,7 @@ class Decision(BaseModel):
         """Raises ValueError naming the file if it is none of ours or of another number of stages."""
         try:
             decision = cls.model_validate_json(Path(path).read_text())
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"clapping.links.read = {path!r}: {error}; accepted: a file written by links.write"
             ) from None

@@ -74,24 +74,23 @@ class LazySampler:
 
     def __init__(self) -> None:
         self._held: list[Any] = []
-        self._drawn: dict[int, Any] = {}
+        self._drawn: list[Any] = []
         self._next_slot = 0
 
     def draw(self, fresh: Sequence[bool], next_batch: Callable[[], Any]) -> None:
         """Gets the new batches of a step, which `begin` puts in place.
 
-        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: a further
-        call for the same step draws the rest.
+        Raises StopIteration when `next_batch` does. What was drawn up to then is not lost: the next
+        fresh slots get it, in order, whichever they are.
         """
-        for slot, is_fresh in enumerate(fresh):
-            if is_fresh and slot not in self._drawn:
-                self._drawn[slot] = _clone(next_batch())
+        while len(self._drawn) < sum(fresh):
+            self._drawn.append(_clone(next_batch()))
 
-    def begin(self, num_slots: int) -> None:
-        """Starts a step with what was drawn for it. Held slots from `num_slots` on are freed."""
-        kept = [*self._held, *[None] * num_slots][:num_slots]
-        self._held = [self._drawn.get(slot, batch) for slot, batch in enumerate(kept)]
-        self._drawn = {}
+    def begin(self, fresh: Sequence[bool]) -> None:
+        """Starts a step with what was drawn for it. Held slots from `len(fresh)` on are freed."""
+        drawn, kept = iter(self._drawn), [*self._held, *[None] * len(fresh)]
+        self._held = [next(drawn) if is_fresh else kept[slot] for slot, is_fresh in enumerate(fresh)]
+        self._drawn = list(drawn)
         self._next_slot = 0
 
     def next(self) -> Any:
@@ -105,11 +104,11 @@ class LazySampler:
         return {"held": self._held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._held = state["held"]
+        self._held, self._drawn = state["held"], []
 
     def shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
-        return {_shapes(batch) for batch in (*self._held, *self._drawn.values())}
+        return {_shapes(batch) for batch in (*self._held, *self._drawn)}
 
 
 def _clone(batch: Any) -> Any:

@@ -14,8 +14,8 @@ torch.set_num_threads(1)
 
 
 RANK_FILES = (
-    *("checkpoints", "deepspeed", "faults", "fp16", "launch", "megatron", "patches", "run"),
-    *("torch_pipelining", "transport"),
+    *("checkpoints", "deepspeed", "engine_properties", "faults", "fp16", "launch", "megatron", "patches"),
+    *("run", "torch_pipelining", "transport"),
 )
 
 

@@ -164,7 +164,7 @@ def channel_memories(
     return {
         (channel.link, channel.direction): {
             (slot, index): [
-                (str(tensor.dtype), tensor.view(torch.uint8).numpy().tobytes())
+                (str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes())
                 for tensor in (held.memory, held.key_state, held.delta_state)
                 if tensor is not None
             ]

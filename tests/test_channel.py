@@ -237,6 +237,12 @@ def test_verified_messages_arrive_as_others_do():
     assert verified_sent == sent + 2 * 48
 
 
+def test_a_verified_message_may_have_no_bytes():
+    ends = verified_ends()
+    assert ends.pass_on(0, True, torch.empty(0, 4)).shape == (0, 4)
+    assert ends.sender.traffic.payload_bytes == 48
+
+
 def mismatch(ends, spoil, slot=1):
     """The error after `spoil` did something between the two ends of a second message."""
     ends.pass_on(slot, True, value_of(0))

@@ -48,6 +48,34 @@ def test_without_memories_in_the_checkpoint_the_next_step_is_all_fresh(two_ranks
     assert not list(tmp_path.rglob("clapping_rank_*"))
 
 
+def taken_back(block, folder):
+    """The loss after a checkpoint, that of the same engine when it has loaded it, and what is held then."""
+    engine = models.make_engine(block)
+    models.train(engine, 2)
+    engine.save_checkpoint(folder)
+    before = models.train(engine, 1)
+    models.train(engine, 3, length=32)
+    engine.load_checkpoint(folder)
+    return before, models.train(engine, 1), models.memories(engine)
+
+
+STEPWISE = {**INT2, "refresh": "step"}  # step 2 has no fresh slot, hence the checkpoint's shapes
+
+
+def test_an_engine_that_loads_its_own_checkpoint_forgets_what_came_after(two_ranks, tmp_path):
+    outcomes = two_ranks.run(taken_back, {**STEPWISE, "in_flight": 0}, str(tmp_path))
+    for before, after, memories in outcomes:
+        assert before == after
+        assert memories == outcomes[0][2]
+
+
+def test_an_engine_loads_a_checkpoint_from_before_its_links_were_decided(two_ranks, tmp_path):
+    block = {**STEPWISE, "links": {"min_gain": 0.5}}
+    (_, losses, one), (_, also_losses, other) = two_ranks.run(taken_back, block, str(tmp_path))
+    assert losses == also_losses
+    assert one == other
+
+
 # What does not fit
 
 

@@ -58,7 +58,7 @@ def batch(number):
 
 def begin(sampler, fresh, source):
     sampler.draw(fresh, lambda: next(source))
-    sampler.begin(len(fresh))
+    sampler.begin(fresh)
 
 
 def numbers(sampler, num_slots):
@@ -93,6 +93,30 @@ def test_an_iterator_that_ends_loses_nothing():
     more = map(batch, range(50, 60))
     begin(sampler, [True] * 3, more)
     assert numbers(sampler, 3) == [3, 50, 51]
+
+
+def test_what_was_drawn_for_a_step_that_lacked_some_is_used_in_order_whichever_slots_are_fresh_then():
+    source = map(batch, range(5))
+    sampler = LazySampler()
+    begin(sampler, [True] * 2, source)
+    with pytest.raises(StopIteration):
+        begin(sampler, [True] * 4, source)
+    begin(sampler, [False, True], source)
+    assert numbers(sampler, 2) == [0, 2]
+    begin(sampler, [True, False, True], source)
+    assert numbers(sampler, 3) == [3, 2, 4]
+
+
+def test_what_was_drawn_after_a_state_is_gone_with_that_state():
+    source = map(batch, range(3))
+    sampler = LazySampler()
+    begin(sampler, [True] * 2, source)
+    state = sampler.state_dict()
+    with pytest.raises(StopIteration):
+        begin(sampler, [True] * 2, source)
+    sampler.load_state_dict(state)
+    begin(sampler, [False, True], map(batch, range(50, 60)))
+    assert numbers(sampler, 2) == [0, 50]
 
 
 def test_batches_are_safe_from_both_sides():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import (
     PIPE_RECV_GRAD_TIMER,
@@ -135,8 +136,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
         return loss
 
     def _loss_scale(self) -> float:
-        """What the optimizer will multiply the losses of the coming step by: with fp16, not 1."""
-        if not self.fp16_enabled():
+        """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
+        if not (self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)):
             return 1.0
         loss = torch.ones((), device=self.device, requires_grad=True).clone()
         return float(self.optimizer.scale_if_loss(loss))

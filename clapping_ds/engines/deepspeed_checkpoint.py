@@ -51,6 +51,7 @@ class CheckpointingEngine(PipelineEngine):
         wait_for_all()
         if save_latest and self.global_rank == 0:
             replace_latest(Path(save_dir), tag)
+        wait_for_all()  # or a load that follows at once finds another checkpoint on another rank
         return result
 
     def clapping_save_survivors(self, save_dir: str, client_state: dict[str, Any] | None = None) -> bool:
@@ -66,6 +67,7 @@ class CheckpointingEngine(PipelineEngine):
         caller's: `clapping_num_drawn` batches were taken from it."""
         path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
         if self.clapping.enabled:
+            self.reset_activation_shape()
             state = None
             if path is not None and self.clapping.checkpoint_memory:
                 state = self._read(Path(path).parent / self._state_file)

@@ -113,7 +113,7 @@ class Stage:
                 "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
             )
         if next_batch is not None:
-            self.sampler.begin(num_slots)
+            self.sampler.begin(fresh)
         self.fresh = fresh
         self._num_messages.clear()
         self._num_expected.clear()
@@ -213,6 +213,8 @@ class Stage:
             if not is_there:
                 return "the checkpoint has no state of clapping_ds for every rank"
             return "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
+        self.decision = None
+        self.channels = {end: self._channel(end, self.config) for end in self.wires}
         if state["decision"] is not None:
             self.adopt(Decision.model_validate_json(state["decision"]))
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]

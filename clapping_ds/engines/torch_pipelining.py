@@ -103,7 +103,7 @@ class ClappingPipeline:
         next_batch = None if data_iter is None else lambda: tuple(next(data_iter))
         if not self.ends and next_batch is not None:
             self.sampler.draw([True] * self.num_slots, next_batch)
-            self.sampler.begin(self.num_slots)
+            self.sampler.begin([True] * self.num_slots)
             self._num_drawn += self.num_slots
         for ends in self.ends:
             ends.begin_step(self.num_slots, next_batch if ends is self.ends[0] else None)

@@ -31,6 +31,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
+            "peft>=0.15",
             "ruff>=0.9",
             "mypy>=1.10",
         ],

@@ -1,11 +1,7 @@
 """Hugging Face models, built from a configuration without a download, with PEFT's adapters, as pipelines."""
 
-import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 import peft
+import pytest
 import torch
 import transformers
 from torch import nn

@@ -74,6 +74,15 @@ class Cluster:
             process.join()
 
 
+def assert_same_error(outcomes: list[Any], kind: str, message: str) -> None:
+    """Every rank raised the same error of this kind, which says `message` among other things."""
+    for outcome in outcomes:
+        assert isinstance(outcome, RankError), "a rank went on"
+        assert outcome.kind == kind
+        assert outcome.message == outcomes[0].message
+        assert message in outcome.message
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",

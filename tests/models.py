@@ -16,6 +16,16 @@ WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
 
 
+NONE = {"strategy": "fu", "p_new": 1, "activations": {"delta": "none"}, "gradients": {"delta": "none"}}
+INT2 = {"strategy": "fc", "refresh": "slot", "activations": {"delta": "int2"}, "gradients": {"delta": "int2"}}
+INT8_INT2 = {
+    "strategy": "fc", "refresh": "cycle",
+    "activations": {"key": "int8", "delta": "int2"}, "gradients": {"key": "int8", "delta": "int2"},
+}  # fmt: skip
+DIRECT = {"strategy": "direct", "activations": {"delta": "int4"}, "gradients": {"delta": "int4"}}
+ZERO1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
 class Embed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

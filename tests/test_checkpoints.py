@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import killed, models
-from tests.test_deepspeed import INT2
+from tests.models import INT2
 
 LOWRANK = {
     "strategy": "fu", "p_new": 0.5, "refresh": "slot",

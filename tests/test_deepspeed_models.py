@@ -9,7 +9,7 @@ import pytest
 
 from tests import models, odd_models
 from tests.cluster import free_groups
-from tests.test_deepspeed import INT2, NONE
+from tests.models import INT2, NONE
 
 STOCK, HELPED = "stock", "stock, layers helped"
 STEPS = 3

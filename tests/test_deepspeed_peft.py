@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import models, odd_models
 from tests.cluster import free_groups
-from tests.test_deepspeed import INT2, NONE
+from tests.models import INT2, NONE
 from tests.test_deepspeed_models import HELPED, STOCK, check, losses
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": models.WIDTH, "num_attention_heads": 4}

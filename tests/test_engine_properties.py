@@ -17,8 +17,8 @@ from clapping_ds.sampling import Coin
 from clapping_ds.transport import all_agree
 from tests import models
 from tests.cluster import free_groups
+from tests.models import ZERO1
 from tests.random_blocks import blocks, reproducible
-from tests.test_deepspeed import ZERO1
 
 FP16 = {
     "fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "min_loss_scale": 1},

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests import models
-from tests.cluster import Cluster, RankError
-from tests.test_deepspeed import INT2, NONE, assert_same_error
+from tests.cluster import Cluster, RankError, assert_same_error
+from tests.models import INT2, NONE
 
 TIMEOUT_S = 4.0
 

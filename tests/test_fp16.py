@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import models
-from tests.test_deepspeed import INT2, NONE, ZERO1
+from tests.models import INT2, NONE, ZERO1
 
 
 def on_cpu():

@@ -10,8 +10,8 @@ import torch
 
 from tests import megatron_runs as runs
 from tests import models
+from tests.cluster import assert_same_error
 from tests.megatron_runs import BLOCKS, CHUNKS, FLUSH, FREED, INT2, LENGTHS, NONE, OVERLAP, UNBATCHED
-from tests.test_deepspeed import assert_same_error
 
 
 def assert_finite_and_falling(losses):

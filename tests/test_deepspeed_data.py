@@ -1,0 +1,155 @@
+"""What the DeepSpeed engine is fed: lazily drawn batches, lengths that change, values that are not finite,
+iterators that end."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from tests import models
+from tests.cluster import assert_same_error
+from tests.models import INT2, NONE
+
+
+def lazily(sizes):
+    """Which samples each loading stage used, as the first token of each micro-batch."""
+    engine = models.make_engine({**INT2, "refresh": "cycle"})
+    used = []
+    original = engine._stage.sampler.next
+
+    def spying():
+        batch = original()
+        used.append(int(batch[0][0, 0]) * 1000 + int(batch[0][0, 1]))
+        return batch
+
+    engine._stage.sampler.next = spying
+    data = models.batches()
+    drawn = 0
+
+    def counting():
+        nonlocal drawn
+        for batch in data:
+            drawn += 1
+            yield batch
+
+    source = counting()
+    for size in sizes:
+        engine.set_train_batch_size(size * models.BATCH)
+        engine.train_batch(data_iter=source)
+    return used, drawn, {slot for channel in engine._stage.channels.values() for slot in channel.held}
+
+
+def test_both_loading_stages_replay_the_same_batches(two_ranks):
+    (first, drawn, _), (last, also_drawn, _) = two_ranks.run(lazily, [4, 4, 4])
+    assert first == last
+    assert drawn == also_drawn == 4 + 2 + 2
+    assert [a == b for a, b in zip(first[:4], first[4:8], strict=True)] == [False, True, False, True]
+
+
+def test_number_of_micro_batches_changes(two_ranks):
+    for used, drawn, slots in two_ranks.run(lazily, [4, 2, 6]):
+        assert len(used) == 12
+        assert drawn == 4 + 1 + 5  # slots 2 to 5 are new, and it is the turn of 1, 3 and 5
+        assert slots == set(range(6))
+    assert two_ranks.run(lazily, [4, 2])[0][2] == {0, 1}
+
+
+def with_lengths(lengths, stock=False):
+    engine = models.make_engine(None if stock else NONE, stock=stock)
+    found = []
+    for step, length in enumerate(lengths):
+        if stock:
+            engine.reset_activation_shape()
+        found.append(float(engine.train_batch(data_iter=models.batches(seed=step, length=length))))
+    return found
+
+
+def test_a_curriculum_needs_no_call_of_ours(two_ranks):
+    lengths = [16, 16, 32, 32, 64]
+    assert two_ranks.run(with_lengths, lengths) == two_ranks.run(with_lengths, lengths, True)
+
+
+def short_last_batch(block):
+    engine = models.make_engine(block)
+    sizes = [2, 2, 2, 1, 2, 2, 2, 2, 2, 1, 1, 2]
+    data = iter([next(models.batches(seed=i, size=size)) for i, size in enumerate(sizes)])
+    found = [float(engine.train_batch(data_iter=data)) for _ in range(3)]
+    return found, models.memories(engine)
+
+
+def test_batches_of_unequal_size(two_ranks):
+    (first, one), (second, other) = two_ranks.run(short_last_batch, {**INT2, "p_new": 1.0 - 1e-9})
+    assert first == second
+    assert one == other
+
+
+def from_training_data(block, stock=False):
+    tokens, labels = zip(*islice(models.batches(size=1), 64), strict=True)
+    data = torch.utils.data.TensorDataset(torch.cat(tokens), torch.cat(labels))
+    engine = models.make_engine(block, stock=stock, training_data=data)
+    return [float(engine.train_batch()) for _ in range(3)]
+
+
+def test_training_data(two_ranks):
+    assert two_ranks.run(from_training_data, NONE) == two_ranks.run(from_training_data, None, True)
+    one, other = two_ranks.run(from_training_data, INT2)
+    assert one == other
+
+
+def not_finite(block):
+    engine = models.make_engine(block, stock=block is None)
+    data = models.batches()
+    engine.train_batch(data_iter=data)
+    if engine.is_first_stage():
+        next(engine.module.parameters()).data[5] = float("inf")
+    loss = float(engine.train_batch(data_iter=data))
+    if block is None:
+        return loss, {}
+    slots = [slot for channel in engine._stage.channels.values() for slot in channel.held.values()]
+    assert all(bool(held.memory.isfinite().all()) for slot in slots for held in slot.values())
+    return loss, models.memories(engine)
+
+
+def test_what_is_not_finite_reaches_the_loss_but_not_the_memories(two_ranks):
+    (stock, _), *_ = two_ranks.run(not_finite, None)
+    (loss, one), (_, other) = two_ranks.run(not_finite, {**INT2, "p_new": 1 - 1e-9})
+    assert stock != stock
+    assert loss != loss
+    assert one == other
+
+
+def ends_in_mid_step(ending_ranks):
+    engine = models.make_engine(INT2 | {"refresh": "cycle"})
+    data = list(islice(models.batches(), 40))
+    ends = engine.global_rank in ending_ranks
+    iterator = iter(data[:5] if ends else data)
+    losses = [float(engine.train_batch(data_iter=iterator))]
+    weights = [p.detach().clone() for p in engine.module.parameters()]
+    try:
+        engine.train_batch(data_iter=iterator)
+    except StopIteration as error:
+        message = str(error)
+    assert all(torch.equal(a, b) for a, b in zip(weights, engine.module.parameters(), strict=True))
+    rest = iter(data[5:]) if ends else iterator
+    losses += [float(engine.train_batch(data_iter=rest)) for _ in range(2)]
+    return message, losses, models.memories(engine)
+
+
+def without_end():
+    engine = models.make_engine(INT2 | {"refresh": "cycle"})
+    return models.train(engine, 3)
+
+
+@pytest.mark.parametrize("ending_ranks", [(0,), (1,), (0, 1)])
+def test_an_iterator_that_ends_in_mid_step_stops_every_rank_and_loses_nothing(two_ranks, ending_ranks):
+    (message, losses, one), (also, _, other) = two_ranks.run(ends_in_mid_step, ending_ranks)
+    assert message == also
+    assert "data_iter ended in step 1, which needs 2 new micro-batches" in message
+    assert losses == two_ranks.run(without_end)[0]
+    assert one == other
+
+
+def test_an_iterator_that_ends_stops_four_stages(four_ranks):
+    assert_same_error(
+        four_ranks.outcomes(models.train_on_too_little), "StopIteration", "data_iter ended in step 0"
+    )

@@ -58,6 +58,15 @@ def test_compressed_runs_skip_the_same_steps_and_memories_stay_equal(two_ranks, 
     assert [step[1:] for step in one] == [step[1:] for step in other] == [step[1:] for step in stock[0]]
 
 
+def without_zero(block):
+    on_cpu()
+    return models.losses(block, {"stock": block is None, "ds": {"fp16": {"enabled": True}}})
+
+
+def test_without_zero_the_loss_is_not_scaled(two_ranks):
+    assert two_ranks.run(without_zero, NONE) == two_ranks.run(without_zero, None)
+
+
 def rescaled(scale_changes):
     """What a held gradient is after the loss scale changed, against what it was."""
     on_cpu()

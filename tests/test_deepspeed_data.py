@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 
 from tests import models
 from tests.cluster import assert_same_error
@@ -83,10 +84,20 @@ def test_batches_of_unequal_size(two_ranks):
     assert one == other
 
 
+LOADER_INIT = DeepSpeedDataLoader.__init__
+
+
+def without_workers(loader, **options):
+    LOADER_INIT(loader, **{**options, "num_local_io_workers": 0})
+
+
 def from_training_data(block, stock=False):
+    """DeepSpeed's loader without its two worker processes, which take ten seconds to end."""
     tokens, labels = zip(*islice(models.batches(size=1), 64), strict=True)
     data = torch.utils.data.TensorDataset(torch.cat(tokens), torch.cat(labels))
+    DeepSpeedDataLoader.__init__ = without_workers
     engine = models.make_engine(block, stock=stock, training_data=data)
+    DeepSpeedDataLoader.__init__ = LOADER_INIT
     return [float(engine.train_batch()) for _ in range(3)]
 
 

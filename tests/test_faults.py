@@ -74,12 +74,13 @@ def test_verification_changes_no_loss(two_ranks):
 # Faults that end a rank, or stop it: ranks of their own
 
 
-def spoiled(spoil, block):
-    """Trains two steps; then something happens on one rank; then one more step, timed."""
+def spoiled(spoil, block, folder):
+    """Trains two steps and saves; then something happens on one rank; then one more step, timed."""
     engine = models.make_engine({**INT2, "timeout_s": TIMEOUT_S, **block}, engine_stages(), ds=AT_ONCE)
     data = models.batches()
     for _ in range(2):
         engine.train_batch(data_iter=data)
+    engine.save_checkpoint(folder)
     spoil(engine)
     start = time.perf_counter()
     try:
@@ -127,6 +128,12 @@ def die_in_the_forward_pass(engine):
         engine.module.forward = wrapped
 
 
+def assert_the_last_checkpoint_is_whole(folder, num_ranks):
+    assert (folder / "latest").read_text() == "global_step2"
+    assert len(list((folder / "global_step2").glob("clapping_rank_*.pt"))) == num_ranks
+    assert not list(folder.rglob("*unfinished*"))
+
+
 @pytest.fixture
 def fresh_ranks():
     started = []
@@ -140,10 +147,11 @@ def fresh_ranks():
         cluster.close()
 
 
-def test_memories_that_differ_are_found_by_verification(fresh_ranks):
+def test_memories_that_differ_are_found_by_verification(fresh_ranks, tmp_path):
     (kind, message, took_s), (other_kind, other, other_took_s) = fresh_ranks(2).run(
-        spoiled, change_a_memory, {"verify": True}
+        spoiled, change_a_memory, {"verify": True}, str(tmp_path)
     )[::-1]
+    assert_the_last_checkpoint_is_whole(tmp_path, 2)
     assert kind == "VerificationError"
     assert "link 0-1, activations, step 2, slot 2: memory: expected " in message
     assert other_kind == "ConnectionError"
@@ -152,8 +160,10 @@ def test_memories_that_differ_are_found_by_verification(fresh_ranks):
     assert max(took_s, other_took_s) < TIMEOUT_S * 2
 
 
-def test_a_peer_that_stalls_is_named(fresh_ranks):
-    (kind, message, took_s), _ = fresh_ranks(2).outcomes(spoiled, sleep_in_the_forward_pass, {})
+def test_a_peer_that_stalls_is_named(fresh_ranks, tmp_path):
+    ranks = fresh_ranks(2)
+    (kind, message, took_s), _ = ranks.outcomes(spoiled, sleep_in_the_forward_pass, {}, str(tmp_path))
+    assert_the_last_checkpoint_is_whole(tmp_path, 2)
     assert kind == "ConnectionError"
     assert message.startswith("link 0-1, ")
     assert ", step 2, slot " in message
@@ -161,8 +171,9 @@ def test_a_peer_that_stalls_is_named(fresh_ranks):
     assert took_s < TIMEOUT_S * 2
 
 
-def test_a_peer_that_dies_is_named_and_no_rank_hangs(fresh_ranks):
-    outcomes = fresh_ranks(4).outcomes(spoiled, die_in_the_forward_pass, {})
+def test_a_peer_that_dies_is_named_and_no_rank_hangs(fresh_ranks, tmp_path):
+    outcomes = fresh_ranks(4).outcomes(spoiled, die_in_the_forward_pass, {}, str(tmp_path))
+    assert_the_last_checkpoint_is_whole(tmp_path, 4)
     assert isinstance(outcomes[1], RankError)
     assert outcomes[1].kind == "dead"
     for rank, (kind, message, took_s) in ((rank, outcomes[rank]) for rank in (0, 2)):

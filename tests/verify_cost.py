@@ -39,9 +39,7 @@ def main() -> None:
                 [seconds(ends, step, torch.randn(shape)) for ends in pair] for step in range(STEPS + WARM_UP)
             ]
             without, verified = (median(column) for column in zip(*rows[WARM_UP:], strict=True))
-            print(
-                f"{codec} {shape}: {without * 1e3:.2f} ms, {verified / without:.2f} times as long verified"
-            )
+            print(f"{codec} {shape}: {without * 1e3:.2f} ms, {verified / without:.2f} times as long verified")
 
 
 if __name__ == "__main__":

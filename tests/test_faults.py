@@ -1,6 +1,7 @@
 """What goes wrong ends in one clear error on every rank that is left, in bounded time; nothing is lost."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -155,7 +156,8 @@ def test_memories_that_differ_are_found_by_verification(fresh_ranks, tmp_path):
     assert kind == "VerificationError"
     assert "link 0-1, activations, step 2, slot 2: memory: expected " in message
     assert other_kind == "ConnectionError"
-    assert "link 0-1, gradients, step 2, slot " in other
+    # By what it sends or by what it waits for, whichever meets the closed connection first.
+    assert re.match(r"link 0-1, (activations|gradients), step 2, slot \d: ", other)
     assert "rank 1 ended or was silent for too long" in other
     assert max(took_s, other_took_s) < TIMEOUT_S * 2
 

@@ -15,9 +15,11 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds.config import ClappingConfig
 from clapping_ds.engines import deepspeed_survivors
-from clapping_ds.engines.deepspeed_survivors import NUM_DRAWN, replace_latest
 from clapping_ds.engines.stage import Stage
 from clapping_ds.transport import wait_for_all
+
+NUM_DRAWN = "clapping_num_drawn"
+"""The key in a checkpoint's client state of the batches that each data iterator has given."""
 
 
 class CheckpointingEngine(PipelineEngine):
@@ -50,16 +52,21 @@ class CheckpointingEngine(PipelineEngine):
         result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
         wait_for_all()
         if save_latest and self.global_rank == 0:
-            replace_latest(Path(save_dir), tag)
+            _replace_latest(Path(save_dir), tag)
         wait_for_all()  # or a load that follows at once finds another checkpoint on another rank
         return result
 
     def clapping_save_survivors(self, save_dir: str, client_state: dict[str, Any] | None = None) -> bool:
         """For each rank that is left after a ConnectionError: saves the last finished step, with no message
-        to any other rank. Returns whether a survivor of every stage has, which makes it `latest`; the next
-        run's first step is all fresh. Raises ValueError with a ZeRO stage above 0."""
+        to any other rank. Returns whether a survivor of every stage has, which makes it `latest`; ranks that
+        stopped at different steps write different checkpoints. The next run's first step is all fresh.
+        Raises ValueError with a ZeRO stage above 0, or bf16."""
         client_state = {**(client_state or {}), NUM_DRAWN: self._stage.num_drawn}
-        return deepspeed_survivors.save(self, Path(save_dir), client_state)
+        tag = f"survivors_step{self.global_steps}"
+        is_whole = deepspeed_survivors.save(self, Path(save_dir), tag, client_state)
+        if is_whole:
+            _replace_latest(Path(save_dir), tag)
+        return is_whole
 
     def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
         """As `DeepSpeedEngine.load_checkpoint`. Where our state is missing on a rank, or is of another
@@ -94,3 +101,10 @@ class CheckpointingEngine(PipelineEngine):
     @property
     def _state_file(self) -> str:
         return f"clapping_rank_{self.global_rank:05d}.pt"
+
+
+def _replace_latest(save_dir: Path, tag: str) -> None:
+    """Makes the checkpoint `tag` the one that is loaded by default, in one piece."""
+    unfinished = save_dir / f"latest.unfinished_{os.getpid()}"
+    unfinished.write_text(tag)
+    os.replace(unfinished, save_dir / "latest")

@@ -1,8 +1,7 @@
 """A checkpoint by the ranks that are left when others have ended: DeepSpeed's own save waits for all ranks.
 
 Each survivor writes what it holds into the files of an ordinary checkpoint, without a message to another
-rank. Replicas hold the same, so that one survivor per stage is enough. Whoever finds that every stage has
-been written makes the checkpoint `latest`; ranks that stopped at different steps write different ones.
+rank. Replicas hold the same, so that one survivor per stage is enough.
 """
 
 import os
@@ -13,19 +12,16 @@ from typing import Any
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-NUM_DRAWN = "clapping_num_drawn"
-"""The key in a checkpoint's client state of the batches that each data iterator has given."""
 
-
-def save(engine: PipelineEngine, save_dir: Path, client_state: dict[str, Any]) -> bool:
-    """See `CheckpointingEngine.clapping_save_survivors`."""
+def save(engine: PipelineEngine, save_dir: Path, tag: str, client_state: dict[str, Any]) -> bool:
+    """Writes this rank's part of the checkpoint `tag`; whether every stage's part is there now. Raises as
+    `CheckpointingEngine.clapping_save_survivors`."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         raise ValueError(
             f"zero_optimization.stage = {engine.zero_optimization_stage()} (bf16: "
             f"{engine.bfloat16_enabled()}): the optimizer's state is split over replicas, and what ended "
             "ranks held is lost; accepted: stage 0 in fp32 or fp16"
         )
-    tag = f"survivors_step{engine.global_steps}"
     folder, unfinished = save_dir / tag, save_dir / f"{tag}.unfinished_rank{engine.global_rank}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -41,15 +37,4 @@ def save(engine: PipelineEngine, save_dir: Path, client_state: dict[str, Any]) -
         os.replace(file, folder / file.name)
     unfinished.rmdir()
     (folder / f"stage_{engine.stage_id}_is_whole").touch()
-    stages = range(engine.num_stages)
-    is_whole = all((folder / f"stage_{stage}_is_whole").exists() for stage in stages)
-    if is_whole:
-        replace_latest(save_dir, tag)
-    return is_whole
-
-
-def replace_latest(save_dir: Path, tag: str) -> None:
-    """Makes the checkpoint `tag` the one that is loaded by default, in one piece."""
-    unfinished = save_dir / f"latest.unfinished_{os.getpid()}"
-    unfinished.write_text(tag)
-    os.replace(unfinished, save_dir / "latest")
+    return all((folder / f"stage_{stage}_is_whole").exists() for stage in range(engine.num_stages))

@@ -8,10 +8,10 @@ import torch
 
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import ClappingConfig
+from clapping_ds.message import Spec
 
 if TYPE_CHECKING:
     from clapping_ds.channel import Channel
-from clapping_ds.message import Spec
 
 DIRECTIONS = ("activations", "gradients")
 
@@ -28,7 +28,7 @@ class Traffic:
     error_square: float = 0.0
     value_square: float = 0.0
 
-    def count(self, fresh: bool, payload_bytes: int, specs: Sequence["Spec"]) -> None:
+    def count(self, fresh: bool, payload_bytes: int, specs: Sequence[Spec]) -> None:
         self.num_messages += 1
         self.num_fresh += fresh
         self.num_values += sum(spec.shape.numel() for spec in specs)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 import clapping_ds
-from clapping_ds import telemetry
 from launch.gpt import GPTConfig
 from launch.trainer import RunConfig, train
 
@@ -49,11 +48,7 @@ def main() -> None:
     run, path = parse()
     start_distributed()
     result = train(run, json.loads(path.read_text()), clapping_ds.initialize)
-    if dist.get_rank() == 0:
-        for step, loss, sent in result.validations:
-            print(f"step {step}: validation loss {loss:.4f}, {sent / 1e6:.1f} MB sent")
-        if result.report:
-            print(telemetry.table(result.report))
+    result.print()
     dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 2 -m launch.pretrain_gpt_megatron --clapping-config la
 import argparse
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,12 +26,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tqdm import tqdm
 
-from clapping_ds import telemetry
 from clapping_ds.engines.megatron import MegatronPipeline
 from launch.data import Windows, tokens
-from launch.trainer import RunResult
+from launch.trainer import RunResult, trained_steps
 
 
 @dataclass(frozen=True)
@@ -209,20 +206,12 @@ def train(run: MegatronRun, clapping: dict[str, Any] | None, title: str = "train
     num_replicas = parallel_state.get_data_parallel_world_size()
     tokens_per_step = run.micro_batches * run.batch_size * run.length * num_replicas
     result = RunResult()
-    busy_s = 0.0
-    bar = tqdm(total=run.steps, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
-    for step in range(1, run.steps + 1):
-        start = time.perf_counter()
-        result.train_losses.append(trainer.step())
-        busy_s += time.perf_counter() - start
-        result.tokens_per_s = step * tokens_per_step / busy_s
-        bar.update()
-        bar.set_postfix({"loss": f"{result.train_losses[-1]:.3f}"}, refresh=False)
+    pipeline = trainer.pipeline
+    traffic = None if pipeline is None else pipeline.clapping_traffic
+    for step in trained_steps(result, run.steps, tokens_per_step, trainer.step, traffic, title):
         if step % run.eval_interval == 0 or step == run.steps:
-            result.report = [] if trainer.pipeline is None else trainer.pipeline.clapping_report()
-            sent = sum(row["payload_bytes"] for row in result.report)
-            result.validations.append((step, trainer.validation_loss(), sent))
-    bar.close()
+            report = [] if pipeline is None else pipeline.clapping_report()
+            result.validate(step, report, trainer.validation_loss())
     return result
 
 
@@ -259,11 +248,7 @@ def main() -> None:
     dist.init_process_group("nccl")
     start_parallel(run)
     result = train(run, None if path is None else json.loads(path.read_text()))
-    if dist.get_rank() == 0:
-        for step, loss, sent in result.validations:
-            print(f"step {step}: validation loss {loss:.4f}, {sent / 1e6:.1f} MB sent")
-        if result.report:
-            print(telemetry.table(result.report))
+    result.print()
     dist.destroy_process_group()
 
 

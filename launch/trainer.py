@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from clapping_ds import telemetry
 from launch.data import Windows, tokens
 from launch.gpt import GPTConfig, pipeline
 
@@ -53,6 +54,19 @@ class RunResult:
     report: list[dict[str, Any]] = field(default_factory=list)
     """The engine's `clapping_report`; empty for the stock engine."""
 
+    def validate(self, step: int, report: list[dict[str, Any]], loss: float) -> None:
+        """Notes a validation after so many steps."""
+        self.report = report
+        self.validations.append((step, loss, sum(row["payload_bytes"] for row in report)))
+
+    def print(self) -> None:
+        """On the first rank: every validation, and the report."""
+        if dist.get_rank() == 0:
+            for step, loss, sent in self.validations:
+                print(f"step {step}: validation loss {loss:.4f}, {sent / 1e6:.1f} MB sent")
+            if self.report:
+                print(telemetry.table(self.report))
+
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     """Linear warm-up to 1, then a cosine down to 0.1."""
@@ -87,24 +101,49 @@ def train(
     tokens_per_step = engine.train_batch_size() * gpt.length
 
     result = RunResult()
+    has_channels = getattr(engine, "clapping", None) is not None and engine.clapping.enabled
+    for step in trained_steps(
+        result,
+        run.steps,
+        tokens_per_step,
+        lambda: float(engine.train_batch(data_iter=batches)),
+        engine.clapping_traffic if has_channels else None,
+        title,
+    ):
+        if step % run.eval_interval == 0 or step == run.steps:
+            report = engine.clapping_report() if has_channels else []
+            result.validate(
+                step, report, validation_loss(engine, held_out.batches(run.seed), run.eval_batches)
+            )
+        if run.save is not None and (step % run.save_interval == 0 or step == run.steps):
+            engine.save_checkpoint(str(run.save))
+    return result
+
+
+def trained_steps(
+    result: RunResult,
+    num_steps: int,
+    tokens_per_step: int,
+    train_step: Callable[[], float],
+    traffic: Callable[[], telemetry.Traffic] | None,
+    title: str,
+) -> Iterator[int]:
+    """Calls `train_step`, which returns a loss, for each step; yields the number of each, from 1, with its
+    figures in `result` and on a progress bar. What is done between two steps is not timed.
+
+    traffic   this rank's counters; None for a stock engine
+    """
     busy_s = 0.0
-    bar = tqdm(total=run.steps, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
-    for step in range(1, run.steps + 1):
+    bar = tqdm(total=num_steps, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
+    for step in range(1, num_steps + 1):
         start = time.perf_counter()
-        result.train_losses.append(float(engine.train_batch(data_iter=batches)))
+        result.train_losses.append(train_step())
         busy_s += time.perf_counter() - start
         result.tokens_per_s = step * tokens_per_step / busy_s
         bar.update()
-        bar.set_postfix(_progress(engine, result), refresh=False)
-        if step % run.eval_interval == 0 or step == run.steps:
-            result.report = engine.clapping_report() if _has_channels(engine) else []
-            sent = sum(row["payload_bytes"] for row in result.report)
-            loss = validation_loss(engine, held_out.batches(run.seed), run.eval_batches)
-            result.validations.append((step, loss, sent))
-        if run.save is not None and (step % run.save_interval == 0 or step == run.steps):
-            engine.save_checkpoint(str(run.save))
+        bar.set_postfix(_progress(result, None if traffic is None else traffic()), refresh=False)
+        yield step
     bar.close()
-    return result
 
 
 def validation_loss(engine: Any, batches: Iterator[Any], num_batches: int) -> float:
@@ -124,13 +163,8 @@ def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
 
 
-def _has_channels(engine: Any) -> bool:
-    return getattr(engine, "clapping", None) is not None and engine.clapping.enabled
-
-
-def _progress(engine: Any, result: RunResult) -> dict[str, str]:
+def _progress(result: RunResult, traffic: telemetry.Traffic | None) -> dict[str, str]:
     figures = {"loss": f"{result.train_losses[-1]:.3f}", "tokens/s": f"{result.tokens_per_s:.0f}"}
-    if _has_channels(engine):
-        traffic = engine.clapping_traffic()
+    if traffic is not None:
         figures |= {"ratio": f"{traffic.ratio:.1f}x", "fresh": f"{traffic.fresh_share:.0%}"}
     return figures

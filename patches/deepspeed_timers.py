@@ -31,7 +31,7 @@ def _without_second_timers(original: Callable[..., None]) -> Callable[..., None]
 
 
 PATCH = Patch(
-    PipelineEngine, "__init__", "self, has_bool_tensors, super_args, super_kwargs", _without_second_timers
+    PipelineEngine, "__init__", _without_second_timers, "self, has_bool_tensors, super_args, super_kwargs"
 )
 
 

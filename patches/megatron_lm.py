@@ -14,9 +14,14 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from clapping_ds import telemetry
+from clapping_ds.engines import state_file
+from clapping_ds.transport import rank
+from patches import megatron_lm_checkpoints
 from patches.patch import Patch, check_version
 
 ACCEPTED = ["0.16", "0.17", "0.18", "0.19"]
@@ -40,6 +45,20 @@ class Compression:
     def __init__(self, source: str | Mapping[str, Any]) -> None:
         self.source = source
         self.pipeline: Any = None
+        self.resumed: Path | None = None
+        """The folder of the checkpoint that was loaded before the first step."""
+        self.is_first_rank = False
+
+    def start(self, model_config: Any) -> None:
+        """A collective of all ranks."""
+        from clapping_ds.engines.megatron import MegatronPipeline
+
+        self.pipeline = MegatronPipeline(self.source, model_config)
+        self.is_first_rank = rank() == 0
+        if self.resumed is not None and self.pipeline.config.enabled:
+            reason = self.pipeline.load_state_dict(state_file.read(self.resumed, self.pipeline.device))
+            if reason is not None and self.is_first_rank:
+                print(f"clapping: {reason}: the next step is all fresh", flush=True)
 
     def of(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The replacement of a schedule."""
@@ -49,10 +68,7 @@ class Compression:
             if self.pipeline is None:
                 from megatron.core.utils import get_model_config
 
-                from clapping_ds.engines.megatron import MegatronPipeline
-
-                chunk = model[0] if isinstance(model, list) else model
-                self.pipeline = MegatronPipeline(self.source, get_model_config(chunk))
+                self.start(get_model_config(model[0] if isinstance(model, list) else model))
             before = self.pipeline.consumed_samples
             result = self.pipeline.wrap(original)(model=model, forward_only=forward_only, **options)
             if self.pipeline.config.enabled and not forward_only:
@@ -62,6 +78,12 @@ class Compression:
             return result
 
         return run
+
+    def print_sent(self) -> None:
+        """On the first rank: what this rank sent. No communication: the script may have ended it."""
+        rows = [] if self.pipeline is None else self.pipeline.clapping_sent()
+        if self.is_first_rank and rows:
+            print(f"clapping, sent by rank 0:\n{telemetry.table(rows)}", flush=True)
 
 
 def _give_back(num_samples: int) -> None:
@@ -85,7 +107,9 @@ def apply(source: str | Mapping[str, Any]) -> Compression:
     from megatron.core.pipeline_parallel import schedules
 
     compression = Compression(source)
-    patches = [Patch(schedules, name, SIGNATURE, compression.of) for name in SCHEDULES]
+    patches = [Patch(schedules, name, compression.of, SIGNATURE) for name in SCHEDULES]
+    if find_spec("megatron.training") is not None:
+        patches += megatron_lm_checkpoints.patches(compression)
     for patch in patches:
         patch.check()
     for patch in patches:
@@ -110,8 +134,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"script = {arguments[:1]}: no such file; {USAGE}")
     sys.argv = arguments
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
-    apply(source)
-    runpy.run_path(arguments[0], run_name="__main__")
+    compression = apply(source)
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        compression.print_sent()
 
 
 if __name__ == "__main__":

@@ -10,16 +10,17 @@ MARK = "__clapping_patch__"
 class Patch:
     """Replaces `owner.name` by `replacement(original)`.
 
-    signature    the parameters that the original must have, as `inspect` lists their names
+    replacement  of the original, the function in its place
+    signatures   the parameters that the original must have, as `inspect` lists their names: one of these
     """
 
     def __init__(
-        self, owner: Any, name: str, signature: str, replacement: Callable[[Any], Callable[..., Any]]
+        self, owner: Any, name: str, replacement: Callable[[Any], Callable[..., Any]], *signatures: str
     ) -> None:
         self.owner = owner
         self.name = name
-        self.signature = signature
         self.replacement = replacement
+        self.signatures = signatures
 
     def check(self) -> None:
         """Raises ImportError if the host's symbol is missing, or is not the one that is known."""
@@ -30,8 +31,9 @@ class Patch:
         if self.is_applied:
             return
         parameters = ", ".join(inspect.signature(found).parameters)
-        if parameters != self.signature:
-            raise ImportError(f"{symbol} takes ({parameters}); accepted: ({self.signature})")
+        if parameters not in self.signatures:
+            accepted = " or ".join(f"({signature})" for signature in self.signatures)
+            raise ImportError(f"{symbol} takes ({parameters}); accepted: {accepted}")
 
     @property
     def is_applied(self) -> bool:

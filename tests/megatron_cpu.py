@@ -36,7 +36,7 @@ class CpuForCuda(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _no_tracker(seed: int) -> None:
+def _no_tracker(seed: int, *options: Any, **more: Any) -> None:
     """In place of GPU random states by region: nothing here draws in a tensor-parallel region."""
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 

@@ -18,7 +18,7 @@ def owner(function):
 def test_a_patch_is_marked_idempotent_and_undone():
     host = owner(lambda x: x)
     original = host.f
-    patch = Patch(host, "f", "x", lambda found: lambda x: found(x) + 1)
+    patch = Patch(host, "f", lambda found: lambda x: found(x) + 1, "x")
     assert not patch.is_applied
     patch.apply()
     patch.apply()
@@ -31,7 +31,7 @@ def test_a_patch_is_marked_idempotent_and_undone():
 def test_what_is_not_known_is_refused():
     for host in (owner(lambda y: y), types.SimpleNamespace(__name__="host")):
         with pytest.raises(ImportError, match=r"host.f (takes \(y\); accepted: \(x\)|is missing)"):
-            Patch(host, "f", "x", lambda found: found).apply()
+            Patch(host, "f", lambda found: found, "x").apply()
     check_version("host", "0.16.1", ["0.16", "0.17"])
     for version in ("0.160", "0.15.9", "1.16"):
         with pytest.raises(ImportError, match=f"host {version} is not known to this patch"):

@@ -6,15 +6,13 @@ finds a complete checkpoint there. (Stock DeepSpeed's first rank does not wait f
 """
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds.config import ClappingConfig
-from clapping_ds.engines import deepspeed_survivors
+from clapping_ds.engines import deepspeed_survivors, state_file
 from clapping_ds.engines.stage import Stage
 from clapping_ds.transport import wait_for_all
 
@@ -44,11 +42,7 @@ class CheckpointingEngine(PipelineEngine):
         client_state = {**client_state, NUM_DRAWN: self._stage.num_drawn}
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if self.clapping.checkpoint_memory:
-            folder = Path(save_dir) / tag
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f"{self._state_file}.unfinished"
-            torch.save(self._stage.state_dict(), unfinished)
-            os.replace(unfinished, folder / self._state_file)
+            state_file.write(self._stage.state_dict(), Path(save_dir) / tag)
         result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
         wait_for_all()
         if save_latest and self.global_rank == 0:
@@ -77,7 +71,7 @@ class CheckpointingEngine(PipelineEngine):
             self.reset_activation_shape()
             state = None
             if path is not None and self.clapping.checkpoint_memory:
-                state = self._read(Path(path).parent / self._state_file)
+                state = state_file.read(Path(path).parent, self.device)
             reason = self._stage.load_state_dict(state, self.micro_batches)
             if reason is not None:
                 self._stage.num_drawn = (client_state or {}).get(NUM_DRAWN, 0)
@@ -85,22 +79,10 @@ class CheckpointingEngine(PipelineEngine):
                     print(f"clapping: {reason}: the next step is all fresh", flush=True)
         return path, client_state
 
-    def _read(self, file: Path) -> dict[str, Any] | None:
-        """None where there is no file, or none that can be read."""
-        try:
-            state: dict[str, Any] = torch.load(file, map_location=self.device)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            return None
-        return state
-
     @property
     def clapping_num_drawn(self) -> int:
         """Batches that the finished steps took from each data iterator."""
         return self._stage.num_drawn
-
-    @property
-    def _state_file(self) -> str:
-        return f"clapping_rank_{self.global_rank:05d}.pt"
 
 
 def _replace_latest(save_dir: Path, tag: str) -> None:

@@ -209,6 +209,9 @@ class MegatronPipeline:
     def clapping_report(self) -> list[dict[str, Any]]:
         """A row per channel of each pipeline, with counters and memory of its sending end. A collective of
         all ranks."""
+        return [row for rows_of_rank in gather(self.clapping_sent()) for row in rows_of_rank]
+
+    def clapping_sent(self) -> list[dict[str, Any]]:
+        """As `clapping_report`, of the channels through which this rank sends. No communication."""
         ends = [(stage, end) for stage in self.chunks.stages for end in SENDING_ENDS if end in stage.channels]
-        rows = [telemetry.row(stage.channels[end]) for stage, end in ends]
-        return [row for rows_of_rank in gather(rows) for row in rows_of_rank]
+        return [telemetry.row(stage.channels[end]) for stage, end in ends]

@@ -3,8 +3,12 @@
 import json
 import sys
 import types
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from inspect import Parameter, Signature
 
 import pytest
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from patches.patch import Patch, check_version
 from tests import megatron_cpu, models
@@ -128,6 +132,99 @@ def test_megatron_lm_is_compressed_with_its_patch_only(two_ranks, num_chunks):
         assert ratio > 15
     (without, patched, _), *_ = outcomes[-1]
     assert without[0] != patched[0]
+
+
+# Megatron-LM's checkpoints
+
+
+@contextmanager
+def megatron_training(folder, save_signature, load_signature, iteration):
+    """Stands in for the package of Megatron-LM's loop, with checkpoints that hold nothing."""
+    names = ("megatron.training", "megatron.training.training", "megatron.training.checkpointing")
+    package, training, checkpointing = (types.ModuleType(name) for name in names)
+    package.__spec__, package.__path__ = ModuleSpec(names[0], None), []
+    args = types.SimpleNamespace(consumed_train_samples=0, save=folder, load=folder)
+    package.get_args = training.get_args = lambda: args
+    package.training, package.checkpointing = training, checkpointing
+    training.save_checkpoint = taking(save_signature, lambda *_, **options: None)
+    training.load_checkpoint = taking(load_signature, lambda *_, **options: (iteration, 0))
+    checkpointing.get_checkpoint_name = lambda path, iteration, return_base_dir: f"{path}/iter_{iteration}"
+    sys.modules.update(zip(names, (package, training, checkpointing), strict=True))
+    try:
+        yield training
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def taking(signature, function):
+    parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in signature.split(", ")]
+    function.__signature__ = Signature(parameters)
+    return function
+
+
+def interrupted(folder, block, at_step, restored_from):
+    """Losses of a run whose compression is made anew after a step: the first from step 0 on, the second
+    from what a checkpoint of that step says, or from nothing."""
+    from patches import megatron_lm
+    from patches.megatron_lm_checkpoints import GROUPS, LOAD, SAVE
+
+    model_and_more = [None] * 4
+    with megatron_training(folder, SAVE + GROUPS, LOAD + GROUPS, restored_from) as training:
+        losses = []
+        with megatron_cpu.parallel(2):
+            trainer = megatron_cpu.Trainer(None)
+            for step in range(1, NUM_STEPS + 1):
+                if step in (1, at_step + 1):
+                    compression = megatron_lm.apply({"clapping": block})
+                    trainer.run = get_forward_backward_func()
+                    if step > 1:
+                        training.load_checkpoint(*model_and_more[:3])
+                losses.append(trainer.step())
+                if step == at_step:
+                    training.save_checkpoint(step, *model_and_more)
+                    training.save_checkpoint(step + 1, *model_and_more, non_persistent_ckpt=True)
+                    megatron_lm.undo()
+        free_groups()
+        megatron_lm.undo()
+    return losses, compression.pipeline.fresh_samples
+
+
+def interrupted_and_not(folder):
+    never = interrupted(folder / "never", BLOCK, NUM_STEPS, 0)
+    resumed = interrupted(folder / "resumed", BLOCK, 2, 2)
+    forgotten = interrupted(folder / "forgotten", {**BLOCK, "checkpoint_memory": False}, 2, 2)
+    missing = interrupted(folder / "missing", BLOCK, 2, 3)
+    return never, resumed, forgotten, missing
+
+
+def test_megatron_lm_goes_on_where_its_checkpoint_stood(two_ranks, tmp_path):
+    outcomes = two_ranks.run(interrupted_and_not, tmp_path)
+    for never, resumed, forgotten, missing in outcomes:
+        assert resumed == never
+        assert missing[0][:2] == forgotten[0][:2] == never[0][:2]
+        assert forgotten[1] > never[1]  # an all-fresh step more
+    never, resumed, forgotten, missing = outcomes[-1]
+    assert missing[0][2:] == forgotten[0][2:] != never[0][2:]
+    for run in ("never", "resumed", "forgotten", "missing"):
+        files = [str(file.relative_to(tmp_path / run)) for file in sorted((tmp_path / run).rglob("*.pt"))]
+        folder = f"iter_{NUM_STEPS if run == 'never' else 2}"
+        assert files == [f"{folder}/clapping_rank_00000.pt", f"{folder}/clapping_rank_00001.pt"]
+
+
+def test_checkpoints_of_another_megatron_lm_are_refused():
+    from megatron.core.pipeline_parallel import schedules
+
+    from patches import megatron_lm
+    from patches.megatron_lm_checkpoints import GROUPS, SAVE
+
+    original = schedules.forward_backward_pipelining_without_interleaving
+    with (
+        megatron_training("folder", SAVE + GROUPS, "model", 0),
+        pytest.raises(ImportError, match=r"load_checkpoint takes \(model\); accepted: \(ddp_model, "),
+    ):
+        megatron_lm.apply({"clapping": BLOCK})
+    assert schedules.forward_backward_pipelining_without_interleaving is original
 
 
 def run_script(arguments):

@@ -98,7 +98,9 @@ def test_losses_of_two_stages_are_the_deepspeed_engines(two_ranks):
 
 @pytest.mark.parametrize(("ranks", "options"), [("two_ranks", FLUSH), ("four_ranks", {})])
 def test_losses_of_four_stages_are_the_deepspeed_engines(request, four_ranks, ranks, options):
-    assert_losses_are_deepspeeds(four_ranks, request.getfixturevalue(ranks), 4, [INT2], [options])
+    assert_losses_are_deepspeeds(
+        four_ranks, request.getfixturevalue(ranks), 4, list(BLOCKS.values()), [options]
+    )
 
 
 @pytest.mark.parametrize("name", BLOCKS)

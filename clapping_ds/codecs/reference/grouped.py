@@ -9,7 +9,6 @@ from torch.nn.functional import pad
 
 from clapping_ds.codecs.protocol import Context
 from clapping_ds.codecs.reference import random_bits
-from clapping_ds.codecs.reference.compiled import Compiled
 from clapping_ds.codecs.reference.steps import tiles, untile_
 
 if TYPE_CHECKING:
@@ -127,6 +126,8 @@ class Steps:
 @cache
 def compiled_steps(codec: "GroupedCodec") -> Steps:
     """The same through torch's C++ compiler; where there is none, as they are, with a warning."""
+    from clapping_ds.codecs.reference.compiled import Compiled  # with torch's compiler: a second
+
     steps = Steps(codec)
     steps.code = Compiled(steps.code)  # type: ignore[method-assign, assignment]
     steps.apply_ = Compiled(steps.apply_)  # type: ignore[method-assign, assignment]

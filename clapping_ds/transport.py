@@ -2,12 +2,12 @@
 
 A message is one contiguous uint8 tensor whose size both ends know beforehand. Sends return at once and
 keep their payload until it has gone; receives are announced, so that bytes arrive while the stage
-computes. Each direction has a process group of its own, so that the two never queue behind each other.
+computes. Each direction of a link has a process group of its own, so that none queues behind another.
 Within a direction of a link messages keep their order.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class Wire:
         self.group = group
         self.most_pending = most_pending
         self.overlaps = overlaps
-        self.carrier = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        self.carrier = _carrier(group, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # State
         self.payloads = Buffers(device)
@@ -168,21 +168,41 @@ class Buffers:
         self._free.append(lent.untyped_storage())
 
 
-def direction_groups(pipelines: Iterable[Sequence[int]], timeout_s: float) -> tuple[Any, Any]:
-    """Process groups for the two directions of this rank's pipeline. A collective: every rank names the
-    ranks of all pipelines, in the same order. timeout_s: how long a message is waited for."""
-    groups: tuple[Any, Any] = (None, None)
-    timeout = timedelta(seconds=timeout_s)
-    for ranks in pipelines:
-        pair = (dist.new_group(list(ranks), timeout), dist.new_group(list(ranks), timeout))
-        if rank() in ranks:
-            groups = pair
-    return groups
+def direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: float) -> tuple[Any, Any]:
+    """A process group from the first to the second of two global ranks, and one back. A collective of all
+    ranks, also of those at neither end.
+
+    No link or direction shares a group with another: NCCL may carry a group's messages one after the
+    other, and one that has to wait would hold up all behind it. The first message of an NCCL group waits
+    for its peer, an announced receive as well: so a byte is sent here.
+
+    device      where payloads are written and read
+    timeout_s   how long a message is waited for
+    """
+    there, back = (dist.new_group(list(ends), timedelta(seconds=timeout_s)) for _ in range(2))
+    if rank() in ends:
+        for group, (source, target) in ((there, ends), (back, ends[::-1])):
+            byte = torch.zeros(1, dtype=torch.uint8, device=_carrier(group, device))
+            if rank() == source:
+                dist.send(byte, dst=target, group=group)
+            else:
+                dist.recv(byte, src=source, group=group)
+    return there, back
+
+
+def _carrier(group: Any, device: torch.device) -> torch.device:
+    """Where a process group reads and writes bytes."""
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
 
 
 def rank() -> int:
     """Global rank of this process."""
     return dist.get_rank()
+
+
+def world_size() -> int:
+    """Number of all ranks."""
+    return dist.get_world_size()
 
 
 def group_ranks(group: Any) -> list[int]:
@@ -204,6 +224,6 @@ def all_agree(answers: Sequence[bool], device: torch.device) -> list[bool]:
 
 def gather(item: Any) -> list[Any]:
     """What every rank passed, in the order of ranks. A collective of all ranks."""
-    items: list[Any] = [None] * dist.get_world_size()
+    items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items

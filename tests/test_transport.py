@@ -46,7 +46,7 @@ def test_messages_arrive_whole_and_in_order_in_few_buffers(two_ranks, num_ahead,
 
 def send_without_a_receiver():
     """A send returns before the peer knows of it; both directions at once."""
-    groups = direction_groups([[0, 1]], timeout_s=60)
+    groups = direction_groups((0, 1), CPU, timeout_s=60)
     outgoing, incoming = (Wire(1 - dist.get_rank(), CPU, groups[i ^ dist.get_rank()]) for i in range(2))
     outgoing.send(outgoing.new_payload(1 << 20).fill_(dist.get_rank()))
     incoming.expect(1 << 20)

@@ -32,18 +32,18 @@ from clapping_ds.engines.deepspeed_checkpoint import CheckpointingEngine
 from clapping_ds.engines.deepspeed_schedule import InFlightSchedule
 from clapping_ds.engines.deepspeed_shapes import Shapes, contiguous, listed
 from clapping_ds.engines.handshake import agreed_config
+from clapping_ds.engines.peers import make_peers
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
     SENDING_ENDS,
-    Peer,
     Stage,
 )
 from clapping_ds.engines.tuning import Tuning
 from clapping_ds.message import Spec
-from clapping_ds.transport import direction_groups, gather
+from clapping_ds.transport import gather
 
 
 class ClappingPipelineEngine(CheckpointingEngine):
@@ -86,12 +86,13 @@ class ClappingPipelineEngine(CheckpointingEngine):
             schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
             schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
         }
-        groups = direction_groups(self.grid.topology().get_axis_comm_lists("pipe"), self.clapping.timeout_s)
+        pipelines = self.grid.topology().get_axis_comm_lists("pipe")
+        peers = make_peers(pipelines, range(self.num_stages), self.device, self.clapping.timeout_s)
         self._stage = Stage(
             self.clapping,
             self.stage_id,
-            None if self.is_first_stage() else Peer(self.grid.stage_to_global(self.prev_stage), *groups),
-            None if self.is_last_stage() else Peer(self.grid.stage_to_global(self.next_stage), *groups),
+            peers.get((self.stage_id, self.stage_id - 1)),
+            peers.get((self.stage_id, self.stage_id + 1)),
             self.device,
             self.grid.get_data_parallel_id(),
         )

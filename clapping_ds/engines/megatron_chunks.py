@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from clapping_ds.config import ClappingConfig
+from clapping_ds.engines.peers import make_peers
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
-    Peer,
     Stage,
 )
 from clapping_ds.message import Spec
-from clapping_ds.transport import Wire, direction_groups
+from clapping_ds.transport import Wire
 
 SHAPE_BYTES = 3 * 8
 
@@ -187,22 +187,15 @@ def make_stages(
     """The stages of a rank. A collective of all ranks.
 
     pipelines   the global ranks of every pipeline, first stage first; the same on every rank
-    Link l joins the stages l and l + 1. No two links between the same two ranks share a process group:
-    with two ranks each link has groups of its own, with more each round of links.
     """
     (ranks,) = [ranks for ranks in pipelines if rank in ranks]
     num_ranks, place = len(ranks), ranks.index(rank)
-    num_links = num_chunks * num_ranks - 1
-    links_per_set = 1 if num_ranks == 2 else num_ranks
-    groups = [direction_groups(pipelines, config.timeout_s) for _ in range(0, num_links, links_per_set)]
-
-    def peer(link: int, stage_id: int) -> Peer | None:
-        if not 0 <= link < num_links:
-            return None
-        return Peer(ranks[stage_id % num_ranks], *groups[link // links_per_set])
-
+    peers = make_peers(pipelines, [*range(num_ranks)] * num_chunks, device, config.timeout_s)
     stage_ids = [chunk * num_ranks + place for chunk in range(num_chunks)]
-    return [Stage(config, s, peer(s - 1, s - 1), peer(s, s + 1), device, replica) for s in stage_ids]
+    return [
+        Stage(config, id_, peers.get((id_, id_ - 1)), peers.get((id_, id_ + 1)), device, replica)
+        for id_ in stage_ids
+    ]
 
 
 def _tell_shape(wire: Wire, shape: torch.Size) -> None:

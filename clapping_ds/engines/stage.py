@@ -7,12 +7,13 @@ A host's engine calls `begin_step`, then `send` and `receive` in the order of it
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from clapping_ds.channel import Channel
 from clapping_ds.config import ClappingConfig
+from clapping_ds.engines.peers import Peer
 from clapping_ds.links import Decision
 from clapping_ds.message import Spec
 from clapping_ds.sampling import Coin, LazySampler
@@ -24,14 +25,6 @@ GRADIENTS_TO_PREVIOUS = "gradients to previous"
 GRADIENTS_FROM_NEXT = "gradients from next"
 ACTIVATIONS = (ACTIVATIONS_TO_NEXT, ACTIVATIONS_FROM_PREVIOUS)
 SENDING_ENDS = (ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS)
-
-
-class Peer(NamedTuple):
-    """A neighbouring stage: its global rank, and the process group of each direction of the link to it."""
-
-    rank: int
-    activations: Any
-    gradients: Any
 
 
 class Stage:
@@ -209,7 +202,7 @@ class Stage:
         is_ours = state is not None and state["written by"] == self._identity(num_slots)
         is_there, is_ours = all_agree([state is not None, is_ours], self.device)
         if state is None or not is_ours:
-            self._forget()
+            self.forget()
             if not is_there:
                 return "the checkpoint has no state of clapping_ds for every rank"
             return "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
@@ -224,7 +217,8 @@ class Stage:
             channel.load_state_dict(state["channels"][end])
         return None
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forgets what is held: the next step is all fresh."""
         self.fresh = []
         self.sampler = LazySampler()
         for channel in self.channels.values():

@@ -21,16 +21,16 @@ from torch.utils._pytree import tree_map
 from clapping_ds import telemetry
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.engines.handshake import agreed_config
+from clapping_ds.engines.peers import make_peers
 from clapping_ds.engines.stage import (
     ACTIVATIONS_FROM_PREVIOUS,
     GRADIENTS_FROM_NEXT,
     SENDING_ENDS,
-    Peer,
     Stage,
 )
 from clapping_ds.engines.torch_stage import ClappingStage
 from clapping_ds.sampling import LazySampler
-from clapping_ds.transport import direction_groups, gather, group_ranks, rank
+from clapping_ds.transport import gather, group_ranks, rank
 
 # What a schedule calls a message: the end that gets it, the stage that has this end, what uses it there.
 MESSAGES = {"SEND_F": (ACTIVATIONS_FROM_PREVIOUS, 1, "F"), "SEND_B": (GRADIENTS_FROM_NEXT, -1, "B")}
@@ -230,19 +230,12 @@ def _parts(action: Any) -> Sequence[Any]:
 
 
 def _ends(config: ClappingConfig, stages: Sequence[ClappingStage], num_slots: int) -> list[Stage]:
-    """The channel ends of each stage. Every link has process groups of its own, of its two ranks, so that
-    links between the same ranks cannot take each other's messages."""
+    """The channel ends of each stage."""
     found = gather(group_ranks(stages[0].group))
     pipelines = [ranks for number, ranks in enumerate(found) if number == min(ranks)]
     replica = next(number for number, ranks in enumerate(pipelines) if rank() in ranks)
-    place = stages[0].stage_index_to_group_rank
-    peers: dict[tuple[int, int], Peer] = {}
-    for stage, following in ((index, index + 1) for index in range(stages[0].num_stages - 1)):
-        if place[stage] != place[following]:
-            pairs = [(ranks[place[stage]], ranks[place[following]]) for ranks in pipelines]
-            groups = direction_groups(pairs, config.timeout_s)
-            peers[stage, following] = Peer(pairs[replica][1], *groups)
-            peers[following, stage] = Peer(pairs[replica][0], *groups)
+    places = [stages[0].stage_index_to_group_rank[index] for index in range(stages[0].num_stages)]
+    peers = make_peers(pipelines, places, stages[0].device, config.timeout_s)
     ends = []
     for index, device in ((stage.stage_index, stage.device) for stage in stages):
         previous, following_peer = peers.get((index, index - 1)), peers.get((index, index + 1))

@@ -167,6 +167,29 @@ def test_without_the_state_of_every_rank_the_next_step_is_all_fresh(two_ranks, t
     assert_ends_are_equal([found[1][1] for _, found in by_rank], num_links=3, num_memories=MICRO_BATCHES)
 
 
+def counted(saved_with, loaded_with, is_missing):
+    """`num_drawn` when it was saved, and after it was loaded."""
+    run = Run("ScheduleInterleaved1F1B", saved_with)
+    run.train(3)
+    state = run.pipeline.state_dict()
+    if is_missing and torch.distributed.get_rank() == 1:
+        state = None
+    new = Run("ScheduleInterleaved1F1B", loaded_with)
+    new.pipeline.load_state_dict(state)
+    return run.pipeline.num_drawn, new.pipeline.num_drawn
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "loaded_with", "is_missing"),
+    [(INT2, INT2, True), (INT2, {**INT2, "seed": 5}, False), (INT2, {"enabled": False}, False),
+     ({**INT2, "checkpoint_memory": False}, INT2, False)],
+    ids=["one rank's file", "seed", "disabled", "no memories"],
+)  # fmt: skip
+def test_the_position_in_the_data_is_never_lost(two_ranks, saved_with, loaded_with, is_missing):
+    for saved, loaded in two_ranks.run(counted, saved_with, loaded_with, is_missing):
+        assert loaded == saved > 0
+
+
 def test_the_report_has_a_row_per_channel(two_ranks):
     for report in two_ranks.run(report_of, INT2):
         channels = {(link, direction) for link in ("0-1", "1-2", "2-3") for direction in DIRECTIONS}

@@ -80,7 +80,8 @@ class ClappingPipeline:
         data_iter   of MicroBatches of one shape; not needed on ranks with neither first nor last stage
         options     losses, return_outputs and loss_kwargs of `schedule.step`
         Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends;
-        ValueError on every rank if one's micro-batches differ in shape.
+        ValueError on every rank if one's micro-batches differ in shape. With `"enabled": false` only the
+        rank whose iterator ends raises, as torch's own schedules do.
         """
         is_first = any(stage.is_first for stage in self.stages)
         is_last = any(stage.is_last for stage in self.stages)
@@ -144,13 +145,16 @@ class ClappingPipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """What each rank must save, in a file of its own, between two steps: position, held batches,
-        memories. With `checkpoint_memory` false: nothing."""
-        return {"stages": [ends.state_dict() for ends in self.ends] if self.config.checkpoint_memory else []}
+        memories. With `checkpoint_memory` false: the position alone."""
+        stages = [ends.state_dict() for ends in self.ends] if self.config.checkpoint_memory else []
+        return {"num_drawn": self.num_drawn, "stages": stages}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
         what is held, so that the next step is all fresh, and says why. The data iterator is the caller's:
-        `num_drawn` micro-batches were taken from it. A collective of all ranks."""
+        `num_drawn` micro-batches were taken from it, which is kept if any rank has it. A collective of all
+        ranks."""
+        counts = gather(0 if state is None else state["num_drawn"])
         found = [] if state is None else state["stages"]
         if len(found) != len(self.ends):
             found = [None] * len(self.ends)
@@ -161,6 +165,9 @@ class ClappingPipeline:
         for ends in self.ends if why is not None else []:
             ends.load_state_dict(None, self.num_slots)
             ends.step = self.ends[0].step
+        self._num_drawn = max(counts)
+        for ends in self.ends:
+            ends.num_drawn = self._num_drawn
         return why
 
 

@@ -152,6 +152,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.data = [batches(lengths) if c.is_first or c.is_last else None for c in self.model]
         self.num_micro_batches = num_micro_batches
+        self.length = models.LENGTH
         self.run = get_forward_backward_func()
         self.grad_scale = 1.0
         self.pipeline = None
@@ -163,7 +164,7 @@ class Trainer:
         found = self.run(
             forward_step_func=forward_step, data_iterator=data, model=list(self.model),
             num_microbatches=self.num_micro_batches, seq_length=models.BATCH,
-            micro_batch_size=models.LENGTH, forward_only=forward_only,
+            micro_batch_size=self.length, forward_only=forward_only,
         )  # fmt: skip
         return [float(loss) for loss in found]
 

@@ -75,7 +75,7 @@ def evaluated(num_chunks: int) -> Any:
         before = megatron_cpu.memories(trainer.pipeline)
         trainer.num_micro_batches = 8
         trainer.evaluate()
-        return first, before == megatron_cpu.memories(trainer.pipeline), trainer.pipeline.fresh_samples
+        return first, before == megatron_cpu.memories(trainer.pipeline), trainer.pipeline.consumed_samples
 
 
 def drawn_batches(block: Any) -> tuple[int, int]:
@@ -122,6 +122,33 @@ def interrupted(folder: str) -> list[Any]:
     return found
 
 
+def resized(length: int) -> Any:
+    """Which slots of three steps were fresh, with micro-batches of another length from the second on; and
+    memories at the end."""
+    with megatron_cpu.parallel(2):
+        trainer = megatron_cpu.Trainer({**INT2, "p_new": 0.1})
+        fresh = []
+        for its_length in (models.LENGTH, length, length):
+            trainer.length = its_length
+            trainer.data = [data and megatron_cpu.batches((its_length,)) for data in trainer.data]
+            trainer.step()
+            fresh.append(trainer.pipeline.chunks.stages[0].fresh)
+        return fresh, megatron_cpu.memories(trainer.pipeline)
+
+
+def counted_with_other_replicas() -> Any:
+    """Samples that four ranks drew in two pipelines, and what one pipeline of all four says of them."""
+    with megatron_cpu.parallel(2):
+        old = megatron_cpu.Trainer(INT2)
+        old.step()
+        state = old.pipeline.state_dict()
+    free_groups()
+    with megatron_cpu.parallel(4):
+        new = megatron_cpu.Trainer(INT2)
+        why = new.pipeline.load_state_dict(state)
+        return old.pipeline.consumed_samples, new.pipeline.consumed_samples, why
+
+
 def misfit(change: str) -> Any:
     """What is said of a state that does not fit, whether the step after it is all fresh, and the count."""
     with megatron_cpu.parallel(2, 2):
@@ -135,7 +162,7 @@ def misfit(change: str) -> Any:
         block = {**INT2, "seed": 5} if change == "seed" else INT2
         new = megatron_cpu.Trainer(block, **OVERLAP)
         reason = new.pipeline.load_state_dict(state)
-        count = new.pipeline.fresh_samples
+        count = new.pipeline.consumed_samples
         new.step()
         return reason, [stage.fresh for stage in new.pipeline.chunks.stages], count
 

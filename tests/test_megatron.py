@@ -144,6 +144,21 @@ def test_consumed_samples_are_the_fresh_ones(two_ranks):
     assert consumed == num_drawn * models.LENGTH
 
 
+def test_micro_batches_of_another_size_are_all_fresh(two_ranks):
+    outcomes = two_ranks.run(runs.resized, 32)
+    for (first, other, same), _ in outcomes:
+        assert all(first) and all(other) and not all(same)
+    assert_memories_are_equal([memories for _, memories in outcomes])
+    (_, other, _), _ = two_ranks.run(runs.resized, models.LENGTH)[0]
+    assert not all(other)
+
+
+def test_consumed_samples_are_those_of_all_replicas(four_ranks):
+    for drawn, kept, why in four_ranks.run(runs.counted_with_other_replicas):
+        assert kept == drawn == 2 * 4 * models.LENGTH
+        assert why is not None
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path):
     for uninterrupted, from_file, sharded in two_ranks.run(runs.interrupted, str(tmp_path)):
         assert uninterrupted == from_file == sharded

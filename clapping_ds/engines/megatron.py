@@ -23,7 +23,7 @@ from clapping_ds.engines.megatron_host import (
     get_schedule_table,
 )
 from clapping_ds.engines.stage import SENDING_ENDS, Stage
-from clapping_ds.transport import gather, group_ranks, rank
+from clapping_ds.transport import gather, group_ranks, rank, world_size
 
 GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
 
@@ -82,11 +82,11 @@ class MegatronPipeline:
         self.measures_error = False
         """Whether the relative error of messages is measured; costs a pass over each."""
         # State
-        self.fresh_samples = 0
-        """Samples drawn by this data-parallel replica."""
+        self.consumed_samples = 0
+        """Samples drawn by all data-parallel replicas: a resumed run's data starts after as many."""
         self.chunks = Chunks([], 0, 0, torch.float32, tells_shapes=False)
         self._was_called = False
-        self._micro_batch_size = 0
+        self._sizes: tuple[Any, ...] = ()
         if self.config.enabled:
             self._start(model_config)
 
@@ -155,6 +155,10 @@ class MegatronPipeline:
             check_first_call(data_iterators, len(stages), options, facts, model_config)
             self._was_called = True
         check_call(data_iterators, len(stages), options)
+        sizes = micro_batch_size, options.get("seq_length")
+        if sizes != self._sizes and not self.chunks.tells_shapes:
+            self.chunks.forget()
+        self._sizes = sizes
         self.chunks.rescale_gradients(loss_scale(model_config, self.device))
         group_size = model_config.microbatch_group_size_per_vp_stage
         table = get_schedule_table(num_micro_batches, len(stages), group_size)
@@ -163,18 +167,13 @@ class MegatronPipeline:
         lazy = [
             None if draw is None else LazyIterator(stage) for draw, stage in zip(draws, stages, strict=True)
         ]
-        self._micro_batch_size = micro_batch_size
         return ClappingCommunicator(self.groups.pp, model_config, self.chunks), lazy
 
     def end_step(self) -> None:
         """After the schedule. Waits until the step's last messages have gone."""
         self.chunks.end_step()
-        self.fresh_samples += sum(self.chunks.stages[0].fresh) * self._micro_batch_size
-
-    @property
-    def consumed_samples(self) -> int:
-        """Samples drawn by all data-parallel replicas: a resumed run's data starts after as many."""
-        return self.fresh_samples * self.groups.dp.size()
+        micro_batch_size, _ = self._sizes
+        self.consumed_samples += sum(self.chunks.stages[0].fresh) * micro_batch_size * self.groups.dp.size()
 
     # Checkpoints
 
@@ -182,21 +181,23 @@ class MegatronPipeline:
         """What each rank must save, in a file of its own, between two steps: samples, position, held
         batches, memories. With `checkpoint_memory` false: samples alone."""
         stages = self.chunks.state_dict() if self.config.checkpoint_memory else {}
-        return {"fresh_samples": self.fresh_samples, "stages": stages}
+        return {"consumed_samples": self.consumed_samples, "sizes": self._sizes, "stages": stages}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
         what is held, so that the next step is all fresh, and says why. The count of samples is kept if any
         rank has it. A collective of all ranks."""
-        counts = gather(None if state is None else state["fresh_samples"])
-        self.fresh_samples = max((count for count in counts if count is not None), default=self.fresh_samples)
+        counts = gather(None if state is None else state["consumed_samples"])
+        known = [count for count in counts if count is not None]
+        self.consumed_samples = max(known, default=self.consumed_samples)
+        self._sizes = () if state is None else state["sizes"]
         return self.chunks.load_state_dict({} if state is None else state["stages"])
 
     def sharded_state_dict(self, prefix: str = "clapping.") -> dict[str, Any]:
-        """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank."""
-        found = gather(None)
+        """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank. To be
+        left out of what is loaded where the number of ranks is another."""
         key = f"{prefix}state"
-        return {key: ShardedObject(key, self.state_dict(), (len(found),), (rank(),))}
+        return {key: ShardedObject(key, self.state_dict(), (world_size(),), (rank(),))}
 
     # Figures
 

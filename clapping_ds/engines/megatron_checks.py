@@ -7,7 +7,7 @@ from typing import Any
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.engines.handshake import agreed_config, check_equal, on_every_rank
-from clapping_ds.engines.megatron_host import P2PCommunicator
+from clapping_ds.engines.megatron_host import VERSION, P2PCommunicator
 
 Source = Mapping[str, Any] | str | Path
 
@@ -25,6 +25,7 @@ def agreed(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
         "pipeline_dtype": model_config.pipeline_dtype,
         "variable_seq_lengths or mtp_standalone": tells_shapes(model_config),
         "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
+        "megatron.core.__version__": VERSION,
     }
     config = agreed_config(block, facts)
     if config.enabled:

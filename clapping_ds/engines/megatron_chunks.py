@@ -112,6 +112,11 @@ class Chunks:
             stage.step = self.stages[0].step
         return why
 
+    def forget(self) -> None:
+        """Forgets what is held: the next step is all fresh."""
+        for stage in self.stages:
+            stage.forget()
+
     def send(self, end: str, value: torch.Tensor) -> None:
         """Sends an end's next message."""
         if value.dtype != self.dtype:

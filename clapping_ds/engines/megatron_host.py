@@ -2,9 +2,10 @@
 
 import inspect
 
-TESTED = "megatron-core 0.16.1"
+TESTED = "megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.0"
 
 try:
+    from megatron.core import __version__ as VERSION  # noqa: F401
     from megatron.core.dist_checkpointing.mapping import ShardedObject as ShardedObject
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator as P2PCommunicator
     from megatron.core.pipeline_parallel.schedules import get_schedule_table as get_schedule_table

@@ -55,9 +55,11 @@ class Compression:
 
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
+        if self.pipeline.config.p_new < 1:
+            _refuse_phases()
         if self.resumed is not None and self.pipeline.config.enabled:
             reason = self.pipeline.load_state_dict(state_file.read(self.resumed, self.pipeline.device))
-            if reason is not None and self.is_first_rank:
+            if reason is not None and self.is_first_rank and self.pipeline.config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
 
     def of(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +71,8 @@ class Compression:
                 from megatron.core.utils import get_model_config
 
                 self.start(get_model_config(model[0] if isinstance(model, list) else model))
+            if not forward_only:
+                _refuse_a_second_run()
             before = self.pipeline.consumed_samples
             result = self.pipeline.wrap(original)(model=model, forward_only=forward_only, **options)
             if self.pipeline.config.enabled and not forward_only:
@@ -86,11 +90,38 @@ class Compression:
             print(f"clapping, sent by rank 0:\n{telemetry.table(rows)}", flush=True)
 
 
+def _arguments() -> Any:
+    """Megatron-LM's; None without its loop."""
+    training = sys.modules.get("megatron.training")
+    return None if training is None else training.get_args()
+
+
 def _give_back(num_samples: int) -> None:
     """Samples of a step that were not drawn. Megatron-LM's loop is going to add all of the step."""
-    training = sys.modules.get("megatron.training")
-    if training is not None:
-        training.get_args().consumed_train_samples -= num_samples
+    arguments = _arguments()
+    if arguments is not None:
+        arguments.consumed_train_samples -= num_samples
+
+
+def _refuse_phases() -> None:
+    if getattr(_arguments(), "phase_transition_iterations", None):
+        raise ValueError(
+            "--phase-transition-iterations with p_new < 1: Megatron-LM takes a phase's data position from "
+            "its iterations, each of which draws less than a batch; accepted: p_new = 1, or one phase"
+        )
+
+
+def _refuse_a_second_run() -> None:
+    """Of a training step: it would toss another coin and change memories again. The same on every rank."""
+    if _arguments() is not None:
+        from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+        state = get_rerun_state_machine().state.name
+        if state.startswith("RERUNNING"):
+            raise ValueError(
+                f"Megatron-LM rejected a result of this step and runs it again ({state}), which compressed "
+                "traffic does not allow; accepted: --rerun-mode disabled"
+            )
 
 
 _APPLIED: list[Patch] = []

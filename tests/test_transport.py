@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clapping_ds.transport import Buffers, Wire, all_agree, direction_groups, gather
+from clapping_ds.engines.peers import make_peers
+from clapping_ds.transport import Buffers, Wire, all_agree, direction_groups, gather, group_ranks
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,22 @@ def send_without_a_receiver():
 
 def test_sends_do_not_wait_for_the_peer(two_ranks):
     assert two_ranks.run(send_without_a_receiver) == [1, 0]
+
+
+def peers_of_links():
+    """By stage and neighbour: the peer's rank; and, for each of the peers' groups, its ranks. Of two
+    pipelines, in which the second of three stages has a rank of its own."""
+    peers = make_peers([[0, 2], [1, 3]], [0, 1, 0], CPU, timeout_s=60)
+    groups = {id(group): group for peer in peers.values() for group in peer[1:]}
+    ranks = {between: peer.rank for between, peer in peers.items()}
+    return ranks, sorted(group_ranks(group) for group in groups.values())
+
+
+def test_every_direction_of_every_link_has_a_group_of_its_own(four_ranks):
+    for rank, (peers, groups) in enumerate(four_ranks.run(peers_of_links)):
+        first = rank % 2
+        assert groups == [[first, first + 2]] * 4
+        assert peers == {(0, 1): first + 2, (1, 0): first, (1, 2): first, (2, 1): first + 2}
 
 
 def blocking():

@@ -25,9 +25,10 @@ def write(state: dict[str, Any], folder: Path) -> None:
 
 
 def read(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """This rank's state; None where there is no file, or none that can be read."""
+    """This rank's state; None where there is no file, or none that can be read. As hosts do with their own
+    files, it loads whatever objects held batches are made of: a checkpoint must come from who is trusted."""
     try:
-        state: dict[str, Any] = torch.load(path_in(folder), map_location=device)
+        state: dict[str, Any] = torch.load(path_in(folder), map_location=device, weights_only=False)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
         return None
     return state

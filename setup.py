@@ -21,7 +21,7 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "megatron": ["megatron-core>=0.16,<0.17"],
+        "megatron": ["megatron-core>=0.16,<0.20"],
         "launch": ["tqdm>=4.60", "tokenizers>=0.20", "matplotlib>=3.8"],
         "dev": [
             "megatron-core>=0.16,<0.17",

@@ -47,6 +47,7 @@ def on_cpu() -> Iterator[None]:
     with (
         CpuForCuda(),
         mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")),
+        mock.patch("torch.cuda.current_stream"),
         mock.patch("torch.cuda.synchronize"),
         mock.patch("megatron.core.tensor_parallel.model_parallel_cuda_manual_seed", _no_tracker),
     ):

@@ -17,7 +17,7 @@ import typing_extensions
 
 from tests.megatron_cpu import on_cpu
 
-NAMED = ("Stream", "current_stream", "empty_cache", "memory_stats", "set_device", "set_rng_state", "stream")
+NAMED = ("Stream", "empty_cache", "memory_stats", "set_device", "set_rng_state", "stream")
 MEASURED = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 

@@ -80,13 +80,17 @@ def bound_s(compute: Compute, wire: Wire, micro_batches: int) -> float:
 
 
 def timing(rounds: Sequence[Answers]) -> dict[str, float]:
-    """Medians over the measured steps of one run; of encode_s and decode_s, which differ from message to
-    message, over the steps' means. overhead_s is of the first stage, which is the last to finish."""
+    """Medians over the measured steps of one run: of the step, of a micro-batch's passes, of the steps' means
+    of these (a step takes as long as all its micro-batches, slow ones included) and of the steps' means of
+    encode_s and decode_s, which differ from message to message. overhead_s is of the first stage, which is
+    the last to finish."""
     steps_s = [max(answer["step_s"] for answer in answers) for answers in rounds]
     figures = {"step_s": median(steps_s), "step_min_s": min(steps_s), "step_max_s": max(steps_s)}
     for name in ("forward_s", "backward_s"):
         for stage in (0, 1):
-            figures[f"{name}_{stage}"] = median(chain.from_iterable(a[stage][name] for a in rounds))
+            calls_s = [answers[stage][name] for answers in rounds]
+            figures[f"{name}_{stage}"] = median(chain.from_iterable(calls_s))
+            figures[f"mean_{name}_{stage}"] = median(map(_mean, calls_s))
     for name in ("encode_s", "decode_s"):
         figures[name] = median(_mean([*answers[0][name], *answers[1][name]]) for answers in rounds)
     return figures | {"overhead_s": median(answers[0]["overhead_s"] for answers in rounds)}

@@ -8,8 +8,9 @@
     schedule, in_flight            "stock" or "ours", and the depth; empty for stock
     num_stages, micro_batches
     bandwidth_bytes_per_s, latency_s
-    forward_s_0, backward_s_0 ...  per stage and micro-batch
-    encode_s, decode_s             per message
+    mean_forward_s_0 ...           per stage and micro-batch, of a step
+    mean_backward_s_0 ...
+    encode_s, decode_s             per message, of a step
     overhead_s                     per step, after the last backward
     key_bytes, delta_bytes         of a fresh slot's message and of a reused slot's
     fresh_share                    of slots, which are fresh as with `refresh` "cycle"
@@ -44,7 +45,7 @@ def measured_step(row: Mapping[str, str]) -> Step:
     num_stages = int(row["num_stages"])
     codec_s = float(row["encode_s"]), float(row["decode_s"])
     stages = tuple(
-        Stage(float(row[f"forward_s_{i}"]), float(row[f"backward_s_{i}"]), *codec_s)
+        Stage(float(row[f"mean_forward_s_{i}"]), float(row[f"mean_backward_s_{i}"]), *codec_s)
         for i in range(num_stages)
     )
     buffer_bytes = float(row.get("buffer_bytes") or SOCKET_BUFFER_BYTES)

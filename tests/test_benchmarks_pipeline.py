@@ -72,6 +72,7 @@ def test_times_are_medians_and_a_step_lasts_as_long_as_its_slower_rank():
     figures = timing([[answer(5.0), answer(7.0)], [answer(6.0), answer(6.0)], [answer(9.0), answer(1.0)]])
     assert (figures["step_s"], figures["step_min_s"], figures["step_max_s"]) == (7.0, 6.0, 9.0)
     assert (figures["forward_s_0"], figures["backward_s_1"]) == (1.0, 2.0)
+    assert figures["mean_forward_s_0"] == 2.0
     assert figures["encode_s"] == pytest.approx(0.2)
     assert (figures["decode_s"], figures["overhead_s"]) == (0.0, 0.5)
 

@@ -232,8 +232,8 @@ def test_steps_that_do_not_fit_together_are_refused():
 def measured_row(off=1.0):
     row = {
         "run": "fc", "rho": 1, "schedule": "ours", "in_flight": 1, "num_stages": 2, "micro_batches": 8,
-        "bandwidth_bytes_per_s": 1e6, "latency_s": 0.01, "forward_s_0": F, "backward_s_0": B,
-        "forward_s_1": F, "backward_s_1": B, "encode_s": 0.1, "decode_s": 0.1, "overhead_s": 0.5,
+        "bandwidth_bytes_per_s": 1e6, "latency_s": 0.01, "mean_forward_s_0": F, "mean_backward_s_0": B,
+        "mean_forward_s_1": F, "mean_backward_s_1": B, "encode_s": 0.1, "decode_s": 0.1, "overhead_s": 0.5,
         "key_bytes": 4e6, "delta_bytes": 1e6, "fresh_share": 0.5,
     }  # fmt: skip
     step = simulate.measured_step({name: str(value) for name, value in row.items()})

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -204,9 +204,16 @@ def report(rows: list[dict[str, Any]], size: Size, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three speeds, fewer micro-batches: 3 minutes")
+    parser.add_argument("--rhos", type=float, nargs="*", help="speeds besides the link without a limit")
+    parser.add_argument("--rounds", type=int, help="measured steps of each run")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     size = QUICK if options.quick else Size()
+    size = replace(
+        size,
+        rhos=size.rhos if options.rhos is None else (UNSHAPED, *options.rhos),
+        rounds=options.rounds or size.rounds,
+    )
     if lacks := missing():
         raise SystemExit(
             "benchmarks.pipeline makes network namespaces and shapes the link between them: it needs root, "

@@ -55,11 +55,12 @@ class Compression:
 
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
-        if self.pipeline.config.p_new < 1:
+        config = self.pipeline.config
+        if config.enabled and config.p_new < 1:
             _refuse_phases()
-        if self.resumed is not None and self.pipeline.config.enabled:
+        if config.enabled and self.resumed is not None:
             reason = self.pipeline.load_state_dict(state_file.read(self.resumed, self.pipeline.device))
-            if reason is not None and self.is_first_rank and self.pipeline.config.checkpoint_memory:
+            if reason is not None and self.is_first_rank and config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
 
     def of(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,14 +72,14 @@ class Compression:
                 from megatron.core.utils import get_model_config
 
                 self.start(get_model_config(model[0] if isinstance(model, list) else model))
-            if not forward_only:
-                _refuse_a_second_run()
+            if forward_only or not self.pipeline.config.enabled:
+                return original(model=model, forward_only=forward_only, **options)
+            _refuse_a_second_run()
             before = self.pipeline.consumed_samples
-            result = self.pipeline.wrap(original)(model=model, forward_only=forward_only, **options)
-            if self.pipeline.config.enabled and not forward_only:
-                num_samples = options["num_microbatches"] * options["micro_batch_size"]
-                fresh = self.pipeline.consumed_samples - before
-                _give_back(num_samples * self.pipeline.groups.dp.size() - fresh)
+            result = self.pipeline.wrap(original)(model=model, **options)
+            num_samples = options["num_microbatches"] * options["micro_batch_size"]
+            fresh = self.pipeline.consumed_samples - before
+            _give_back(num_samples * self.pipeline.groups.dp.size() - fresh)
             return result
 
         return run

@@ -38,14 +38,16 @@ def patches(compression: "Compression") -> list[Patch]:
 
     def saving(original: Callable[..., None]) -> Callable[..., None]:
         @wraps(original)
-        def save(iteration: int, *arguments: Any, non_persistent_ckpt: bool = False, **options: Any) -> None:
-            pipeline, target = compression.pipeline, folder(training.get_args().save, iteration)
-            is_ours = pipeline is not None and pipeline.config.enabled and not non_persistent_ckpt
-            if is_ours:  # no rank leaves `original` before all have entered it: old and new files never mix
-                state_file.path_in(target).unlink(missing_ok=True)
-            original(iteration, *arguments, non_persistent_ckpt=non_persistent_ckpt, **options)
-            if is_ours:
-                state_file.write(pipeline.state_dict(), target)
+        def save(iteration: int, *arguments: Any, **options: Any) -> None:
+            pipeline = compression.pipeline
+            is_ours = pipeline is not None and pipeline.config.enabled
+            if not is_ours or options.get("non_persistent_ckpt"):
+                return original(iteration, *arguments, **options)
+            target = folder(training.get_args().save, iteration)
+            # No rank leaves `original` before all have entered it, so old and new files never mix.
+            state_file.path_in(target).unlink(missing_ok=True)
+            original(iteration, *arguments, **options)
+            state_file.write(pipeline.state_dict(), target)
 
         return save
 

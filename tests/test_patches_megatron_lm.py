@@ -193,6 +193,28 @@ def refused_in_a_phase_or_a_second_run():
     return found
 
 
+def disabled_in_a_phase(folder):
+    """Whether a disabled block trains and saves as if it were not there."""
+    from patches import megatron_lm
+    from patches.megatron_lm_checkpoints import GROUPS, LOAD, SAVE
+
+    with megatron_training(folder, SAVE + GROUPS, LOAD + GROUPS, 0) as training:
+        training.get_args().phase_transition_iterations = [100]
+        stock, _ = megatron_cpu.train(None, 2)
+        megatron_lm.apply({"clapping": {"enabled": False}})
+        try:
+            losses, _ = megatron_cpu.train(None, 2)
+            training.save_checkpoint(4, *[None] * 4)
+        finally:
+            megatron_lm.undo()
+            free_groups()
+    return losses == stock and not folder.exists()
+
+
+def test_a_disabled_block_changes_nothing(two_ranks, tmp_path):
+    assert two_ranks.run(disabled_in_a_phase, tmp_path / "checkpoints") == [True, True]
+
+
 def test_what_would_lose_data_or_change_memories_twice_is_refused(two_ranks):
     for phases, second_run in two_ranks.run(refused_in_a_phase_or_a_second_run):
         assert phases.startswith("--phase-transition-iterations with p_new < 1: ")

@@ -26,7 +26,8 @@ def make_peers(
                 have no link
     """
     peers = {}
-    for stage, following in zip(range(len(places)), range(1, len(places)), strict=False):
+    for stage in range(len(places) - 1):
+        following = stage + 1
         for ranks in pipelines if places[stage] != places[following] else []:
             ends = ranks[places[stage]], ranks[places[following]]
             groups = direction_groups(ends, device, timeout_s)

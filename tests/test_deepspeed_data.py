@@ -2,6 +2,7 @@
 iterators that end."""
 
 from itertools import islice
+from unittest import mock
 
 import pytest
 import torch
@@ -95,9 +96,8 @@ def from_training_data(block, stock=False):
     """DeepSpeed's loader without its two worker processes, which take ten seconds to end."""
     tokens, labels = zip(*islice(models.batches(size=1), 64), strict=True)
     data = torch.utils.data.TensorDataset(torch.cat(tokens), torch.cat(labels))
-    DeepSpeedDataLoader.__init__ = without_workers
-    engine = models.make_engine(block, stock=stock, training_data=data)
-    DeepSpeedDataLoader.__init__ = LOADER_INIT
+    with mock.patch.object(DeepSpeedDataLoader, "__init__", without_workers):
+        engine = models.make_engine(block, stock=stock, training_data=data)
     return [float(engine.train_batch()) for _ in range(3)]
 
 

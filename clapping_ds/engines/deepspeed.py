@@ -88,14 +88,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
         }
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         peers = make_peers(pipelines, range(self.num_stages), self.device, self.clapping.timeout_s)
-        self._stage = Stage(
-            self.clapping,
-            self.stage_id,
-            peers.get((self.stage_id, self.stage_id - 1)),
-            peers.get((self.stage_id, self.stage_id + 1)),
-            self.device,
-            self.grid.get_data_parallel_id(),
-        )
+        replica = self.grid.get_data_parallel_id()
+        self._stage = Stage(self.clapping, self.stage_id, peers, self.device, replica)
         self._tuning = Tuning(self._stage, self.num_stages)
         self._shapes = Shapes(self)
         dtype = self.communication_data_type or torch.float32

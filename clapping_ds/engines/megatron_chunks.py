@@ -108,7 +108,7 @@ class Chunks:
         ]
         why = next(filter(None, reasons), None)
         for stage in self.stages if why is not None else []:
-            stage.load_state_dict(None, 0)
+            stage.forget()
             stage.step = self.stages[0].step
         return why
 
@@ -197,10 +197,7 @@ def make_stages(
     num_ranks, place = len(ranks), ranks.index(rank)
     peers = make_peers(pipelines, [*range(num_ranks)] * num_chunks, device, config.timeout_s)
     stage_ids = [chunk * num_ranks + place for chunk in range(num_chunks)]
-    return [
-        Stage(config, id_, peers.get((id_, id_ - 1)), peers.get((id_, id_ + 1)), device, replica)
-        for id_ in stage_ids
-    ]
+    return [Stage(config, stage_id, peers, device, replica) for stage_id in stage_ids]
 
 
 def _tell_shape(wire: Wire, shape: torch.Size) -> None:

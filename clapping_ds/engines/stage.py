@@ -5,7 +5,7 @@ A host's engine calls `begin_step`, then `send` and `receive` in the order of it
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,16 +30,15 @@ SENDING_ENDS = (ACTIVATIONS_TO_NEXT, GRADIENTS_TO_PREVIOUS)
 class Stage:
     """Channel ends and lazy sampling of one rank.
 
-    previous, next   the neighbouring stages; None at the pipeline's ends
-    replica          number of this pipeline among its data-parallel replicas
+    peers     the neighbours of this rank's stages, as `make_peers` gives them
+    replica   number of this pipeline among its data-parallel replicas
     """
 
     def __init__(
         self,
         config: ClappingConfig,
         stage_id: int,
-        previous: Peer | None,
-        next: Peer | None,
+        peers: Mapping[tuple[int, int], Peer],
         device: torch.device,
         replica: int = 0,
     ) -> None:
@@ -51,12 +50,13 @@ class Stage:
         self.device = device
         self.in_flight = 0 if config.in_flight == "auto" else config.in_flight
         self.wires: dict[str, Wire] = {}
+        previous, following = (peers.get((stage_id, stage_id + step)) for step in (-1, 1))
         if previous is not None:
             self.wires[ACTIVATIONS_FROM_PREVIOUS] = self._wire(previous.rank, previous.activations)
             self.wires[GRADIENTS_TO_PREVIOUS] = self._wire(previous.rank, previous.gradients)
-        if next is not None:
-            self.wires[ACTIVATIONS_TO_NEXT] = self._wire(next.rank, next.activations)
-            self.wires[GRADIENTS_FROM_NEXT] = self._wire(next.rank, next.gradients)
+        if following is not None:
+            self.wires[ACTIVATIONS_TO_NEXT] = self._wire(following.rank, following.activations)
+            self.wires[GRADIENTS_FROM_NEXT] = self._wire(following.rank, following.gradients)
         self.channels = {end: self._channel(end, config) for end in self.wires}
         # State
         self.sampler = LazySampler()

@@ -163,7 +163,7 @@ class ClappingPipeline:
         ]
         why = next(filter(None, reasons), None)
         for ends in self.ends if why is not None else []:
-            ends.load_state_dict(None, self.num_slots)
+            ends.forget()
             ends.step = self.ends[0].step
         self._num_drawn = max(counts)
         for ends in self.ends:
@@ -245,8 +245,7 @@ def _ends(config: ClappingConfig, stages: Sequence[ClappingStage], num_slots: in
     peers = make_peers(pipelines, places, stages[0].device, config.timeout_s)
     ends = []
     for index, device in ((stage.stage_index, stage.device) for stage in stages):
-        previous, following_peer = peers.get((index, index - 1)), peers.get((index, index + 1))
-        ends.append(Stage(config, index, previous, following_peer, device, replica))
+        ends.append(Stage(config, index, peers, device, replica))
         for wire in ends[-1].wires.values():
             wire.most_pending = num_slots  # no send waits: whatever the schedule, it cannot deadlock
     return ends

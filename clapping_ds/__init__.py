@@ -3,23 +3,41 @@
 Importing it changes nothing. The names below import their host when they are first used.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from clapping_ds.config import ClappingConfig
+if TYPE_CHECKING:
+    from clapping_ds.config import ClappingConfig
+    from clapping_ds.hosts.deepspeed.enable import enable, initialize
+    from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
+    from clapping_ds.hosts.torch.pipeline import ClappingPipeline
+    from clapping_ds.hosts.torch.stage import ClappingStage
 
 __version__ = "0.1.0"
-__all__ = ["ClappingConfig", "enable", "initialize"]
+
+_HOMES = {
+    "ClappingConfig": "clapping_ds.config",
+    "enable": "clapping_ds.hosts.deepspeed.enable",
+    "initialize": "clapping_ds.hosts.deepspeed.enable",
+    "MegatronPipeline": "clapping_ds.hosts.megatron.pipeline",
+    "ClappingPipeline": "clapping_ds.hosts.torch.pipeline",
+    "ClappingStage": "clapping_ds.hosts.torch.stage",
+}
+__all__ = [
+    "ClappingConfig",
+    "ClappingPipeline",
+    "ClappingStage",
+    "MegatronPipeline",
+    "enable",
+    "initialize",
+]
 
 
-def enable() -> None:
-    """From now on `deepspeed.initialize` heeds the `"clapping"` block. Patches nothing else."""
-    from clapping_ds.engines import deepspeed_enable
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-    deepspeed_enable.enable()
 
-
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Takes the place of `deepspeed.initialize`: same arguments, same result, "clapping" heeded."""
-    from clapping_ds.engines import deepspeed_enable
-
-    return deepspeed_enable.initialize(*args, **kwargs)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

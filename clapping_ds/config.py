@@ -1,16 +1,25 @@
-"""The `"clapping"` block of a DeepSpeed JSON as one frozen model. Every check of it is made here."""
+"""The `"clapping"` block of a DeepSpeed JSON as one frozen model, and the plan of each direction.
 
+Every check of the block is made here, and everything that depends on the strategy is resolved here, once,
+into a `Plan` per direction: nothing below asks the configuration what a strategy means.
+
+`python -m clapping_ds.config` prints the block's JSON schema, which `clapping_ds/schema.json` is.
+"""
+
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from clapping_ds.codecs import CODECS, AnyCodec, Codec, Quantizer, RandK, Raw, TopK, bits_per_value
-from clapping_ds.codecs.grouped import GroupedCodec
-from clapping_ds.codecs.protocol import STRICT, GroupSize
+from clapping_ds.codecs import CODECS, AnyCodec, Codec, Eden, Quantizer, RandK, Raw, TopK, bits_per_value
+from clapping_ds.codecs.base import STRICT
 
 BLOCK_NAME = "clapping"
+DIRECTIONS = ("activations", "gradients")
 
 
 def _shown(value: object) -> str:
@@ -27,6 +36,37 @@ def _named(codec: Any) -> Any:
     return {"name": codec} if isinstance(codec, str) else codec
 
 
+CodecConfig = Annotated[
+    AnyCodec,
+    Field(discriminator="name"),
+    BeforeValidator(_named, json_schema_input_type=Literal[tuple(CODECS)] | AnyCodec),
+]
+
+
+class DirectionConfig(BaseModel):
+    """How one direction, `activations` or `gradients`, is compressed."""
+
+    model_config = STRICT
+
+    codec: CodecConfig | None = None
+    """With the strategy `direct`: the codec of every message. Default: eden4."""
+    key: CodecConfig | None = None
+    """With `key_delta`: the codec of fresh slots."""
+    delta: CodecConfig | None = None
+    """With `fu`, `fc` and `key_delta`: the codec of reused slots. Default of `fu` and `fc`: eden4."""
+    base: Literal["reset", "carry"] | None = None
+    """With `fc` and `key_delta`: what a key message is the difference to, zero or the memory. Default: carry
+    for `topk`, `randk` and `lowrank`."""
+    min_numel: Annotated[int, Field(ge=0)] = 4096
+    """Floating tensors with fewer values travel raw."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        for field in ("codec", "key", "delta"):
+            _check_block(field, getattr(self, field), self.min_numel)
+        return self
+
+
 def _check_block(key: str, codec: Codec | None, min_numel: int) -> None:
     if isinstance(codec, TopK | RandK) and codec.block > min_numel:
         raise ValueError(
@@ -35,48 +75,15 @@ def _check_block(key: str, codec: Codec | None, min_numel: int) -> None:
         )
 
 
-CodecConfig = Annotated[AnyCodec, Field(discriminator="name")]
-
-
-class DirectionConfig(BaseModel):
-    """How one direction, `activations` or `gradients`, is compressed."""
+class LazyConfig(BaseModel):
+    """Lazy sampling: which slots of a step get a new sample."""
 
     model_config = STRICT
 
-    key: CodecConfig | None = None
-    """Codec of fresh slots. Default: what the strategy says (`fu`: none, `fc`: as `delta`)."""
-    delta: CodecConfig = Field(default_factory=lambda: Quantizer(name="int4"))
-    """Codec of reused slots; with the strategy `direct`, of every message."""
-    group_size: GroupSize = 128
-    """Values per scale, for the codecs of this direction that do not set their own."""
-    base: Literal["reset", "carry"] | None = None
-    """What a key message is the difference to: zero or the memory. Default: carry for
-    `topk`, `randk` and `lowrank`."""
-    min_numel: Annotated[int, Field(ge=0)] = 4096
-    """Floating tensors with fewer values travel raw."""
-
-    _allow_names = field_validator("key", "delta", mode="before")(_named)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _share_group_size(cls, block: Any) -> Any:
-        if not isinstance(block, Mapping) or "group_size" not in block:
-            return block
-        shared = dict(block)
-        for field in ("key", "delta"):
-            codec = _named(shared.get(field))
-            name = codec.get("name") if isinstance(codec, Mapping) else None
-            if isinstance(name, str) and issubclass(CODECS.get(name, Raw), GroupedCodec):
-                shared[field] = {"group_size": block["group_size"], **codec}
-        if "delta" not in block:
-            shared["delta"] = {"name": "int4", "group_size": block["group_size"]}
-        return shared
-
-    @model_validator(mode="after")
-    def _blocks_fit(self) -> Self:
-        for field in ("key", "delta"):
-            _check_block(field, getattr(self, field), self.min_numel)
-        return self
+    p_new: Annotated[float, Field(ge=1e-6, le=1)] = 0.5
+    """Probability that a slot's sample is new."""
+    refresh: Literal["step", "slot", "cycle"] = "step"
+    """One coin per step (the paper), one per slot, or round robin."""
 
 
 class MemoryConfig(BaseModel):
@@ -101,7 +108,8 @@ class LinksConfig(BaseModel):
     ladder: list[CodecConfig] = Field(
         default=[Quantizer(name="int8"), Quantizer(name="int4"), Quantizer(name="int2")], min_length=1
     )
-    """Delta codecs to choose from besides `none`, lightest compression first."""
+    """Codecs to choose from besides `none`, lightest compression first: in place of `codec` with the strategy
+    `direct`, of `delta` with the others."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Part of the step time that a heavier codec must save to be preferred to a lighter one."""
     write: str | None = None
@@ -109,15 +117,87 @@ class LinksConfig(BaseModel):
     read: str | None = None
     """File of an earlier decision, used in place of measuring."""
 
-    _allow_names = field_validator("ladder", mode="before")(
-        lambda ladder: [_named(codec) for codec in ladder] if isinstance(ladder, list) else ladder
-    )
-
     @model_validator(mode="after")
     def _reads_or_writes(self) -> Self:
         if self.read is not None and self.write is not None:
             raise ValueError(f"write = {_shown(self.write)} together with read; accepted: one of them")
         return self
+
+    @model_validator(mode="after")
+    def _lightest_first(self) -> Self:
+        bits = [(codec.name, bits_per_value(codec, torch.float32)) for codec in self.ladder]
+        for (before, more), (after, fewer) in pairwise(bits):
+            if fewer > more:
+                raise ValueError(
+                    f"ladder has {after} ({fewer:.4g} bits per value) after {before} ({more:.4g}); accepted: "
+                    "lightest compression first"
+                )
+        return self
+
+
+def _links(links: object) -> object:
+    if links is None or isinstance(links, Mapping | LinksConfig):
+        return links
+    if links != "auto":
+        raise ValueError("'auto', or an object with the keys " + ", ".join(LinksConfig.model_fields))
+    return {}
+
+
+def _depth(depth: object) -> object:
+    if depth == "auto" or (isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0):
+        return depth
+    raise ValueError("'auto', or a whole number of micro-batches from 0")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one direction of a link is compressed, whatever the strategy.
+
+    fresh slot:    m <- base + K(v - base)       base = m if it carries, else 0
+    reused slot:   m <- m + D(v - m)
+    """
+
+    key: Codec
+    """K."""
+    delta: Codec
+    """D. Never used where all slots are fresh."""
+    key_is_delta: bool
+    """Whether another delta codec is another key codec as well."""
+    base: Literal["reset", "carry"] | None
+    min_numel: int
+    p_new: float
+    memory: MemoryConfig
+
+    @property
+    def carries(self) -> bool:
+        """Whether a key message is the difference to the memory."""
+        return self.key.carries_by_default if self.base is None else self.base == "carry"
+
+    @property
+    def holds_memory(self) -> bool:
+        """Whether some message is the difference to a memory."""
+        deltas_need_it = self.p_new < 1 and not isinstance(self.delta, Raw)
+        return deltas_need_it or (self.carries and not isinstance(self.key, Raw))
+
+    def with_codec(self, codec: Codec) -> "Plan":
+        """The same with the codec that `links` chose; with `none` every message is raw."""
+        key = codec if self.key_is_delta or isinstance(codec, Raw) else self.key
+        return replace(self, key=key, delta=codec)
+
+    def mean_bits_per_value(self, dtype: torch.dtype) -> float:
+        """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta)."""
+        return self.p_new * bits_per_value(self.key, dtype) + (1 - self.p_new) * bits_per_value(
+            self.delta, dtype
+        )
+
+
+ACCEPTED = {
+    "direct": ("codec",),
+    "fu": ("delta",),
+    "fc": ("delta", "base"),
+    "key_delta": ("key", "delta", "base"),
+}
+"""What a direction may hold besides `min_numel`, by strategy."""
 
 
 class ClappingConfig(BaseModel):
@@ -127,27 +207,30 @@ class ClappingConfig(BaseModel):
 
     enabled: bool = True
     """False: the stock engine runs."""
-    strategy: Literal["fu", "fc", "direct"] = "fu"
-    """Key messages uncompressed (`fu`), compressed as deltas are (`fc`), or no memory (`direct`)."""
-    p_new: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Probability that a slot's sample is new. 1: never reuse. Not with `direct`."""
-    refresh: Literal["step", "slot", "cycle"] = "step"
-    """One coin per step, one per slot, or round robin."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 1234
-    """Of the coin. Every rank must have the same."""
+    strategy: Literal["direct", "fu", "fc", "key_delta"] = "direct"
+    """No memory (`direct`); or deltas to a memory and lazy sampling, with keys that are uncompressed (`fu`),
+    compressed as deltas are (`fc`), or with a codec of their own (`key_delta`)."""
     activations: DirectionConfig = Field(default_factory=DirectionConfig)
     gradients: DirectionConfig = Field(default_factory=DirectionConfig)
-    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    lazy: LazyConfig | None = None
+    """Not with `direct`. None: its defaults."""
+    memory: MemoryConfig | None = None
+    """Not with `direct`. None: its defaults."""
     overlap: bool = True
     """Messages travel while the stages compute. False: sends block, as in the stock engine."""
-    in_flight: int | Literal["auto"] = "auto"
+    in_flight: Annotated[int | Literal["auto"], BeforeValidator(_depth)] = "auto"
     """Micro-batches that each link holds beyond stock 1F1B, to hide its latency and transfer time.
     `auto`: after the first steps, as many as the measured links need and memory allows."""
-    links: LinksConfig | None = None
+    links: Annotated[
+        LinksConfig | None,
+        BeforeValidator(_links, json_schema_input_type=LinksConfig | Literal["auto"] | None),
+    ] = None
     """`auto`: the codec of each link is chosen after the first steps. None: as configured."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 1234
+    """Of the coin, and of what codecs draw at random. Every rank must have the same."""
     checkpoint_memory: bool = True
     """Whether checkpoints hold memories and held batches. False: the step after a load is all fresh."""
-    timeout_s: Annotated[float, Field(gt=0, le=1e9)] = 1800.0
+    timeout_s: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """How long a message of a peer is waited for before that is an error."""
     verify: bool = False
     """Messages carry a header with checksums, and any difference between the two ends is an error."""
@@ -156,21 +239,46 @@ class ClappingConfig(BaseModel):
     start, then the same bits in a fraction of the time. Needs torch 2.13 and a C++ compiler; GPUs have
     their own kernels."""
 
-    @field_validator("in_flight", mode="before")
-    @classmethod
-    def _depth(cls, depth: object) -> object:
-        if depth == "auto" or (isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0):
-            return depth
-        raise ValueError("'auto', or a whole number of micro-batches from 0")
+    @model_validator(mode="after")
+    def _says_only_what_happens(self) -> Self:
+        for name in DIRECTIONS:
+            given = getattr(self, name)
+            for field in ("codec", "key", "delta", "base"):
+                value = getattr(given, field)
+                if value is not None and field not in ACCEPTED[self.strategy]:
+                    text = value if isinstance(value, str) else value.name
+                    raise ValueError(
+                        f"{name}.{field} = {text!r} with strategy = {self.strategy!r}; accepted: "
+                        + ", ".join((*ACCEPTED[self.strategy], "min_numel"))
+                    )
+                if value is None and self.strategy == "key_delta" and field in ("key", "delta"):
+                    raise ValueError(
+                        f"{name}.{field} is missing with strategy = 'key_delta'; accepted: a codec"
+                    )
+        for field in ("lazy", "memory") if self.strategy == "direct" else ():
+            if getattr(self, field) is not None:
+                raise ValueError(
+                    f"{field} = {_shown(getattr(self, field).model_dump())} with strategy = 'direct', which "
+                    "has no memory and makes every step fresh; accepted: null, or strategy = 'fu', 'fc' or "
+                    "'key_delta'"
+                )
+        return self
 
-    @field_validator("links", mode="before")
-    @classmethod
-    def _auto_links(cls, links: object) -> object:
-        if links is None or isinstance(links, Mapping | LinksConfig):
-            return links
-        if links != "auto":
-            raise ValueError("'auto', or an object with the keys " + ", ".join(LinksConfig.model_fields))
-        return {}
+    @model_validator(mode="after")
+    def _memories_are_used(self) -> Self:
+        if self.strategy == "direct":
+            return self
+        for name, plan in self.plans.items():
+            if plan.base is not None and isinstance(plan.key, Raw):
+                raise ValueError(
+                    f"{name}.base = {plan.base!r} with a key that is sent as it is; accepted: no base"
+                )
+        if self.plan("activations").p_new == 1 and not any(p.holds_memory for p in self.plans.values()):
+            raise ValueError(
+                "lazy.p_new = 1: no sample is seen again, so that no delta is ever sent; accepted: less than "
+                "1, or strategy = 'direct'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ladder_fits(self) -> Self:
@@ -185,23 +293,6 @@ class ClappingConfig(BaseModel):
             raise ValueError(f"in_flight = {_shown(self.in_flight)} with overlap = false; accepted: 0")
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _direct_is_all_fresh(cls, block: Any) -> Any:
-        if not isinstance(block, Mapping) or block.get("strategy") != "direct":
-            return block
-        if block.get("p_new", 1) != 1:
-            p_new = _shown(block["p_new"])
-            raise ValueError(f"p_new = {p_new} with strategy = 'direct', all fresh; accepted: no p_new, or 1")
-        for name in ("activations", "gradients"):
-            direction = block.get(name)
-            if isinstance(direction, Mapping) and direction.get("key") is not None:
-                raise ValueError(
-                    f"{name}.key = {_shown(direction['key'])} with strategy = 'direct', which has one codec; "
-                    "accepted: delta alone"
-                )
-        return {"p_new": 1.0, **block}
-
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> "ClappingConfig":
         """Reads `ds_config["clapping"]`; without that key, a configuration that is not enabled.
@@ -215,54 +306,48 @@ class ClappingConfig(BaseModel):
         except ValidationError as error:
             raise ValueError("\n".join(_explained(error))) from None
 
-    def direction(self, name: str) -> DirectionConfig:
-        """The block of the direction `activations` or `gradients`."""
-        return self.activations if name == "activations" else self.gradients
+    @property
+    def sampling(self) -> LazyConfig:
+        """When slots are fresh: with `direct`, always."""
+        return LazyConfig(p_new=1.0) if self.strategy == "direct" else self.lazy or LazyConfig()
 
-    def key_codec(self, name: str) -> Codec:
-        """The codec of fresh slots in a direction."""
-        direction = self.direction(name)
-        if direction.key is not None:
-            return direction.key
-        return Raw() if self.strategy == "fu" else direction.delta
+    def plan(self, direction: str) -> Plan:
+        """How a direction, `activations` or `gradients`, is compressed."""
+        given: DirectionConfig = getattr(self, direction)
+        delta = given.codec or given.delta or Eden(name="eden4")
+        key_is_delta = self.strategy in ("direct", "fc")
+        return Plan(
+            key=given.key or (delta if key_is_delta else Raw()),
+            delta=delta,
+            key_is_delta=key_is_delta,
+            base="reset" if self.strategy == "direct" else given.base,
+            min_numel=given.min_numel,
+            p_new=self.sampling.p_new,
+            memory=self.memory or MemoryConfig(),
+        )
 
-    def delta_codec(self, name: str) -> Codec | None:
-        """The codec of reused slots in a direction; None where no memory is kept."""
-        return None if self.strategy == "direct" else self.direction(name).delta
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """By direction."""
+        return {direction: self.plan(direction) for direction in DIRECTIONS}
 
-    def carries(self, name: str) -> bool:
-        """Whether a key message is the difference to the memory (`carry`) or to zero (`reset`)."""
-        if self.strategy == "direct":
-            return False
-        base = self.direction(name).base
-        return self.key_codec(name).carries_by_default if base is None else base == "carry"
 
-    def with_delta(self, name: str, delta: Codec) -> "ClappingConfig":
-        """The same, but for the codec of one direction; with `none` every message of it is raw."""
-        key = Raw() if isinstance(delta, Raw) and self.strategy != "direct" else self.direction(name).key
-        direction = self.direction(name).model_copy(update={"key": key, "delta": delta})
-        return self.model_copy(update={name: direction})
-
-    def holds_memory(self, name: str) -> bool:
-        """Whether some message of a direction is the difference to a memory."""
-        delta = self.delta_codec(name)
-        if delta is None:
-            return False
-        deltas_need_it = self.p_new < 1 and not isinstance(delta, Raw)
-        keys_need_it = self.carries(name) and not isinstance(self.key_codec(name), Raw)
-        return deltas_need_it or keys_need_it
-
-    def mean_bits_per_value(self, name: str, dtype: torch.dtype) -> float:
-        """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta)."""
-        key_bits = bits_per_value(self.key_codec(name), dtype)
-        delta = self.delta_codec(name)
-        delta_bits = key_bits if delta is None else bits_per_value(delta, dtype)
-        return self.p_new * key_bits + (1 - self.p_new) * delta_bits
+def schema() -> dict[str, Any]:
+    """The JSON schema of a file with a `"clapping"` block; other keys are not looked at."""
+    block = ClappingConfig.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f'A JSON file with a "{BLOCK_NAME}" block',
+        "type": "object",
+        "properties": {BLOCK_NAME: {"$ref": "#/$defs/ClappingConfig"}},
+        "$defs": {**block.pop("$defs"), "ClappingConfig": block},
+    }
 
 
 _MODELS: dict[str, type[BaseModel]] = {
     "activations": DirectionConfig,
     "gradients": DirectionConfig,
+    "lazy": LazyConfig,
     "memory": MemoryConfig,
     "links": LinksConfig,
     **CODECS,
@@ -294,5 +379,9 @@ def _explained(error: ValidationError) -> list[str]:
 def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
     """As the user wrote them: without pydantic's tag of a codec, and in one line."""
     for before, part in zip(("", *path), path, strict=False):
-        if part not in CODECS or not (before in ("key", "delta") or isinstance(before, int)):
+        if part not in CODECS or not (before in ("codec", "key", "delta") or isinstance(before, int)):
             yield str(part) if isinstance(part, int) or part.isidentifier() else _shown(part)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

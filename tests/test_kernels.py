@@ -17,11 +17,26 @@ from clapping_ds.codecs import (
     RandK,
     Raw,
     TopK,
-    grouped,
-    lowrank,
-    randk,
-    raw,
-    topk,
+)
+from clapping_ds.codecs.kernels import (
+    eden_kernel,
+    float8_kernel,
+    grouped_kernel,
+    lowrank_kernel,
+    quant_kernel,
+    randk_kernel,
+    raw_kernel,
+    topk_kernel,
+)
+from clapping_ds.codecs.reference import (
+    eden_reference,
+    float8_reference,
+    grouped_reference,
+    lowrank_reference,
+    quant_reference,
+    randk_reference,
+    raw_reference,
+    topk_reference,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,11 +92,22 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets CPU tensors take the GPU's path."""
-    for module in (grouped, randk, topk):
-        monkeypatch.setattr(module.reference, "encode_", module.encode_triton_)
-        monkeypatch.setattr(module.reference, "decode_", module.decode_triton_)
-    monkeypatch.setattr(raw.reference, "copy_", raw.copy_triton_)
-    monkeypatch.setattr(lowrank.reference, "apply_", lowrank.apply_triton_)
+    for kernel, twin in TWINS.items():
+        for name in ("encode_", "decode_", "encoded", "level", "apply_", "copy_"):
+            if hasattr(twin, name):
+                monkeypatch.setattr(twin, name, getattr(kernel, name))
+
+
+TWINS = {
+    eden_kernel: eden_reference,
+    float8_kernel: float8_reference,
+    grouped_kernel: grouped_reference,
+    lowrank_kernel: lowrank_reference,
+    quant_kernel: quant_reference,
+    randk_kernel: randk_reference,
+    raw_kernel: raw_reference,
+    topk_kernel: topk_reference,
+}
 
 
 def round_trip(codec, value, memory, carry, compiles=False):
@@ -174,7 +200,7 @@ def test_sizes_above_two_to_the_31(codec, monkeypatch):
             (codec.nbytes((num_values,), torch.bfloat16), torch.uint8),
         )
     )
-    num_segments = getattr(codec, "num_segments", 1)
+    num_segments = codec.scheme.num_segments if hasattr(codec, "scheme") else 1
     stretch = num_values // num_segments
     tail = values_of("normal", 1024, torch.bfloat16, seed=3)
     for segment in range(num_segments):

@@ -1,9 +1,9 @@
 """The codecs by name. A codec is a frozen pydantic model: its JSON is its configuration."""
 
+from clapping_ds.codecs.base import COMPRESSIBLE_DTYPES, Codec, Context, bits_per_value
 from clapping_ds.codecs.eden import Eden
 from clapping_ds.codecs.float8 import Float8
 from clapping_ds.codecs.lowrank import LowRank
-from clapping_ds.codecs.protocol import COMPRESSIBLE_DTYPES, Codec, Context, bits_per_value
 from clapping_ds.codecs.quant import Quantizer
 from clapping_ds.codecs.randk import RandK
 from clapping_ds.codecs.raw import Raw

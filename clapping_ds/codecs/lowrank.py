@@ -14,71 +14,21 @@ Wire: P as [r, N], then Q as [r, D], both bfloat16, then padding to 16 bytes. A 
 finite is left out and has NaN in P. r is at most N and D.
 
 The factors come from torch's matrix product and QR; one kernel, used at both ends, multiplies them out
-and steps the memory.
+and updates the memory.
 """
 
+from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import triton
-import triton.language as tl
 from pydantic import BaseModel, Field
 
-from clapping_ds.codecs import memory as mem
-from clapping_ds.codecs.protocol import STRICT, Context, padded
-from clapping_ds.codecs.reference import lowrank as reference
-from clapping_ds.codecs.reference.steps import differences
+from clapping_ds.codecs.base import STRICT, Context, padded
+from clapping_ds.codecs.reference import lowrank_reference
+from clapping_ds.codecs.reference.numerics_reference import differences
 
 LARGEST = 2.0**96
 SMALLEST = 2.0**-100
-BLOCK_N, BLOCK_D = 16, 128
-NUM_WARPS = BLOCK_N * BLOCK_D // 16 // mem.WARP_SIZE
-
-
-@triton.jit
-def apply_kernel(
-    left, right, memory, out, num_rows, num_columns,
-    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_OUT: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    num_rows, num_columns = tl.cast(num_rows, tl.int64), tl.cast(num_columns, tl.int64)
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_row, m_column = o_row < num_rows, o_column < num_columns
-    b_sent = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    b_first = mem.load(left + o_row, m_row)
-    for rank in tl.static_range(RANK):
-        b_left = mem.load(left + rank * num_rows + o_row, m_row)
-        b_right = mem.load(right + rank * num_columns + o_column, m_column)
-        b_sent += b_left[:, None] * b_right[None, :]
-    o_value = o_row[:, None] * num_columns + o_column[None, :]
-    m_value = m_row[:, None] & m_column[None, :]
-    m_finite = (b_first == b_first)[:, None]
-    b_base = mem.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
-    b_memory = mem.step(b_base, tl.where(m_finite, b_sent, 0.0), LIMIT)
-    b_memory = mem.rounded(memory, b_memory)
-    if HAS_OUT:
-        mem.store_both(memory, out, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
-    else:
-        mem.store(memory + o_value, b_memory, m_value & m_finite, EXACT=True)
-
-
-def apply_triton_(
-    left_RN: torch.Tensor,
-    right_RD: torch.Tensor,
-    like: torch.Tensor,
-    out: torch.Tensor | None,
-    context: Context,
-) -> None:
-    """As `reference.apply_`, in one pass on the GPU."""
-    (rank, num_rows), num_columns = left_RN.shape, right_RD.shape[1]
-    memory = context.memory
-    apply_kernel[(triton.cdiv(num_rows, BLOCK_N), triton.cdiv(num_columns, BLOCK_D))](
-        left_RN, right_RD, like if memory is None else memory, like if out is None else out,
-        num_rows, num_columns, RANK=rank, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
-        CARRY=context.carry and memory is not None, HAS_MEMORY=memory is not None,
-        HAS_OUT=out is not None, LIMIT=mem.limit(like, memory),
-    )  # fmt: skip
 
 
 class LowRank(BaseModel):
@@ -105,8 +55,7 @@ class LowRank(BaseModel):
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         left_RN, right_RD, padding = self._sections(payload, value.shape)
         assert context.state is not None
-        base = context.memory if context.carry else None
-        x_ND, _, finite_N = differences(value, base, left_RN.shape[1], right_RD.shape[1])
+        x_ND, _, finite_N = differences(value, context.base, left_RN.shape[1], right_RD.shape[1])
         factor(x_ND, finite_N, context.state, left_RN, right_RD)
         self._apply_(left_RN, right_RD, value, None, context)
         padding.zero_()
@@ -127,8 +76,7 @@ class LowRank(BaseModel):
         context.state.copy_(torch.where((right_RD != 0).any(1, keepdim=True), right_RD, context.state))
         if out is None and context.memory is None:
             return
-        apply_ = apply_triton_ if like.is_cuda else reference.apply_
-        apply_(left_RN, right_RD, like, out, context)
+        _implementation(like).apply_(left_RN, right_RD, like, out, context)
 
     def _sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Rank, rows and columns."""
@@ -160,3 +108,12 @@ def factor(
     left_RN.copy_(basis_NR.T.masked_fill(~finite_N, torch.nan))
     sent_NR = basis_NR.bfloat16().float().masked_fill(~finite_N[:, None], 0.0)
     right_RD.copy_(sent_NR.T @ x_ND * scale)
+
+
+def _implementation(tensor: torch.Tensor) -> ModuleType:
+    """Triton's for a tensor on a GPU, plain torch elsewhere."""
+    if tensor.is_cuda:
+        from clapping_ds.codecs.kernels import lowrank_kernel
+
+        return lowrank_kernel
+    return lowrank_reference

@@ -16,60 +16,18 @@ h is rounded to bfloat16, upwards where rounding is stochastic, so that no value
 of x = fp32(v - m) with "maximum": |x - D(x)| <= h * (1 + 2^-7), stochastic 2h; `grouped` has the rest.
 """
 
-from typing import Any, Literal, Self
+from types import ModuleType
+from typing import Literal, Self
 
-import triton
-import triton.language as tl
 from pydantic import model_validator
 
-from clapping_ds.codecs import memory as mem
-from clapping_ds.codecs.grouped import Family, GroupedCodec
-from clapping_ds.codecs.random_bits import tree_sum
-from clapping_ds.codecs.reference import quant as reference
+from clapping_ds.codecs.grouped import GroupedCodec
+from clapping_ds.codecs.reference import quant_reference
+from clapping_ds.codecs.reference.grouped_reference import Scheme
+from clapping_ds.codecs.reference.quant_reference import Constants
 
 START = {3: 0.363, 2: 0.627}
 """Half step over mean magnitude that the least-squares fit starts from: the best for a Gaussian."""
-
-
-@triton.jit
-def level(b_code, CONSTANTS: tl.constexpr):
-    return (2 * b_code - ((1 << CONSTANTS[0]) - 1)).to(tl.float32)
-
-
-@triton.jit
-def levels(b_y, b_half, b_offset, TOP: tl.constexpr):
-    """fp32: odd multiples of `b_half` near y, the nearest ones where the offset is -1/2."""
-    b_inverse = tl.where(b_half > 0, tl.div_rn(0.5, tl.where(b_half > 0, b_half, 1.0)), 0.0)
-    b_level = 2.0 * mem.nearest(b_y * b_inverse[:, None] + b_offset) + 1.0
-    return mem.saturated(b_level, TOP)
-
-
-@triton.jit
-def encoded(
-    b_y, b_count, b_noise,
-    CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """Codes and half steps. CONSTANTS: bits, scale, START, whether rounding is stochastic."""
-    TOP: tl.constexpr = (1 << CONSTANTS[0]) - 1
-    b_largest = tl.max(tl.abs(b_y), 1) * (1.0 / TOP)
-    if CONSTANTS[1] == "maximum":
-        b_half = b_largest
-    else:
-        b_half = tl.div_rn(tree_sum(tl.abs(b_y), BLOCK_G, GROUP, LEVELS), b_count)
-        if CONSTANTS[1] == "least_squares":
-            b_level = levels(b_y, tl.minimum(b_half * CONSTANTS[2], b_largest), -0.5, TOP)
-            # Padding has levels of 1 or -1.
-            b_square = tree_sum(b_level * b_level, BLOCK_G, GROUP, LEVELS) - (GROUP - b_count)
-            b_half = tl.div_rn(tree_sum(b_y * b_level, BLOCK_G, GROUP, LEVELS), b_square)
-    if CONSTANTS[3]:
-        b_half_bits = (b_half.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
-        b_offset = b_noise
-    else:
-        b_half_bits = mem.bf16_bits(b_half)
-        b_offset = -0.5
-    b_half = mem.from_bf16_bits(b_half_bits)
-    b_level = levels(b_y, b_half, b_offset, TOP)
-    return mem.as_integer((b_level + TOP) * 0.5), b_half
 
 
 class Quantizer(GroupedCodec):
@@ -103,20 +61,20 @@ class Quantizer(GroupedCodec):
         return 1 if self.name == "sign" else int(self.name.removeprefix("int"))
 
     @property
-    def rotates(self) -> bool:
-        return self.rotate
-
-    @property
-    def draws_noise(self) -> bool:
-        return self.stochastic
-
-    @property
-    def family(self) -> Family:
+    def scheme(self) -> Scheme:
         if self.name == "sign":
             scale = "mean"
         elif self.scale is not None:
             scale = self.scale
         else:
             scale = "least_squares" if self.bits in START and not self.stochastic else "maximum"
-        constants: tuple[Any, ...] = (self.bits, scale, START.get(self.bits, 0.0), self.stochastic)
-        return Family(reference.UNIFORM, encoded, level, constants)
+        constants = Constants(self.bits, scale, START.get(self.bits, 0.0), self.stochastic)
+        return Scheme(self.bits, self.group_size, constants, self.rotate, self.stochastic)
+
+    @staticmethod
+    def family(on_gpu: bool) -> ModuleType:
+        if on_gpu:
+            from clapping_ds.codecs.kernels import quant_kernel
+
+            return quant_kernel
+        return quant_reference

@@ -1,0 +1,129 @@
+"""The first steps of a run: watched, so that links and schedule can be set to what was measured.
+
+Step 0 allocates and compiles, and is only weighed; the next two are timed; before the one after them all
+ranks stop, measure links and codecs, and decide.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from clapping_ds.autotune.decision import Decision, Direction, Measured, Speed, decide, memory_notice
+from clapping_ds.autotune.measurement import Passes, candidates, probe
+from clapping_ds.link.groups import gather, rank
+from clapping_ds.link.wire import Wire
+from clapping_ds.stage.endpoint import (
+    ACTIVATIONS_FROM_PREVIOUS,
+    ACTIVATIONS_TO_NEXT,
+    GRADIENTS_FROM_NEXT,
+    GRADIENTS_TO_PREVIOUS,
+    End,
+)
+from clapping_ds.stage.endpoints import Endpoints
+
+NUM_STEPS_WATCHED = 3
+
+
+class Tuning:
+    """Of a rank with one stage, until the decision is made."""
+
+    def __init__(self, endpoints: Endpoints, num_stages: int) -> None:
+        self.endpoints = endpoints
+        (self.stage,) = endpoints.stages
+        self.config = endpoints.config
+        self.num_stages = num_stages
+        self.passes = Passes(endpoints.device)
+        self.num_steps = 0
+        self.decision: Decision | None = None
+        """That was made or read in this run."""
+        links = self.config.links
+        if links is not None and links.read is not None:
+            self._adopt(_read_by_first_rank(links.read, num_stages))
+
+    @property
+    def is_watching(self) -> bool:
+        lacks_links = self.config.links is not None and not self.endpoints.links_are_measured
+        lacks_depth = self.config.in_flight == "auto" and not self.endpoints.depth_is_measured
+        return lacks_links or lacks_depth
+
+    @contextmanager
+    def watching(self, weighs: Iterable[torch.Tensor] | None = None) -> Iterator[None]:
+        """Around each forward and backward pass. weighs: the parameters, in a forward pass."""
+        with ExitStack() as stack:
+            if self.is_watching and self.num_steps == 0 and weighs is not None:
+                stack.enter_context(self.passes.weighed(weighs))
+            if self.is_watching and self.num_steps > 0:
+                stack.enter_context(self.passes.timed())
+            yield
+
+    def end_step(self, num_micro_batches: int) -> None:
+        self.passes.end_step(num_micro_batches)
+        self.num_steps += 1
+
+    def settle(self, num_micro_batches: int, free_bytes: int | None) -> str | None:
+        """Before a step. Once the watched steps are over, decides; what is to be printed, or None.
+        A collective of all ranks in that step."""
+        if not self.is_watching or self.num_steps < NUM_STEPS_WATCHED:
+            return None
+        measured = gather(self._measured(free_bytes))
+        decision = decide(measured, self.config, num_micro_batches)
+        self._adopt(decision)
+        links = self.config.links
+        if links is not None and links.write is not None and rank() == 0:
+            decision.write(links.write)
+        advice = "" if links is None else decision.advice()
+        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
+
+    def _adopt(self, decision: Decision) -> None:
+        """What the configuration leaves open."""
+        self.decision = decision
+        if self.config.in_flight == "auto":
+            self.stage.set_depth(decision.in_flight)
+            self.endpoints.depth_is_measured = True
+        if self.config.links is not None:
+            for end, channel in self.stage.channels.items():
+                codec = decision.codec(channel.link, channel.direction)
+                plan = self.config.plan(end.direction)
+                self.stage.set_plan(end, plan if codec is None else plan.with_codec(codec))
+            self.endpoints.links_are_measured = True
+
+    def _measured(self, free_bytes: int | None) -> Measured:
+        speeds = self._probe()
+        sent = []
+        for end, speed in speeds.items():
+            channel = self.stage.channels[end]
+            raw_bytes = sum(spec.nbytes for spec in channel.specs)
+            options = candidates(channel, self.config.plan(end.direction), self.config.links)
+            sent.append(Direction(channel.link, channel.direction, raw_bytes, speed, options))
+        return Measured(
+            self.stage.stage_id, self.passes.per_micro_batch_s, self.passes.stored_bytes, free_bytes, sent
+        )
+
+    def _probe(self) -> dict[End, Speed]:
+        """By sending end. Every second link at the same time, so that no stage is in two probes."""
+        links = [
+            (self.stage.stage_id - 1, GRADIENTS_TO_PREVIOUS, ACTIVATIONS_FROM_PREVIOUS),
+            (self.stage.stage_id, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT),
+        ]
+        speeds = {}
+        for _, outgoing, incoming in sorted(links, key=lambda link: link[0] % 2):
+            if outgoing in self.stage.wires:
+                ends = [self.stage.wires[end] for end in (outgoing, incoming)]
+                there, back = (Wire(wire.peer, wire.device, wire.group) for wire in ends)
+                speeds[outgoing] = probe(there, back, leads=outgoing == ACTIVATIONS_TO_NEXT)
+        return speeds
+
+
+def _read_by_first_rank(path: str, num_stages: int) -> Decision:
+    """The decision in a file that only the first rank needs to see. A collective of all ranks."""
+    found: Decision | str | None = None
+    if rank() == 0:
+        try:
+            found = Decision.read(path, num_stages)
+        except ValueError as error:
+            found = str(error)
+    found = gather(found)[0]
+    if isinstance(found, Decision):
+        return found
+    raise ValueError(found)

@@ -1,0 +1,103 @@
+"""What a codec is: pure arithmetic on one tensor, what both ends know of it, and its section of a payload."""
+
+from typing import Annotated, ClassVar, NamedTuple, Protocol
+
+import torch
+from pydantic import AfterValidator, ConfigDict, Field
+
+COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SECTION_ALIGNMENT_BYTES = 16
+
+STRICT = ConfigDict(
+    extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up."""
+    return -(-numerator // denominator)
+
+
+def padded(num_bytes: int) -> int:
+    """`num_bytes` rounded up to whole sections, so that each section starts 16-byte aligned."""
+    return ceil_div(num_bytes, SECTION_ALIGNMENT_BYTES) * SECTION_ALIGNMENT_BYTES
+
+
+def power_of_two(number: int) -> int:
+    """A pydantic check: `number`, or ValueError."""
+    if number & (number - 1):
+        raise ValueError("a power of two")
+    return number
+
+
+GroupSize = Annotated[int, Field(ge=16, le=1024), AfterValidator(power_of_two)]
+
+
+class Context(NamedTuple):
+    """What both ends know alike of one tensor of one message, before it is sent."""
+
+    memory: torch.Tensor | None = None
+    """Contiguous, as many elements as the tensor; fp32, fp16 or bf16. None: nothing is kept."""
+    carry: bool = False
+    """True: what crosses the wire is the difference to `memory`; False: the value itself."""
+    seed: int = 0
+    """64 bits, new for every message: what the codec draws at random, both ends draw alike."""
+    state: torch.Tensor | None = None
+    """What `new_state` gave, as the messages since have left it."""
+    compiles: bool = False
+    """Whether tensors on the CPU take the path that torch's C++ compiler makes of the reference."""
+
+    @property
+    def base(self) -> torch.Tensor | None:
+        """What the difference is taken to; None: zero."""
+        return self.memory if self.carry else None
+
+
+class Codec(Protocol):
+    """Turns a value into a section of a payload and back.
+
+    Both methods leave the same bits in `context.memory` and `context.state`, and `decode_` leaves in
+    `out` what the receiving stage computes with: the memory, or without one the decompressed value.
+
+    value, out   contiguous tensor of any shape; fp32, fp16 or bf16 (`none`: any dtype)
+    payload      contiguous uint8 tensor of `nbytes(shape, dtype)`, 16-byte aligned; every byte of it
+                 is written by `encode_`
+
+    A codec compresses groups of consecutive values. A group in which any difference is not finite
+    arrives as NaN throughout and leaves its part of the memory as it was. (`none`: it arrives as it is,
+    and the groups are runs of 16.)
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    carries_by_default: ClassVar[bool]
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
+
+    def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None: ...
+
+    def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None: ...
+
+    def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None: ...
+
+
+def check_block(name: str, block: int, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a tensor smaller than one block."""
+    num_values = torch.Size(shape).numel()
+    if num_values < block:
+        raise ValueError(
+            f"{name}: block {block} is larger than the tensor of shape {tuple(shape)}; "
+            f"accepted: a block of at most {num_values}"
+        )
+
+
+def limit(*tensors: torch.Tensor | None) -> float:
+    """The largest magnitude that is finite in every given tensor's dtype: where a memory saturates."""
+    return min(torch.finfo(tensor.dtype).max for tensor in tensors if tensor is not None)
+
+
+def bits_per_value(codec: Codec, dtype: torch.dtype) -> float:
+    """Bits on the wire per value of a large matrix, scales and indexes included."""
+    shape = (1 << 12, 1 << 12)
+    return codec.nbytes(shape, dtype) * 8 / (shape[0] * shape[1])

@@ -1,1 +1,0 @@
-"""One file per host; each is the only file that imports its host."""

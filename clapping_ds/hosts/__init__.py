@@ -1,0 +1,1 @@
+"""The frameworks whose training loops are extended: the only folders that import them."""

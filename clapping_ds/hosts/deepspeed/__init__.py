@@ -1,0 +1,1 @@
+"""DeepSpeed: its pipeline engine with channels in place of its sends."""

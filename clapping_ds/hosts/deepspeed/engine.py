@@ -1,0 +1,239 @@
+"""DeepSpeed: a `PipelineEngine` whose stages talk through channels, and which samples lazily.
+
+Of the stock engine these are replaced, in training steps only: the schedule, the four instructions that
+send and receive, and `_next_batch`. Forward and backward are watched in the first steps. Left alone:
+optimizer, loss, `eval_batch`, tied weights, data-parallel reduction, checkpoints.
+
+`_INSTRUCTION_MAP` holds function objects, so overriding the `_exec_*` methods would do nothing. An
+engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import (
+    PIPE_RECV_GRAD_TIMER,
+    PIPE_RECV_INPUT_TIMER,
+    PIPE_SEND_GRAD_TIMER,
+    PIPE_SEND_OUTPUT_TIMER,
+    PipelineEngine,
+)
+from deepspeed.runtime.utils import clip_grad_norm_
+
+from clapping_ds import report
+from clapping_ds.autotune.tuning import Tuning
+from clapping_ds.config import BLOCK_NAME
+from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
+from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
+from clapping_ds.hosts.deepspeed.shapes import Shapes, contiguous, listed
+from clapping_ds.link.groups import group_ranks
+from clapping_ds.link.message import Spec
+from clapping_ds.link.traffic import Traffic
+from clapping_ds.stage.endpoint import (
+    ACTIVATIONS_FROM_PREVIOUS,
+    ACTIVATIONS_TO_NEXT,
+    GRADIENTS_FROM_NEXT,
+    GRADIENTS_TO_PREVIOUS,
+)
+from clapping_ds.stage.endpoints import Endpoints
+from clapping_ds.stage.handshake import agreed_config, refuse_without_links
+
+
+class ClappingPipelineEngine(CheckpointingEngine):
+    """What `deepspeed.initialize` makes of a `PipelineModule` once `enable` was called.
+
+    Without an enabled `"clapping"` block it is the stock engine.
+    """
+
+    def __init__(self, has_bool_tensors: bool = False, *args: Any, **kwargs: Any) -> None:
+        ds_config = kwargs["config_class"]
+        facts = {
+            "number of stages": kwargs["model"].num_stages,
+            "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
+            "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
+        }
+        self.clapping = agreed_config(ds_config._param_dict, facts)
+        num_stages = kwargs["model"].num_stages
+        refuse_without_links(self.clapping, f"PipelineModule(num_stages={num_stages})", num_stages)
+        super().__init__(has_bool_tensors, *args, **kwargs)
+        if self.clapping.enabled:
+            self._start_clapping()
+
+    def _start_clapping(self) -> None:
+        if self.is_pipe_partitioned or self.is_grad_partitioned:
+            raise ValueError(
+                "pipeline.pipe_partitioned = pipeline.grad_partitioned = true (the default with tensor "
+                f'parallelism) together with a "{BLOCK_NAME}" block: accepted: both false'
+            )
+        if self.clapping.in_flight != "auto" and self.clapping.in_flight > self.micro_batches:
+            raise ValueError(
+                f"{BLOCK_NAME}.in_flight = {self.clapping.in_flight}: accepted: 'auto', or 0 to "
+                f"{self.micro_batches}, the number of micro-batches (gradient_accumulation_steps)"
+            )
+        self._INSTRUCTION_MAP = {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.SendActivation: ClappingPipelineEngine._send_activations,
+            schedule.RecvActivation: ClappingPipelineEngine._receive_activations,
+            schedule.SendGrad: ClappingPipelineEngine._send_gradients,
+            schedule.RecvGrad: ClappingPipelineEngine._receive_gradients,
+            schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
+            schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
+        }
+        ranks = group_ranks(self.grid.get_pipe_parallel_group())
+        replica = self.grid.get_data_parallel_id()
+        self._endpoints = Endpoints(self.clapping, ranks, range(self.num_stages), self.device, replica)
+        (self._endpoint,) = self._endpoints.stages
+        self._tuning = Tuning(self._endpoints, self.num_stages)
+        self._shapes = Shapes(self)
+        self._endpoints.announce(self.communication_data_type or torch.float32)
+
+    def _train_schedule(self) -> schedule.PipeSchedule:
+        """The order of a training step, for `PipelineEngine.train_batch`. Sends that block need stock's."""
+        if not (self.clapping.enabled and self.clapping.overlap):
+            return super()._train_schedule()
+        return InFlightSchedule(self.micro_batches, self.num_stages, self.stage_id, self._endpoint.in_flight)
+
+    # Steps
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """As `PipelineEngine.train_batch`. Draws from `data_iter` only for fresh slots.
+
+        Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends.
+        """
+        if not self.clapping.enabled:
+            return super().train_batch(data_iter)
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        loads_data = self.is_first_stage() or self.is_last_stage()
+        reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
+        self._endpoints.rescale_gradients(self._loss_scale())
+        decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
+        if decided is not None and self.global_rank == 0:
+            report.say(decided)
+        next_batch = super()._next_batch if loads_data else None
+        self._endpoints.begin_step(self.micro_batches, [next_batch], measures_error=reports)
+        self._expect_known_shapes()
+        loss = super().train_batch()
+        self._endpoints.end_step()
+        self._tuning.end_step(self.micro_batches)
+        if reports and self.monitor.enabled and self.global_rank == 0:
+            self.monitor.write_events(report.events(self._endpoints.channels, self.global_samples))
+        return loss
+
+    def _loss_scale(self) -> float:
+        """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
+        if not (self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)):
+            return 1.0
+        loss = torch.ones((), device=self.device, requires_grad=True).clone()
+        return float(self.optimizer.scale_if_loss(loss))
+
+    def _next_batch(self) -> Any:
+        if not (self.clapping.enabled and self.module.training):
+            return super()._next_batch()
+        return self._endpoint.sampler.next()
+
+    def clapping_traffic(self) -> Traffic:
+        """This rank's counters, both directions of its links together. No communication."""
+        return self._endpoints.traffic()
+
+    def clapping_report(self) -> list[dict[str, Any]]:
+        """A row per channel of each replica, with counters and memory of its sending end; the receiving
+        end has the same. A collective of all ranks."""
+        return self._endpoints.report()
+
+    # Instructions
+
+    def _send_activations(self, buffer_id: int) -> None:
+        if not self.module.training:
+            outputs = self.pipe_buffers["outputs"]
+            outputs[buffer_id] = contiguous(outputs[buffer_id])
+            return super()._exec_send_activations(buffer_id)
+        with self._timed(PIPE_SEND_OUTPUT_TIMER):
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            if self.has_attention_mask or self.has_bool_tensors:
+                outputs = (*outputs[:-1], outputs[-1].bool())
+            self._shapes.tell(outputs)
+            self._endpoint.send(ACTIVATIONS_TO_NEXT, listed(outputs))
+
+    def _receive_activations(self, buffer_id: int) -> None:
+        if not self.module.training:
+            return super()._exec_recv_activations(buffer_id)
+        with self._timed(PIPE_RECV_INPUT_TIMER):
+            specs = self._shapes.told()
+            looks_ahead = not self._shapes.are_told_each_time()
+            values = self._endpoint.receive_next(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead)
+            for value in values:
+                value.requires_grad = value.is_floating_point()
+            self.pipe_buffers["inputs"][buffer_id] = (
+                tuple(values) if self._shapes.receives_tuple else values[0]
+            )
+
+    def _send_gradients(self, buffer_id: int) -> None:
+        with self._timed(PIPE_SEND_GRAD_TIMER):
+            inputs = [x for x in listed(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
+            gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+            self._endpoint.send(GRADIENTS_TO_PREVIOUS, gradients)
+            self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _receive_gradients(self, buffer_id: int) -> None:
+        with self._timed(PIPE_RECV_GRAD_TIMER):
+            outputs = [x for x in listed(self.pipe_buffers["outputs"][buffer_id]) if x.is_floating_point()]
+            looks_ahead = not self._shapes.are_told_each_time()
+            specs = [Spec.of(output) for output in outputs]
+            gradients = self._endpoint.receive_next(GRADIENTS_FROM_NEXT, specs, looks_ahead)
+            pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+            self.pipe_buffers["outputs"][buffer_id] = tuple(output for output, _ in pairs)
+            self.grad_layer = tuple(gradient for _, gradient in pairs)
+
+    def _forward_pass(self, buffer_id: int) -> None:
+        if not self.module.training:
+            return super()._exec_forward_pass(buffer_id)
+        with self._tuning.watching(self.module.parameters()):
+            super()._exec_forward_pass(buffer_id)
+
+    def _backward_pass(self, buffer_id: int) -> None:
+        if not (self.is_last_stage() or self.grad_layer):
+            return  # frozen layers after frozen layers: nothing wants a gradient
+        with self._tuning.watching():
+            super()._exec_backward_pass(buffer_id)
+
+    def clip_fp32_gradients(self) -> None:
+        """As in stock, which crashes where a stage has no gradient; the other stages wait for its norm."""
+        if any(parameter.grad is not None for parameter in self.module.parameters()):
+            return super().clip_fp32_gradients()
+        nothing = torch.zeros(1, device=self.device, requires_grad=True)
+        nothing.grad = torch.zeros_like(nothing)
+        clip_grad_norm_([nothing], self.gradient_clipping(), mpu=self.mpu)
+
+    def reset_activation_shape(self) -> None:
+        super().reset_activation_shape()
+        if self.clapping.enabled:
+            self._shapes.forget()
+
+    def _expect_known_shapes(self) -> None:
+        """Announces the step's first messages, if they have the shapes of the last step."""
+        known = {
+            ACTIVATIONS_FROM_PREVIOUS: self._shapes.known(self._shapes.received),
+            GRADIENTS_FROM_NEXT: _floating(self._shapes.known(self._shapes.sent)),
+        }
+        for end, specs in known.items():
+            if specs:
+                self._endpoint.expect_ahead(end, specs, self._endpoint.num_ahead)
+
+    @contextmanager
+    def _timed(self, timer: str) -> Iterator[None]:
+        if not self.wall_clock_breakdown():
+            yield
+            return
+        self.timers(timer).start()
+        yield
+        self.timers(timer).stop()
+
+
+def _floating(specs: Iterable[Spec]) -> list[Spec]:
+    return [spec for spec in specs if spec.dtype.is_floating_point]

@@ -1,0 +1,60 @@
+"""Shapes of activations: told to the next stage once, and again only while they may differ."""
+
+from typing import Any
+
+import torch
+
+from clapping_ds.link.message import Spec
+
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def listed(tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+
+
+def contiguous(tensors: Tensors) -> Tensors:
+    """What the stock engine can send: no backend takes a view with gaps."""
+    copies = tuple(tensor.contiguous() for tensor in listed(tensors))
+    return copies[0] if isinstance(tensors, torch.Tensor) else copies
+
+
+class Shapes:
+    """Of one engine's activations. The telling itself is the stock engine's."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.sent: list[Spec] | None = None
+        self.received: list[Spec] | None = None
+        self.receives_tuple = False
+
+    def forget(self) -> None:
+        self.sent = self.received = None
+
+    def are_told_each_time(self) -> bool:
+        return bool(self.engine.dynamic_shape or self.engine._endpoints.shapes_differ)
+
+    def tell(self, outputs: Tensors) -> None:
+        """Before activations are sent. Raises ValueError if their shapes are known and other than now."""
+        specs = [Spec.of(output) for output in listed(outputs)]
+        if self.sent is None or self.are_told_each_time():
+            self.engine._send_tensor_meta(outputs, self.engine.next_stage)
+        elif specs != self.sent:
+            raise ValueError(
+                f"stage {self.engine.stage_id}: activations changed from {self.sent} to {specs} while the "
+                "batch kept its shape; accepted: PipelineModule(dynamic_shape=True), or "
+                "engine.reset_activation_shape() on every rank before the step"
+            )
+        self.sent = specs
+
+    def told(self) -> list[Spec]:
+        """Before activations are received."""
+        if self.received is None or self.are_told_each_time():
+            buffers = self.engine._recv_tensor_meta(self.engine.prev_stage)
+            self.receives_tuple = isinstance(buffers, tuple)
+            self.received = [Spec.of(buffer) for buffer in listed(buffers)]
+        return self.received
+
+    def known(self, specs: list[Spec] | None) -> list[Spec]:
+        """`specs`, if all messages of the step will have them; else nothing."""
+        return [] if specs is None or self.are_told_each_time() else specs

@@ -1,0 +1,1 @@
+"""Megatron-Core: its schedules with a communicator and iterators of ours."""

@@ -1,0 +1,1 @@
+"""torch.distributed.pipelining: its schedules with stages that send through channels."""

@@ -1,0 +1,255 @@
+"""One direction of one link: its memories, and what each message is made of.
+
+    fresh slot:    m <- base + K(v - base)       base = 0 or m
+    reused slot:   m <- m + D(v - m)
+
+`send` runs at one end, `expect` and `receive` at the other. Both derive what a message is made of from state
+that is equal at both ends (slot, fresh, the tensors' shapes and dtypes, the memories held), so that no
+header is needed, and both update their memory with the same arithmetic, so that the memories stay equal,
+bit for bit.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Context, Raw
+from clapping_ds.config import Plan
+from clapping_ds.link import verification
+from clapping_ds.link.message import Held, Message, Part, Spec, Wire
+from clapping_ds.link.seeds import random_word
+from clapping_ds.link.traffic import Traffic
+from clapping_ds.link.verification import Header, VerificationError
+
+RAW = Raw()
+
+
+class Channel:
+    """One end of one direction of one link. Memory: num_slots x tensor size, whatever the data set.
+
+    plan        how the direction is compressed
+    link        number of the link's first stage
+    direction   "activations" or "gradients"
+    seed        of what codecs draw at random; the same at both ends
+    verifies    whether messages carry a header with checksums
+    compiles    whether CPU ranks run the codecs through torch's C++ compiler
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        link: int,
+        direction: str,
+        wire: Wire,
+        seed: int = 0,
+        verifies: bool = False,
+        compiles: bool = False,
+    ) -> None:
+        # Configuration
+        self.plan = plan
+        self.link = f"{link}-{link + 1}"
+        self.direction = direction
+        self.wire = wire
+        self.seed = seed
+        self.verifies = verifies
+        self.compiles = compiles
+        self.header_nbytes = verification.NBYTES if verifies else 0
+        # State
+        self.step = 0
+        self.held: dict[int, dict[int, Held]] = {}
+        self.traffic = Traffic()
+        self.measures_error = False
+        self.specs: Sequence[Spec] = ()
+        """Of the last message."""
+        self._expected: deque[Message] = deque()
+
+    def begin_step(self, step: int, num_slots: int, measures_error: bool = False) -> None:
+        """Messages are numbered by step and slot. Frees what is held for the slots from `num_slots` on."""
+        self.step = step
+        self.measures_error = measures_error
+        for slot in [slot for slot in self.held if slot >= num_slots]:
+            del self.held[slot]
+
+    def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
+        """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
+        message = self._message(slot, fresh, [Spec.of(value) for value in values])
+        with self.at(slot), self.wire.working(*values):
+            payload = self.wire.new_payload(message.num_bytes)
+            header, *sections = self._sections(payload, message)
+            expected = self._header(message)
+            for part, value, section in zip(message.parts, values, sections, strict=True):
+                self._encode(part, value.detach().contiguous(), section)
+            if expected is not None:
+                expected.with_payload(payload[len(header) :]).write_(header)
+            self.wire.send(payload)
+        self._count(message)
+
+    def expect(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> None:
+        """Announces the peer's next message, so that it can arrive before `receive` asks for it."""
+        message = self._message(slot, fresh, specs)
+        self._expected.append(message)
+        with self.at(slot):
+            self.wire.expect(message.num_bytes)
+
+    def receive(self) -> list[torch.Tensor]:
+        """The tensors of the message that was expected first: what the peer sent, up to the codec's
+        error."""
+        message = self._expected.popleft()
+        device = self.wire.device
+        values = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in message.specs]
+        with self.at(message.slot), self.wire.working():
+            payload = self.wire.receive()
+            header, *sections = self._sections(payload, message)
+            expected = self._header(message)
+            if expected is not None:
+                expected.with_payload(payload[len(header) :]).check(Header.read(header))
+            for part, value, section in zip(message.parts, values, sections, strict=True):
+                with _on_device(part.context, device) as context:
+                    part.codec.decode_(section, value, context)
+            self.wire.done_with(payload)
+        self.wire.join()
+        self._count(message)
+        return values
+
+    def end_step(self) -> None:
+        """Waits until everything sent has gone."""
+        self.wire.drain()
+        self.wire.join()
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes that error feedback and codecs hold at this end."""
+        return sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies what is held, at both ends: the values to come are so many times larger."""
+        for tensors in self.held.values():
+            for held in tensors.values():
+                if held.memory is not None:
+                    largest = torch.finfo(held.memory.dtype).max
+                    held.memory.copy_((held.memory.float() * factor).clamp(-largest, largest))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and what is held by slot and tensor, for `torch.save`."""
+        held = {
+            slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
+            for slot, tensors in self.held.items()
+        }
+        return {"traffic": asdict(self.traffic), "held": held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
+        self.traffic = Traffic(**state["traffic"])
+        self.held = {
+            slot: {index: self._loaded(saved) for index, saved in tensors.items()}
+            for slot, tensors in state["held"].items()
+        }
+
+    def _loaded(self, saved: dict[str, Any]) -> Held:
+        held = self._new(Spec(*saved["spec"]))
+        for name in ("memory", "key_state", "delta_state"):
+            if saved[name] is not None:
+                getattr(held, name).copy_(saved[name])
+        return held
+
+    def _encode(self, part: Part, value: torch.Tensor, section: torch.Tensor) -> None:
+        with _on_device(part.context, value.device) as context:
+            part.codec.encode_(value, section, context)
+            if self.measures_error and part.codec is not RAW:
+                received = _reconstruction(part.codec, value, section, context)
+                self.traffic.count_error(value, received)
+
+    @contextmanager
+    def at(self, slot: int) -> Iterator[None]:
+        """Errors of the wire and of verification say where they happened."""
+        try:
+            yield
+        except (ConnectionError, VerificationError) as error:
+            place = f"link {self.link}, {self.direction}, step {self.step}, slot {slot}"
+            raise type(error)(f"{place}: {error}") from error
+
+    def _sections(self, payload: torch.Tensor, message: Message) -> Sequence[torch.Tensor]:
+        """The header, and the part of the payload that belongs to each tensor."""
+        return payload.split([self.header_nbytes, *(part.nbytes for part in message.parts)])
+
+    def _header(self, message: Message) -> Header | None:
+        """Of a message that is about to change the memories."""
+        if not self.verifies:
+            return None
+        codecs = [part.codec for part in message.parts]
+        return Header.of(self.step, message.slot, codecs, [part.context.memory for part in message.parts])
+
+    def _count(self, message: Message) -> None:
+        self.specs = message.specs
+        self.traffic.count(message.fresh, message.num_bytes, message.specs)
+
+    def _message(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> Message:
+        """How each tensor is sent. A function of state that is equal at both ends."""
+        held = self.held.setdefault(slot, {})
+        for index in [index for index in held if index >= len(specs)]:
+            del held[index]
+        parts = [self._part(slot, index, fresh, spec) for index, spec in enumerate(specs)]
+        return Message(slot, fresh, specs, parts, self.header_nbytes + sum(part.nbytes for part in parts))
+
+    def _part(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
+        tensors, plan = self.held[slot], self.plan
+        if not is_compressed(spec, plan.min_numel):
+            tensors.pop(index, None)
+            return Part(RAW, Context(), RAW.nbytes(*spec))
+        is_known = index in tensors and tensors[index].spec == spec
+        if not is_known:
+            tensors[index] = self._new(spec)
+        held = tensors[index]
+        is_delta = not fresh and (is_known or not plan.holds_memory)
+        codec = plan.delta if is_delta else plan.key
+        context = Context(
+            memory=held.memory,
+            carry=held.memory is not None and (is_delta or plan.carries),
+            seed=random_word(self.seed, self.step, slot, index),
+            state=held.delta_state if is_delta else held.key_state,
+            compiles=self.compiles,
+        )
+        return Part(codec, context, codec.nbytes(*spec))
+
+    def _new(self, spec: Spec) -> Held:
+        """What is held of a tensor before its first message: zeros."""
+        plan, memory = self.plan, None
+        if plan.holds_memory:
+            device = self.wire.device if plan.memory.device == "same" else "cpu"
+            dtype = plan.memory.torch_dtype(spec.dtype)
+            memory = torch.zeros(spec.shape, dtype=dtype, device=device)
+        states = [codec.new_state(spec.shape, self.wire.device) for codec in (plan.key, plan.delta)]
+        return Held(spec, memory, *states)
+
+
+def is_compressed(spec: Spec, min_numel: int) -> bool:
+    """Whether the codecs of a direction are used for such a tensor. Others travel raw."""
+    return spec.dtype in COMPRESSIBLE_DTYPES and spec.shape.numel() >= max(1, min_numel)
+
+
+@contextmanager
+def _on_device(context: Context, device: torch.device) -> Iterator[Context]:
+    """The memory where the codec can work on it; copied back where that is not its home."""
+    if context.memory is None or context.memory.device == device:
+        yield context
+    else:
+        visiting = context.memory.to(device)
+        yield context._replace(memory=visiting)
+        context.memory.copy_(visiting)
+
+
+def _reconstruction(
+    codec: Codec, value: torch.Tensor, section: torch.Tensor, context: Context
+) -> torch.Tensor:
+    """What the receiver will compute with."""
+    if isinstance(codec, Raw):
+        return value
+    if context.memory is not None:
+        return context.memory
+    out = torch.empty_like(value)
+    codec.decode_(section, out, context)
+    return out

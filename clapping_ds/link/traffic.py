@@ -1,0 +1,60 @@
+"""Counters of what went through one end of a channel."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from clapping_ds.link.message import Spec
+
+
+@dataclass
+class Traffic:
+    """Counters of one channel end since the start. Both ends of a channel count the same."""
+
+    num_messages: int = 0
+    num_fresh: int = 0
+    num_values: int = 0
+    payload_bytes: int = 0
+    raw_bytes: int = 0
+    error_square: float = 0.0
+    value_square: float = 0.0
+
+    def count(self, fresh: bool, payload_bytes: int, specs: Sequence[Spec]) -> None:
+        self.num_messages += 1
+        self.num_fresh += fresh
+        self.num_values += sum(spec.shape.numel() for spec in specs)
+        self.payload_bytes += payload_bytes
+        self.raw_bytes += sum(spec.nbytes for spec in specs)
+
+    def count_error(self, value: torch.Tensor, reconstruction: torch.Tensor) -> None:
+        """Adds to the relative error. Messages that are not finite do not count."""
+        error = (value.float() - reconstruction.float()).square().sum()
+        square = value.float().square().sum()
+        if torch.isfinite(error) and torch.isfinite(square):
+            self.error_square += error.item()
+            self.value_square += square.item()
+
+    @property
+    def fresh_share(self) -> float:
+        return self.num_fresh / max(1, self.num_messages)
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes per byte on the wire."""
+        return self.raw_bytes / max(1, self.payload_bytes)
+
+    @property
+    def bits_per_value(self) -> float:
+        return self.payload_bytes * 8 / max(1, self.num_values)
+
+    @property
+    def relative_error(self) -> float | None:
+        """|| value - what the receiver gets || / || value || over the measured messages."""
+        return (self.error_square / self.value_square) ** 0.5 if self.value_square else None
+
+
+def total(traffics: Iterable[Traffic]) -> Traffic:
+    """The sum of several channels' counters."""
+    parts = list(traffics)
+    return Traffic(**{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Traffic)})

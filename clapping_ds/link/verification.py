@@ -1,0 +1,69 @@
+"""With `verify`, what goes before each payload: who it is from, and checksums of what both ends hold.
+
+A header is six int64: a magic number, step, slot, a number for the codecs of the message, the checksum of
+the memories before the message, the checksum of the payload.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+
+from clapping_ds.codecs.base import padded
+
+MAGIC = 0x636C617070696E67  # "clapping"
+NBYTES = padded(6 * 8)
+
+
+class VerificationError(RuntimeError):
+    """The two ends of a channel are out of step, or bytes changed on their way."""
+
+
+class Header(NamedTuple):
+    """What both ends know alike of a message, and what only the payload tells."""
+
+    magic: int
+    step: int
+    slot: int
+    codecs: int
+    memory: int
+    payload: int = 0
+
+    @classmethod
+    def of(
+        cls, step: int, slot: int, codecs: Sequence[object], memories: Iterable[torch.Tensor | None]
+    ) -> "Header":
+        """memories: before the message changes them."""
+        held = [checksum(memory) for memory in memories if memory is not None]
+        return cls(MAGIC, step, slot, crc32(repr(codecs).encode()), hash(tuple(held)))
+
+    def with_payload(self, payload: torch.Tensor) -> "Header":
+        """payload: uint8, without its header."""
+        return self._replace(payload=checksum(payload))
+
+    @classmethod
+    def read(cls, section: torch.Tensor) -> "Header":
+        return cls(*section.view(torch.int64).tolist())
+
+    def write_(self, section: torch.Tensor) -> None:
+        section.copy_(torch.tensor(self, dtype=torch.int64).view(torch.uint8))
+
+    def check(self, found: "Header") -> None:
+        """Raises VerificationError naming each field that is not as expected."""
+        wrong = [
+            f"{name}: expected {mine}, found {other}"
+            for name, mine, other in zip(self._fields, self, found, strict=True)
+            if mine != other
+        ]
+        if wrong:
+            raise VerificationError("; ".join(wrong))
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Of the bytes of a contiguous tensor: words, each times an odd number of its own, modulo 2^64. A
+    change of any one word changes it."""
+    flat = tensor.view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32).long()
+    odd = 2 * torch.arange(words.numel(), device=words.device) + 1
+    return int((words * odd).sum())

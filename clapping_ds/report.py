@@ -1,0 +1,82 @@
+"""What was compressed, what it cost and what it saved, as tables and as events of a monitor."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clapping_ds.codecs import bits_per_value
+from clapping_ds.config import Plan
+from clapping_ds.link.channel import Channel
+
+
+def row(channel: Channel) -> dict[str, Any]:
+    """One channel's figures, for `table` and for the monitor."""
+    traffic = channel.traffic
+    return {
+        "link": channel.link,
+        "direction": channel.direction,
+        "messages": traffic.num_messages,
+        "fresh_share": traffic.fresh_share,
+        "payload_bytes": traffic.payload_bytes,
+        "raw_bytes": traffic.raw_bytes,
+        "ratio": traffic.ratio,
+        "bits_per_value": traffic.bits_per_value,
+        "relative_error": traffic.relative_error,
+        "memory_bytes": channel.memory_nbytes,
+    }
+
+
+def events(channels: Iterable[Channel], samples: int) -> list[tuple[str, float, int]]:
+    """The figures as events of DeepSpeed's monitor: (name, value, samples)."""
+    found = []
+    for figures in map(row, channels):
+        for name in ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes"):
+            if figures[name] is not None:
+                tag = f"Train/Clapping/{figures['link']}/{figures['direction']}/{name}"
+                found.append((tag, float(figures[name]), samples))
+    return found
+
+
+def expectation(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
+    """What the user's configuration will cost: mean bits per value and the saving, by direction.
+
+    dtype   of the tensors that the stages send
+    """
+    raw_bits = dtype.itemsize * 8
+    rows = []
+    for direction, plan in plans.items():
+        mean = plan.mean_bits_per_value(dtype)
+        delta = f"{plan.delta.name} {bits_per_value(plan.delta, dtype):.2f} bit"
+        rows.append({
+            "direction": direction,
+            "key": f"{plan.key.name} {bits_per_value(plan.key, dtype):.2f} bit",
+            "delta": delta if plan.p_new < 1 else "-",
+            "p_new": plan.p_new,
+            "mean bits": mean,
+            f"saving against {raw_bits} bit": f"{raw_bits / mean:.2f}x",
+        })  # fmt: skip
+    return table(rows)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with equal keys as an aligned text table."""
+    header = list(rows[0])
+    cells = [[_cell(row[name]) for name in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = [header, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def say(text: str) -> None:
+    """Prints for the user: hosts' loggers hide what is below a warning."""
+    print("clapping:", text, sep="\n" if "\n" in text else " ", flush=True)

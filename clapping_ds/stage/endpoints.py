@@ -1,0 +1,222 @@
+"""All stages of one rank, whatever the host: what its engine talks to.
+
+A host calls `begin_step`, lets its schedule call `send` and `receive` of the stages, then `end_step`. What
+the stages of a rank have in common is here, once: the coin, the position in the data, the votes of all ranks,
+the report, and checkpoints that are loaded as a whole or not at all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clapping_ds import report
+from clapping_ds.config import ClappingConfig
+from clapping_ds.link.channel import Channel
+from clapping_ds.link.groups import all_agree, gather, make_peers, rank
+from clapping_ds.link.traffic import Traffic, total
+from clapping_ds.stage.endpoint import Endpoint
+from clapping_ds.stage.sampling import Coin
+
+NextBatch = Callable[[], Any]
+
+MISSING = "the checkpoint has no state of clapping_ds for every rank"
+DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
+
+
+class Endpoints:
+    """The stages of this rank, first stage first; none where the block is not enabled. Making it is a
+    collective of all ranks.
+
+    ranks          the global ranks of this rank's pipeline
+    places         for each stage of the pipeline, which of `ranks` has it. Neighbouring stages of one rank
+                   have no link
+    device         where the stages compute
+    replica        number of this pipeline among its data-parallel replicas; None: counted by first rank.
+                   Ranks that hold the same activations (tensor parallelism) must give the same
+    most_pending   as `Endpoint`
+    """
+
+    def __init__(
+        self,
+        config: ClappingConfig,
+        ranks: Sequence[int],
+        places: Sequence[int],
+        device: torch.device,
+        replica: int | None = None,
+        most_pending: int | None = None,
+    ) -> None:
+        # Configuration
+        self.config = config
+        self.device = device
+        pipelines = sorted({tuple(found) for found in gather(tuple(ranks))}, key=min)
+        self.replica = pipelines.index(tuple(ranks)) if replica is None else replica
+        peers = make_peers(pipelines, places if config.enabled else (), device, config.timeout_s)
+        self.stages = [
+            Endpoint(config, stage_id, peers, device, self.replica, most_pending)
+            for stage_id, place in enumerate(places)
+            if config.enabled and ranks[place] == rank()
+        ]
+        sampling = config.sampling
+        self.coin = Coin(sampling.p_new, sampling.refresh, config.seed)
+        # State
+        self.step = 0
+        self.num_drawn = 0
+        """Batches that the finished steps took from each data iterator; a resumed run skips as many."""
+        self.fresh: list[bool] = []
+        """By slot of the last step."""
+        self.shapes_differ = False
+        """Whether some rank's held batches are of more than one shape."""
+        self.loss_scale = 1.0
+        self.depth_is_measured = self.links_are_measured = False
+        """Whether `in_flight` and codecs are those that measurements led to."""
+
+    # Steps
+
+    def begin_step(
+        self,
+        num_slots: int,
+        next_batches: Sequence[NextBatch | None],
+        measures_error: bool = False,
+        needs_one_shape: bool = False,
+    ) -> None:
+        """Tosses the coin and draws the new batches. A collective of all ranks when a slot is fresh.
+
+        next_batches      for each stage, returns its data iterator's next batch; None: it reads no data
+        measures_error    whether the relative error of this step's messages is measured
+        needs_one_shape   whether batches of more than one shape are refused
+        Raises StopIteration on every rank if `next_batch` did on one, ValueError on every rank for shapes
+        that are refused. No message was sent then, and what was drawn is used when the step is tried again.
+        """
+        fresh = self._tossed(num_slots)
+        draws = list(zip(self.stages, next_batches, strict=True))
+        drawn = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
+        has_data = all(drawn)
+        if any(fresh):
+            is_one_shape = all(len(stage.sampler.shapes()) <= 1 for stage in self.stages)
+            has_data, is_one_shape = all_agree([has_data, is_one_shape], self.device)
+            self.shapes_differ = not is_one_shape
+        if not has_data:
+            raise StopIteration(
+                f"data_iter ended in step {self.step}, which needs {sum(fresh)} new micro-batches on "
+                "each rank that loads data; accepted: an iterator that holds them, or that repeats "
+                "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
+            )
+        if self.shapes_differ and needs_one_shape:
+            raise ValueError(
+                f"step {self.step}: micro-batches differ in shape; accepted: the shape that the receive "
+                "buffers were made for in the first step (DataLoader(drop_last=True))"
+            )
+        self.fresh = fresh
+        for stage, next_batch in draws:
+            stage.begin_step(self.step, fresh, next_batch is not None, measures_error)
+
+    def _tossed(self, num_slots: int) -> list[bool]:
+        """For each slot of the coming step, whether it is fresh."""
+        fresh = self.coin.fresh(self.step, num_slots)
+        return [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
+
+    def end_step(self) -> None:
+        """Waits until the step's last messages have gone."""
+        for stage in self.stages:
+            stage.end_step()
+        self.step += 1
+        self.num_drawn += sum(self.fresh)
+
+    def rescale_gradients(self, scale: float) -> None:
+        """Between two steps: the loss scale of the next one. What is held of gradients follows it."""
+        if scale != self.loss_scale:
+            for stage in self.stages:
+                stage.rescale_gradients(scale / self.loss_scale)
+        self.loss_scale = scale
+
+    # Figures
+
+    def announce(self, dtype: torch.dtype) -> None:
+        """Prints, on the first rank, what the configuration will cost. dtype: of what the stages send."""
+        if self.config.enabled and rank() == 0:
+            report.say(report.expectation(self.config.plans, dtype))
+
+    @property
+    def channels(self) -> Iterator[Channel]:
+        return (channel for stage in self.stages for channel in stage.channels.values())
+
+    def traffic(self) -> Traffic:
+        """This rank's counters, both directions of its links together. No communication."""
+        return total(channel.traffic for channel in self.channels)
+
+    def sent(self) -> list[dict[str, Any]]:
+        """A row for each channel through which this rank sends, with counters and memory. No
+        communication."""
+        ends = [(stage, end) for stage in self.stages for end in stage.channels if end.sends]
+        return [report.row(stage.channels[end]) for stage, end in ends]
+
+    def report(self) -> list[dict[str, Any]]:
+        """The rows of `sent` of all ranks: one per channel and replica; the receiving end has the same. A
+        collective of all ranks."""
+        return [row for rows_of_rank in gather(self.sent()) for row in rows_of_rank]
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank must save, in a file of its own, between two steps: position, held batches,
+        memories, codec states, counters and measured links."""
+        return {
+            "written by": self._identity(),
+            "step": self.step,
+            "num_drawn": self.num_drawn,
+            "fresh": self.fresh,
+            "shapes_differ": self.shapes_differ,
+            "loss_scale": self.loss_scale,
+            "in_flight": max((stage.in_flight for stage in self.stages), default=0),
+            "depth_is_measured": self.depth_is_measured,
+            "links_are_measured": self.links_are_measured,
+            "stages": {stage.stage_id: stage.state_dict() for stage in self.stages},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, num_slots: int | None = None) -> str | None:
+        """Takes what `state_dict` gave, if every rank has it, from a configuration that fits; else forgets
+        what is held, so that the next step is all fresh, and says why. The position in the data is kept
+        either way if this rank has it. A collective of all ranks.
+
+        num_slots   micro-batches of the steps to come; None: any number, of which new ones are fresh
+        """
+        self.num_drawn = 0 if state is None else state["num_drawn"]
+        plans = None if state is None or not self._fits(state, num_slots) else self._saved_plans(state)
+        is_there, fits = all_agree([state is not None, plans is not None], self.device)
+        if state is None or plans is None or not fits:
+            self.forget()
+            return DIFFERENT if is_there else MISSING
+        self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
+        self.loss_scale = state["loss_scale"]
+        self.links_are_measured = state["links_are_measured"]
+        self.depth_is_measured = self.config.in_flight == "auto" and state["depth_is_measured"]
+        for stage, saved in zip(self.stages, plans, strict=True):
+            stage.load_state_dict(state["stages"][stage.stage_id], saved)
+            if self.depth_is_measured:
+                stage.set_depth(state["in_flight"])
+        return None
+
+    def forget(self) -> None:
+        """Forgets what is held: the next step is all fresh."""
+        self.fresh = []
+        for stage in self.stages:
+            stage.forget()
+
+    def _fits(self, state: Mapping[str, Any], num_slots: int | None) -> bool:
+        same_slots = num_slots is None or len(state["fresh"]) == num_slots
+        return same_slots and state["written by"] == self._identity()
+
+    def _saved_plans(self, state: Mapping[str, Any]) -> list[Any] | None:
+        """The plans of each stage's channels; None if one is not allowed here."""
+        plans = [stage.saved_plans(state["stages"][stage.stage_id]) for stage in self.stages]
+        return None if None in plans else plans
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state belongs to."""
+        block = {"strategy", "activations", "gradients", "lazy", "memory", "seed"}
+        return {
+            **self.config.model_dump(include=block),
+            "stages": [stage.stage_id for stage in self.stages],
+            "replica": self.replica,
+        }

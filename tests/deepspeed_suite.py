@@ -86,7 +86,7 @@ def row(test, stock, ours):
 
 def write(rows, options):
     from benchmarks import provenance
-    from benchmarks.compare import write_csv
+    from benchmarks.training.compare import write_csv
 
     write_csv(RESULTS.with_suffix(".csv"), rows)
     commit = subprocess.run(

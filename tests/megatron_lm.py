@@ -184,7 +184,7 @@ def version(checkout):
 
 def write(rows, checkouts):
     from benchmarks import provenance
-    from benchmarks.compare import write_csv
+    from benchmarks.training.compare import write_csv
 
     write_csv(RESULTS.with_suffix(".csv"), rows)
     facts = {

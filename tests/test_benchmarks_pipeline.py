@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import network, pipeline
-from benchmarks.compare import STOCK, write_csv
-from benchmarks.pipeline_rows import Compute, Wire, bound_s, compared, plot, timing, traffic
+from benchmarks.links import network, pipeline
+from benchmarks.links.rows import Compute, Wire, bound_s, compared, plot, timing, traffic
+from benchmarks.training.compare import STOCK, write_csv
 from clapping_ds import ClappingConfig
 from launch.gpt import GPTConfig
 

@@ -6,10 +6,10 @@ import random
 import pytest
 from deepspeed.runtime.pipe import schedule as stock_schedule
 
-from benchmarks import pipelines, plan, simulate
-from benchmarks.bounds import automatic_depth, bound_s
-from benchmarks.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
-from benchmarks.timeline import simulate as simulated
+from benchmarks.links import cases, plan, simulate
+from benchmarks.links.bounds import automatic_depth, bound_s
+from benchmarks.links.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
+from benchmarks.links.timeline import simulate as simulated
 
 F, B = 1.0, 2.5
 INSTRUCTIONS = {
@@ -256,8 +256,8 @@ def test_without_measurements_nothing_is_checked(tmp_path):
 
 def test_methods_cost_the_bits_that_the_package_says():
     bits = {
-        name: pipelines.Case(pipelines.MODELS[0], 8, Link(1.0), config).mean_bits
-        for name, config in pipelines.METHODS.items()
+        name: cases.Case(cases.MODELS[0], 8, Link(1.0), config).mean_bits
+        for name, config in cases.METHODS.items()
     }
     assert bits == {
         "stock": 16, "overlap only": 16, "direct int4": 4.125, "direct eden2": 2.125, "fc int2": 2.125,
@@ -265,27 +265,27 @@ def test_methods_cost_the_bits_that_the_package_says():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", pipelines.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", cases.MODELS, ids=lambda model: model.name)
 def test_models_have_the_size_of_their_name(model):
     for num_stages in (8, 16):
         layers = model.layers_per_stage(num_stages)
         assert (len(layers), sum(layers)) == (num_stages, model.num_layers)
         assert min(layers) >= 1
     size, unit = float(model.name.split()[1][:-1]), {"B": 1e9, "T": 1e12}[model.name[-1]]
-    num_parameters = sum(model.parameters_per_stage(8)) - pipelines.VOCABULARY * model.width
+    num_parameters = sum(model.parameters_per_stage(8)) - cases.VOCABULARY * model.width
     assert num_parameters == pytest.approx(size * unit, rel=0.05)
 
 
 def test_pipelines_that_cannot_be_are_left_out():
-    small, large = pipelines.MODELS[0], pipelines.MODELS[5]
+    small, large = cases.MODELS[0], cases.MODELS[5]
     assert plan.refusal(small, 8) is None
     assert plan.refusal(small, 32) == "only 24 layers"
     assert plan.refusal(large, 8) == "does not fit GPUs of 80 GB"
 
 
 def test_the_plan_of_one_pipeline(tmp_path):
-    model = pipelines.MODELS[0]
-    links = list(pipelines.LINKS)[:: len(pipelines.LINKS) - 1]
+    model = cases.MODELS[0]
+    links = list(cases.LINKS)[:: len(cases.LINKS) - 1]
     rows = [row for link in links for row in plan.rows_of(model, 8, link)]
     assert all(row["step_s"] >= row["bound_s"] * (1 - 1e-9) for row in rows)
     assert all(row["step_s"] <= row["auto_s"] for row in rows)

@@ -1,4 +1,4 @@
-"""What `benchmarks.pipeline` makes of its measurements: rows, the bound they are held against, the plot."""
+"""What `benchmarks.links.pipeline` makes of its measurements: rows, their bound, the plot."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.compare import STOCK
+from benchmarks.training.compare import STOCK
 
 Answers = Sequence[Mapping[str, Any]]
 """What the ranks of stage 0 and stage 1 said to one order."""

@@ -1,6 +1,6 @@
 """The pipeline's model against what was measured, then what it says of pipelines that are not at hand.
 
-    python -m benchmarks.simulate
+    python -m benchmarks.links.simulate
 
 `results/pipeline.csv`, where it exists, has a measured pipeline per row, in these columns:
 
@@ -15,10 +15,10 @@
     key_bytes, delta_bytes         of a fresh slot's message and of a reused slot's
     fresh_share                    of slots, which are fresh as with `refresh` "cycle"
     step_s                         measured
-    buffer_bytes                   may be missing: of the link, see `benchmarks.timeline.Link`
+    buffer_bytes                   may be missing: of the link, see `benchmarks.links.timeline.Link`
 
 The model's step time for each row goes to `results/simulate_check.csv`; the exit status is 1 where it is
-more than 10 % off. Planning is in `benchmarks.plan`.
+more than 10 % off. Planning is in `benchmarks.links.plan`.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks import plan
-from benchmarks.bounds import bound_s
-from benchmarks.timeline import Link, Order, Stage, Step, simulate
+from benchmarks.links import plan
+from benchmarks.links.bounds import bound_s
+from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
 from clapping_ds.sampling import Coin
 from clapping_ds.telemetry import table
 

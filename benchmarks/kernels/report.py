@@ -1,7 +1,7 @@
 """How close every kernel comes to the least it could cost.
 
-    python -m benchmarks.kernels --static     no GPU: from compiler output, for sm_80, sm_90 and gfx942
-    python -m benchmarks.kernels              on a CUDA GPU: GB/s against a device-to-device copy
+    python -m benchmarks.kernels.report --static     no GPU: from compiler output, for sm_80, sm_90 and gfx942
+    python -m benchmarks.kernels.report              on a CUDA GPU: GB/s against a device-to-device copy
 
 `--static` exits non-zero where a kernel spills registers, has a bulk access that is not 16 bytes wide,
 or moves more than 5 % more bytes than it must. Its columns:
@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import provenance
-from benchmarks.kernel_variants import Variant, variants
-from benchmarks.static_analysis import UNKNOWN, Code, Width, analysed
+from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
+from benchmarks.kernels.variants import Variant, variants
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WIDE_BYTES = 16
 SMALL_BYTES_PER_VALUE = 1 / 16
 MOST_OVER_LEAST = 1.05
@@ -178,9 +178,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.static:
         return static_report(options.only, options.results)
-    from benchmarks import kernel_speed
+    from benchmarks.kernels import speed
 
-    return kernel_speed.report(options.only, options.results)
+    return speed.report(options.only, options.results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Where compression would pay on larger pipelines, by the model of `benchmarks.timeline`.
+"""Where compression would pay on larger pipelines, by the model of `benchmarks.links.timeline`.
 
 Nothing here is measured, and only time is considered, not what a codec does to the loss. What is assumed
-is listed in `benchmarks.pipelines`; `benchmarks.simulate` checks the model and runs this. Differences
+is listed in `benchmarks.links.cases`; `benchmarks.links.simulate` checks the model and runs this. Differences
 below 2 % mean nothing: no depth is looked for that comes closer to the bound. It writes
 
     plan.csv            every model, number of stages, link, number of replicas and method
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import provenance
-from benchmarks.bounds import automatic_depth, bound_s
-from benchmarks.pipelines import (
+from benchmarks.links.bounds import automatic_depth, bound_s
+from benchmarks.links.cases import (
     GPU_MEMORY_BYTES,
     LINKS,
     METHODS,
@@ -30,11 +30,11 @@ from benchmarks.pipelines import (
     Case,
     Model,
 )
-from benchmarks.timeline import Step, Timeline, simulate
+from benchmarks.links.timeline import Step, Timeline, simulate
 from clapping_ds.schedule import num_warmup
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 NUM_STAGES = (8, 16, 32, 64, 128, 256)
 REPLICAS = (1, 8)
 CLOSE = 1.02

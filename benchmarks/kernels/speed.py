@@ -1,4 +1,4 @@
-"""GB/s of every codec on this machine's GPU, beside a device-to-device copy: `benchmarks.kernels`.
+"""GB/s of every codec on this machine's GPU, beside a device-to-device copy: `benchmarks.kernels.report`.
 
 A figure appears only for a codec whose payload, memory and output are equal on the GPU, bit for bit, to
 what `clapping_ds.codecs.reference` gives on the CPU.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_variants import SEED, SITUATIONS, Situation, named_codecs
+from benchmarks.kernels.variants import SEED, SITUATIONS, Situation, named_codecs
 from clapping_ds.codecs import AnyCodec, Context
 from clapping_ds.telemetry import table
 
@@ -132,7 +132,7 @@ def row(name: str, codec: AnyCodec, situation: Situation) -> dict[str, Any]:
 
 def report(only: str, folder: Path) -> int:
     """Prints and writes the table; 1 where a codec is wrong, 2 without a CUDA device."""
-    from benchmarks.kernels import write
+    from benchmarks.kernels.report import write
 
     if not torch.cuda.is_available():
         print("no CUDA device here: only --static works")

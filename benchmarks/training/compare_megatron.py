@@ -1,7 +1,7 @@
 """What compression costs and saves in Megatron-Core: its GPTModel, the same seed and steps under several
-`"clapping"` blocks. The counterpart of benchmarks.compare.
+`"clapping"` blocks. The counterpart of benchmarks.training.compare.
 
-    python -m benchmarks.compare_megatron
+    python -m benchmarks.training.compare_megatron
 
 Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by tests/megatron_cpu.py, which
 is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on GPUs.
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.run import main as torchrun
 
 from benchmarks import provenance
-from benchmarks.compare import RESULTS, block, row, write_csv
+from benchmarks.training.compare import RESULTS, block, row, write_csv
 from clapping_ds import telemetry
 from launch.trainer import RunResult
 
@@ -45,9 +45,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not dist.is_torchelastic_launched():
-        torchrun(
-            ["--nproc_per_node", str(options.stages), "-m", "benchmarks.compare_megatron", *sys.argv[1:]]
-        )
+        module = "benchmarks.training.compare_megatron"
+        torchrun(["--nproc_per_node", str(options.stages), "-m", module, *sys.argv[1:]])
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

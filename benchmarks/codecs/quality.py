@@ -1,12 +1,12 @@
 """What each codec loses, costs and how fast it is, on real activations and gradients.
 
-    python -m benchmarks.codecs
+    python -m benchmarks.codecs.quality
 
-Reads `captured.npz` (see `benchmarks.capture`). A key message is a value, a delta message its change in
-one optimizer step on the same sample. Errors are over all captured depths and steps, without a memory: the
-root of the mean squared relative error, and the mean cosine. Speed is of the plain-torch path on this CPU,
-and of the compiled one for the codecs that have it, with error feedback for ours: in bytes of uncompressed
-bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
+Reads `captured.npz` (see `benchmarks.codecs.capture`). A key message is a value, a delta message its change
+in one optimizer step on the same sample. Errors are over all captured depths and steps, without a memory:
+the root of the mean squared relative error, and the mean cosine. Speed is of the plain-torch path on this
+CPU, and of the compiled one for the codecs that have it, with error feedback for ours: in bytes of
+uncompressed bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
 
 The captured matrices have only 64 rows. `lowrank` looks dear here: its bits per value are
 16 * rank * (1 / rows + 1 / columns). It also starts cold, where in training it starts from the last message.
@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from benchmarks import provenance
-from benchmarks.peers import peers
+from benchmarks.codecs.peers import peers
 from clapping_ds.codecs import CODECS, AnyCodec, Context
 from clapping_ds.codecs.grouped import GroupedCodec
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SCALES = ("unbiased", "least_squares")
 CONFIGURATIONS: list[dict[str, Any]] = [
     *({"name": name, **options} for name in ("int8", "int4") for options in ({}, {"rotate": True})),

@@ -1,6 +1,6 @@
-"""Real activations and gradients of the GPT in `launch/`, for `benchmarks.codecs` to compress.
+"""Real activations and gradients of the GPT in `launch/`, for `benchmarks.codecs.quality` to compress.
 
-    python -m benchmarks.capture
+    python -m benchmarks.codecs.capture
 
 The run of `launch.trainer` (its data, seed, optimizer and schedule) in one process and plain torch. What
 would cross a stage boundary is a block's output and the gradient with respect to it; both are kept twice,
@@ -26,7 +26,7 @@ from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, LayerNorm, logits, loss
 from launch.trainer import RunConfig, learning_rate_factor, optimizer
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 STEPS = (1, 40, 160, 320)
 DEPTHS = (1, 2, 3)
 TOKEN_STRIDE = 8

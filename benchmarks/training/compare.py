@@ -1,6 +1,6 @@
 """What compression costs and saves: the same GPT, seed and steps under several `"clapping"` blocks.
 
-    deepspeed --num_accelerators 2 --module benchmarks.compare
+    deepspeed --num_accelerators 2 --module benchmarks.training.compare
 
 Stock DeepSpeed, fully shuffled, comes first; every other row is read against it and against the
 uncompressed run with the same lazy sampling.
@@ -21,7 +21,7 @@ from clapping_ds import telemetry
 from launch.pretrain_gpt import start_distributed
 from launch.trainer import RunConfig, RunResult, train
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 STOCK = "stock DeepSpeed"
 
 

@@ -1,6 +1,6 @@
 """AC-SGD's published delta compression beside our int4 with error feedback, on CPU tensors, one thread.
 
-    python -m benchmarks.ac_sgd CHECKOUT [--repeats 21]
+    python -m benchmarks.codecs.ac_sgd CHECKOUT [--repeats 21]
 
 CHECKOUT is a clone of https://github.com/DS3Lab/AC-SGD (MIT, not part of this project), at commit
 95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4. It needs CUDA only through cupy, for bit packing and for copies
@@ -41,7 +41,7 @@ from benchmarks import provenance
 from clapping_ds.codecs import Context, Quantizer
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 COMMIT = "95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4"
 SHAPES = ((4, 512, 1024), (8, 128, 128))
 DTYPES = (torch.float32, torch.bfloat16)

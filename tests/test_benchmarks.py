@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.codecs import ac_sgd, capture, quality
+from benchmarks.files import RESULTS
 from clapping_ds.codecs import Quantizer
 
-CAPTURED = quality.RESULTS / "captured.npz"
+CAPTURED = RESULTS / "captured.npz"
 DIRECTIONS = ("activations", "gradients")
 
 

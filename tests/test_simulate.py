@@ -1,11 +1,11 @@
 """The pipeline's model gives what can be worked out by hand, never beats its bound, and sees deadlocks."""
 
-import csv
 import random
 
 import pytest
 from deepspeed.runtime.pipe import schedule as stock_schedule
 
+from benchmarks.files import read_csv, write_csv
 from benchmarks.links import cases, plan, simulate
 from benchmarks.links.bounds import automatic_depth, bound_s
 from benchmarks.links.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
@@ -242,9 +242,9 @@ def measured_row(off=1.0):
 
 @pytest.mark.parametrize(("off", "holds"), [(1.0, True), (1.08, True), (1.2, False), (0.8, False)])
 def test_a_model_that_is_off_does_not_hold(tmp_path, off, holds):
-    plan.write_csv(tmp_path / "pipeline.csv", [measured_row(off)])
+    write_csv(tmp_path / "pipeline.csv", [measured_row(off)])
     assert simulate.check(tmp_path) == holds
-    (row,) = csv.DictReader((tmp_path / "simulate_check.csv").open())
+    (row,) = read_csv(tmp_path / "simulate_check.csv")
     assert float(row["predicted/measured"]) == pytest.approx(1 / off)
     assert float(row["bound_s"]) <= float(row["predicted_s"])
 
@@ -294,6 +294,6 @@ def test_the_plan_of_one_pipeline(tmp_path):
     slow, fast = [row for row in found if row["replicas"] == 1]
     assert (slow["verdict"], fast["verdict"]) == ("compression pays", "overlap is enough")
     assert "compression pays" in plan.printed(found)
-    plan.write_csv(tmp_path / "plan_summary.csv", found)
+    write_csv(tmp_path / "plan_summary.csv", found)
     plan.plot(tmp_path / "plan_summary.csv", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 0

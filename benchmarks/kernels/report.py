@@ -20,20 +20,17 @@ or moves more than 5 % more bytes than it must. Its columns:
 """
 
 import argparse
-import csv
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import provenance
+from benchmarks.files import RESULTS, provenance, write_csv, write_json
 from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
 from benchmarks.kernels.variants import Variant, variants
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parents[1] / "results"
 WIDE_BYTES = 16
 SMALL_BYTES_PER_VALUE = 1 / 16
 MOST_OVER_LEAST = 1.05
@@ -144,14 +141,9 @@ def _histogram(code: Code, is_store: bool) -> str:
 
 def write(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """`name`.csv with the rows, `name`.json with rows, assumptions and provenance."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / f"{name}.csv", rows)
     gpus = {f"sm_{arch}": vars(gpu) for arch, gpu in GPUS.items()}
-    document = {"provenance": provenance.facts(), "peak rates": gpus, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_json(folder / f"{name}.json", {"provenance": provenance(), "peak rates": gpus, "rows": rows})
 
 
 def static_report(only: str, folder: Path) -> int:

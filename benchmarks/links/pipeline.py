@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks import provenance
+from benchmarks.files import RESULTS, write_results
 from benchmarks.links.network import (
     ADDRESSES,
     BURST_BYTES,
@@ -33,7 +33,7 @@ from benchmarks.links.network import (
     open_network,
 )
 from benchmarks.links.rows import Compute, compared, plot, shown, timing, traffic
-from benchmarks.training.compare import RESULTS, STOCK, block, write_csv
+from benchmarks.training.compare import STOCK, block
 from clapping_ds import telemetry
 from launch.gpt import GPTConfig
 
@@ -200,12 +200,10 @@ def grid(network: Network, size: Size) -> Iterator[list[dict[str, Any]]]:
 
 def report(rows: list[dict[str, Any]], size: Size, folder: Path) -> None:
     """Writes pipeline.csv, pipeline.json and pipeline.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "pipeline.csv", rows)
-    plot(folder / "pipeline.csv", folder / "pipeline.png")
     shaping = {"burst_bytes": BURST_BYTES, "queue_bytes": QUEUE_BYTES}
-    origin = {**provenance.facts(), **asdict(size), **shaping, "warm_up_steps": WARM_UP_STEPS, "runs": RUNS}
-    (folder / "pipeline.json").write_text(json.dumps(origin, indent=2) + "\n")
+    facts = {**asdict(size), **shaping, "warm_up_steps": WARM_UP_STEPS, "runs": RUNS}
+    write_results(folder / "pipeline", rows, facts)
+    plot(folder / "pipeline.csv", folder / "pipeline.png")
     print(f"written to {folder}: pipeline.csv, pipeline.json, pipeline.png")
 
 

@@ -22,12 +22,12 @@ more than 10 % off. Planning is in `benchmarks.links.plan`.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from benchmarks.files import RESULTS, read_csv, write_csv
 from benchmarks.links import plan
 from benchmarks.links.bounds import bound_s
 from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
@@ -78,9 +78,8 @@ def check(folder: Path) -> bool:
     if not source.exists():
         print(f"{source} is missing: the model is not checked against measured steps")
         return True
-    with source.open() as file:
-        rows = [check_row(row) for row in csv.DictReader(file)]
-    plan.write_csv(folder / "simulate_check.csv", rows)
+    rows = [check_row(row) for row in read_csv(source)]
+    write_csv(folder / "simulate_check.csv", rows)
     print(table(rows))
     wrong = [row["run"] for row in rows if abs(row["predicted/measured"] - 1) > MOST_WRONG]
     print(f"{len(rows) - len(wrong)} of {len(rows)} within {MOST_WRONG:.0%}", *wrong, sep="\n  off: ")
@@ -89,7 +88,7 @@ def check(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=Path, default=plan.RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     holds = check(options.results)
     plan.report(options.results)

@@ -8,7 +8,6 @@ is for tests and for this benchmark. So tokens/s are of no use for comparisons w
 """
 
 import argparse
-import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.run import main as torchrun
 
-from benchmarks import provenance
-from benchmarks.training.compare import RESULTS, block, row, write_csv
+from benchmarks.files import RESULTS, write_results
+from benchmarks.training.compare import block, raw_bytes_of, row
 from clapping_ds import telemetry
 from launch.trainer import RunResult
 
@@ -72,12 +71,9 @@ def main() -> None:
 
 def report(results: dict[str, RunResult], run: dict[str, Any], folder: Path) -> None:
     """Writes megatron.csv and megatron.json, and prints the table."""
-    (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
+    raw_bytes = raw_bytes_of(results)
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
-    origin = {**provenance.facts(), "megatron-core": version("megatron-core"), "run": run}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "megatron.csv", rows)
-    (folder / "megatron.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
+    write_results(folder / "megatron", rows, {"megatron-core": version("megatron-core"), "run": run})
     print(telemetry.table(rows))
     print(f"written to {folder}: megatron.csv, megatron.json")
 

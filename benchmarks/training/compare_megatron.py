@@ -3,8 +3,9 @@
 
     python -m benchmarks.training.compare_megatron
 
-Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by tests/megatron_cpu.py, which
-is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on GPUs.
+Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by launch/megatron_on_cpu.py,
+which is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on
+GPUs.
 """
 
 import argparse
@@ -49,8 +50,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    from launch.megatron_on_cpu import on_cpu
     from launch.pretrain_gpt_megatron import MegatronRun, start_parallel, train
-    from tests.megatron_cpu import on_cpu
 
     run = MegatronRun(
         data=options.data, steps=options.steps, seed=options.seed, chunks=options.chunks,

@@ -26,7 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.kernels import speed
 from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
 from benchmarks.kernels.variants import Variant, variants
 from clapping_ds.telemetry import table
@@ -162,17 +165,26 @@ def static_report(only: str, folder: Path) -> int:
     return int(any(line["faults"] for line in rows))
 
 
+def speed_report(only: str, folder: Path) -> int:
+    """Prints and writes the table; 1 where a codec is wrong, 2 without a CUDA device."""
+    if not torch.cuda.is_available():
+        print("no CUDA device here: only --static works")
+        return 2
+    rows = speed.rows(only)
+    print(table(rows))
+    if not only:
+        write(rows, folder, "kernels_speed")
+    return int(any(line["wrong"] for line in rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--static", action="store_true", help="from compiler output, without a GPU")
     parser.add_argument("--only", default="", help="kernels whose label contains this; writes no files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.static:
-        return static_report(options.only, options.results)
-    from benchmarks.kernels import speed
-
-    return speed.report(options.only, options.results)
+    report = static_report if options.static else speed_report
+    return report(options.only, options.results)
 
 
 if __name__ == "__main__":

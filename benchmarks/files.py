@@ -19,7 +19,8 @@ COLOURS = (
     *("tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan"),
     *("black", "magenta", "lime", "navy", "blue", "burlywood"),
 )
-"""Of a plot's lines, in order: matplotlib's ten, then six that are as far from these and from each other."""
+"""Of a plot's lines, in order: matplotlib's ten, then six that differ more from all others than these do at
+the least (CIE Lab). From the seventeenth line on they repeat."""
 
 
 def write_results(target: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Measurements. Each module is a command that writes its figures to `benchmarks/results/`."""
+"""Measurements. Each folder has commands that write their figures to `benchmarks/results/`."""

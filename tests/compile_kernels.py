@@ -6,8 +6,8 @@ pytest itself, where Triton interprets its kernels.
 
 import sys
 
-from benchmarks.kernel_variants import variants
-from benchmarks.static_analysis import analysed
+from benchmarks.kernels.static_analysis import analysed
+from benchmarks.kernels.variants import variants
 
 
 def main(only: str = "") -> int:

@@ -85,15 +85,12 @@ def row(test, stock, ours):
 
 
 def write(rows, options):
-    from benchmarks import provenance
-    from benchmarks.compare import write_csv
+    from benchmarks.files import write_results
 
-    write_csv(RESULTS.with_suffix(".csv"), rows)
     commit = subprocess.run(
         ["git", "-C", options.checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     facts = {
-        **provenance.facts(),
         "pytest": version("pytest"),
         "deepspeed_tests": "https://github.com/deepspeedai/DeepSpeed",
         "deepspeed_tests_commit": commit,
@@ -101,7 +98,7 @@ def write(rows, options):
         "suites": [f"tests/{suite}" for suite in options.suites],
         "clapping": BLOCK,
     }
-    RESULTS.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_results(RESULTS, rows, facts)
 
 
 # The plugin

@@ -1,57 +1,22 @@
-"""Megatron-Core on CPU ranks: the few places where it names CUDA, and small models that it trains.
-
-Only tests and benchmarks use this; Megatron-Core itself is for GPUs.
-"""
+"""Small models that Megatron-Core trains on CPU ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from clapping_ds.engines.megatron import MegatronPipeline
+from launch.megatron_on_cpu import on_cpu
 from tests import models
 
 NUM_LAYERS = 8
-
-
-class CpuForCuda(TorchFunctionMode):
-    """What is asked to be on a GPU is on the CPU."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = "cpu"
-        if function is torch.Tensor.cuda:
-            return args[0]
-        return function(*args, **kwargs)
-
-
-def _no_tracker(seed: int, *options: Any, **more: Any) -> None:
-    """In place of GPU random states by region: nothing here draws in a tensor-parallel region."""
-    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Around everything that Megatron-Core does."""
-    with (
-        CpuForCuda(),
-        mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")),
-        mock.patch("torch.cuda.current_stream"),
-        mock.patch("torch.cuda.synchronize"),
-        mock.patch("megatron.core.tensor_parallel.model_parallel_cuda_manual_seed", _no_tracker),
-    ):
-        yield
 
 
 @contextmanager

@@ -183,18 +183,15 @@ def version(checkout):
 
 
 def write(rows, checkouts):
-    from benchmarks import provenance
-    from benchmarks.compare import write_csv
+    from benchmarks.files import write_results
 
-    write_csv(RESULTS.with_suffix(".csv"), rows)
     facts = {
-        **provenance.facts(),
         "megatron_lm": "https://github.com/NVIDIA/Megatron-LM",
         "megatron_lm_versions": [version(checkout) for checkout in checkouts],
         "arguments": f"{MODEL} {ON_CPU}",
         "blocks": BLOCKS,
     }
-    RESULTS.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_results(RESULTS, rows, facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import typing_extensions
 
-from tests.megatron_cpu import on_cpu
+from launch.megatron_on_cpu import on_cpu
 
 NAMED = ("Stream", "empty_cache", "memory_stats", "set_device", "set_rng_state", "stream")
 MEASURED = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")

@@ -8,6 +8,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from clapping_ds.engines.megatron import MegatronPipeline
+from launch.megatron_on_cpu import on_cpu
 from tests import megatron_cpu, models
 from tests.cluster import free_groups
 
@@ -253,7 +254,7 @@ def trained_gpt(blocks: list[Any], sizes: dict[str, Any], steps: int) -> list[An
     from launch.pretrain_gpt_megatron import MegatronRun, start_parallel, train
 
     run = MegatronRun(steps=steps, eval_interval=steps // 2, eval_batches=1, **SMALL, **sizes)
-    with megatron_cpu.on_cpu():
+    with on_cpu():
         start_parallel(run)
         try:
             return [train(run, block and {"clapping": block}) for block in blocks]
@@ -266,7 +267,7 @@ def tensor_parallel_gpt(blocks: list[Any]) -> list[Any]:
 
     run = MegatronRun(tensor_size=2, **SMALL)
     found = []
-    with megatron_cpu.on_cpu():
+    with on_cpu():
         start_parallel(run)
         try:
             for block in blocks:

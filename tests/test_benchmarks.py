@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ac_sgd, capture, codecs
+from benchmarks.codecs import ac_sgd, capture, quality
+from benchmarks.files import RESULTS
 from clapping_ds.codecs import Quantizer
 
-CAPTURED = codecs.RESULTS / "captured.npz"
+CAPTURED = RESULTS / "captured.npz"
 DIRECTIONS = ("activations", "gradients")
 
 
 @pytest.fixture(scope="module")
 def captured():
-    return codecs.messages(CAPTURED)
+    return quality.messages(CAPTURED)
 
 
 def squared_error(codec, tensors):
-    return codecs.errors(codecs.Ours(codec, codec.name), tensors)[0] ** 2
+    return quality.errors(quality.Ours(codec, codec.name), tensors)[0] ** 2
 
 
 def with_outliers(x):
@@ -57,18 +58,18 @@ def test_a_delta_is_what_one_optimizer_step_changed(captured):
 
 
 def test_every_configuration_exists_and_loses_a_finite_part(captured):
-    methods = list(codecs.ours())
-    assert len({method.name for method in methods}) == len(codecs.CONFIGURATIONS)
-    assert len({method.codec for method in methods}) == len(codecs.CONFIGURATIONS), "two are the same codec"
+    methods = list(quality.ours())
+    assert len({method.name for method in methods}) == len(quality.CONFIGURATIONS)
+    assert len({method.codec for method in methods}) == len(quality.CONFIGURATIONS), "two are the same codec"
     for method in methods:
-        error, cosine = codecs.errors(method, captured["activations", "key"][:1])
+        error, cosine = quality.errors(method, captured["activations", "key"][:1])
         assert 0.0 < error < 1.0 and 0.0 < cosine <= 1.0, method.name
 
 
 def test_speed_names_the_paths_that_there_are(monkeypatch):
-    monkeypatch.setattr(codecs, "NUM_ROUNDS", 1)
-    method = next(method for method in codecs.ours() if method.name.startswith("topk"))
-    figures = codecs.speed(method, (8, 1024))
+    monkeypatch.setattr(quality, "NUM_ROUNDS", 1)
+    method = next(method for method in quality.ours() if method.name.startswith("topk"))
+    figures = quality.speed(method, (8, 1024))
     assert [name for name, figure in figures.items() if figure is None] == [
         f"compiled {action} {unit}" for action in ("encode", "decode") for unit in ("GB/s", "of copy")
     ]

@@ -1,15 +1,15 @@
 """The benchmark over shaped links: its arithmetic, what it refuses, and that it leaves nothing behind."""
 
-import csv
 import os
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import network, pipeline
-from benchmarks.compare import STOCK, write_csv
-from benchmarks.pipeline_rows import Compute, Wire, bound_s, compared, plot, timing, traffic
+from benchmarks.files import read_csv, write_csv
+from benchmarks.links import network, pipeline
+from benchmarks.links.rows import Compute, Wire, bound_s, compared, plot, timing, traffic
+from benchmarks.training.compare import STOCK
 from clapping_ds import ClappingConfig
 from launch.gpt import GPTConfig
 
@@ -117,8 +117,7 @@ def test_the_plot_needs_the_csv_alone(tmp_path):
     write_csv(tmp_path / "pipeline.csv", rows)
     plot(tmp_path / "pipeline.csv", tmp_path / "pipeline.png")
     assert (tmp_path / "pipeline.png").stat().st_size > 10_000
-    with (tmp_path / "pipeline.csv").open() as file:
-        assert [line["run"] for line in csv.DictReader(file)] == [STOCK, "half the bytes"]
+    assert [line["run"] for line in read_csv(tmp_path / "pipeline.csv")] == [STOCK, "half the bytes"]
 
 
 def test_without_root_or_tools_it_says_what_it_needs(monkeypatch, tmp_path):

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-from benchmarks.static_analysis import TARGETS
+from benchmarks.kernels.static_analysis import TARGETS
 
-SITUATION = "memory"  # the widest; `python -m benchmarks.kernels --static` compiles the others too
+SITUATION = "memory"  # the widest; `python -m benchmarks.kernels.report --static` compiles the others too
 
 
 def test_kernels_compile_without_spills():

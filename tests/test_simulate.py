@@ -1,15 +1,15 @@
 """The pipeline's model gives what can be worked out by hand, never beats its bound, and sees deadlocks."""
 
-import csv
 import random
 
 import pytest
 from deepspeed.runtime.pipe import schedule as stock_schedule
 
-from benchmarks import pipelines, plan, simulate
-from benchmarks.bounds import automatic_depth, bound_s
-from benchmarks.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
-from benchmarks.timeline import simulate as simulated
+from benchmarks.files import read_csv, write_csv
+from benchmarks.links import cases, plan, simulate
+from benchmarks.links.bounds import automatic_depth, bound_s
+from benchmarks.links.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
+from benchmarks.links.timeline import simulate as simulated
 
 F, B = 1.0, 2.5
 INSTRUCTIONS = {
@@ -242,9 +242,9 @@ def measured_row(off=1.0):
 
 @pytest.mark.parametrize(("off", "holds"), [(1.0, True), (1.08, True), (1.2, False), (0.8, False)])
 def test_a_model_that_is_off_does_not_hold(tmp_path, off, holds):
-    plan.write_csv(tmp_path / "pipeline.csv", [measured_row(off)])
+    write_csv(tmp_path / "pipeline.csv", [measured_row(off)])
     assert simulate.check(tmp_path) == holds
-    (row,) = csv.DictReader((tmp_path / "simulate_check.csv").open())
+    (row,) = read_csv(tmp_path / "simulate_check.csv")
     assert float(row["predicted/measured"]) == pytest.approx(1 / off)
     assert float(row["bound_s"]) <= float(row["predicted_s"])
 
@@ -256,8 +256,8 @@ def test_without_measurements_nothing_is_checked(tmp_path):
 
 def test_methods_cost_the_bits_that_the_package_says():
     bits = {
-        name: pipelines.Case(pipelines.MODELS[0], 8, Link(1.0), config).mean_bits
-        for name, config in pipelines.METHODS.items()
+        name: cases.Case(cases.MODELS[0], 8, Link(1.0), config).mean_bits
+        for name, config in cases.METHODS.items()
     }
     assert bits == {
         "stock": 16, "overlap only": 16, "direct int4": 4.125, "direct eden2": 2.125, "fc int2": 2.125,
@@ -265,27 +265,27 @@ def test_methods_cost_the_bits_that_the_package_says():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", pipelines.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", cases.MODELS, ids=lambda model: model.name)
 def test_models_have_the_size_of_their_name(model):
     for num_stages in (8, 16):
         layers = model.layers_per_stage(num_stages)
         assert (len(layers), sum(layers)) == (num_stages, model.num_layers)
         assert min(layers) >= 1
     size, unit = float(model.name.split()[1][:-1]), {"B": 1e9, "T": 1e12}[model.name[-1]]
-    num_parameters = sum(model.parameters_per_stage(8)) - pipelines.VOCABULARY * model.width
+    num_parameters = sum(model.parameters_per_stage(8)) - cases.VOCABULARY * model.width
     assert num_parameters == pytest.approx(size * unit, rel=0.05)
 
 
 def test_pipelines_that_cannot_be_are_left_out():
-    small, large = pipelines.MODELS[0], pipelines.MODELS[5]
+    small, large = cases.MODELS[0], cases.MODELS[5]
     assert plan.refusal(small, 8) is None
     assert plan.refusal(small, 32) == "only 24 layers"
     assert plan.refusal(large, 8) == "does not fit GPUs of 80 GB"
 
 
 def test_the_plan_of_one_pipeline(tmp_path):
-    model = pipelines.MODELS[0]
-    links = list(pipelines.LINKS)[:: len(pipelines.LINKS) - 1]
+    model = cases.MODELS[0]
+    links = list(cases.LINKS)[:: len(cases.LINKS) - 1]
     rows = [row for link in links for row in plan.rows_of(model, 8, link)]
     assert all(row["step_s"] >= row["bound_s"] * (1 - 1e-9) for row in rows)
     assert all(row["step_s"] <= row["auto_s"] for row in rows)
@@ -294,6 +294,6 @@ def test_the_plan_of_one_pipeline(tmp_path):
     slow, fast = [row for row in found if row["replicas"] == 1]
     assert (slow["verdict"], fast["verdict"]) == ("compression pays", "overlap is enough")
     assert "compression pays" in plan.printed(found)
-    plan.write_csv(tmp_path / "plan_summary.csv", found)
+    write_csv(tmp_path / "plan_summary.csv", found)
     plan.plot(tmp_path / "plan_summary.csv", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 0

@@ -1,6 +1,6 @@
 """The pipeline's model against what was measured, then what it says of pipelines that are not at hand.
 
-    python -m benchmarks.simulate
+    python -m benchmarks.links.simulate
 
 `results/pipeline.csv`, where it exists, has a measured pipeline per row, in these columns:
 
@@ -15,22 +15,22 @@
     key_bytes, delta_bytes         of a fresh slot's message and of a reused slot's
     fresh_share                    of slots, which are fresh as with `refresh` "cycle"
     step_s                         measured
-    buffer_bytes                   may be missing: of the link, see `benchmarks.timeline.Link`
+    buffer_bytes                   may be missing: of the link, see `benchmarks.links.timeline.Link`
 
 The model's step time for each row goes to `results/simulate_check.csv`; the exit status is 1 where it is
-more than 10 % off. Planning is in `benchmarks.plan`.
+more than 10 % off. Planning is in `benchmarks.links.plan`.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks import plan
-from benchmarks.bounds import bound_s
-from benchmarks.timeline import Link, Order, Stage, Step, simulate
+from benchmarks.files import RESULTS, read_csv, write_csv
+from benchmarks.links import plan
+from benchmarks.links.bounds import bound_s
+from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
 from clapping_ds.sampling import Coin
 from clapping_ds.telemetry import table
 
@@ -78,9 +78,8 @@ def check(folder: Path) -> bool:
     if not source.exists():
         print(f"{source} is missing: the model is not checked against measured steps")
         return True
-    with source.open() as file:
-        rows = [check_row(row) for row in csv.DictReader(file)]
-    plan.write_csv(folder / "simulate_check.csv", rows)
+    rows = [check_row(row) for row in read_csv(source)]
+    write_csv(folder / "simulate_check.csv", rows)
     print(table(rows))
     wrong = [row["run"] for row in rows if abs(row["predicted/measured"] - 1) > MOST_WRONG]
     print(f"{len(rows) - len(wrong)} of {len(rows)} within {MOST_WRONG:.0%}", *wrong, sep="\n  off: ")
@@ -89,7 +88,7 @@ def check(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=Path, default=plan.RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     holds = check(options.results)
     plan.report(options.results)

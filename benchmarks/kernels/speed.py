@@ -1,29 +1,24 @@
-"""GB/s of every codec on this machine's GPU, beside a device-to-device copy: `benchmarks.kernels`.
+"""GB/s of every codec on this machine's GPU, beside a device-to-device copy: `benchmarks.kernels.report`.
 
 A figure appears only for a codec whose payload, memory and output are equal on the GPU, bit for bit, to
 what `clapping_ds.codecs.reference` gives on the CPU.
 
 Bytes are the least that must move: the value or output once, the payload once, the memory once where it
 is read and once where it is written. The copy beside it reads and writes as many bytes in total, so its
-GB/s is what this GPU's memory gives. Both are timed in turn with CUDA events, so that clocks and other
-load touch both alike; reported are medians.
+GB/s is what this GPU's memory gives. Reported are medians, with the L2 cache cleared before each call.
 """
 
-import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from triton.testing import do_bench
 
-from benchmarks.kernel_variants import SEED, SITUATIONS, Situation, named_codecs
+from benchmarks.kernels.variants import SEED, SITUATIONS, Situation, named_codecs
 from clapping_ds.codecs import AnyCodec, Context
-from clapping_ds.telemetry import table
 
 CHECKED_SHAPE = (768, 1024)
 TIMED_SHAPE = (16384, 4096)
 """128 MiB in bfloat16, several times the largest L2 cache."""
-NUM_WARM_UP, NUM_TIMED = 5, 25
 TOLERANT = ("lowrank",)
 """Codecs that leave a matrix product or a factorisation to a vendor's library, so that payloads differ
 in their last bits. Of these the decoded output is compared, given the same payload."""
@@ -98,21 +93,6 @@ def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     return torch.equal(ours.view(torch.uint8), theirs.cpu().view(torch.uint8))
 
 
-def median_ms(functions: list[Callable[[], Any]]) -> list[float]:
-    """Each function's median time on the GPU; they run in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(NUM_WARM_UP + NUM_TIMED):
-        for function, found in zip(functions, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            if repeat >= NUM_WARM_UP:
-                found.append(start.elapsed_time(end))
-    return [statistics.median(found) for found in times]
-
-
 def row(name: str, codec: AnyCodec, situation: Situation) -> dict[str, Any]:
     """One line of the report."""
     fault = difference(codec, situation)
@@ -122,28 +102,19 @@ def row(name: str, codec: AnyCodec, situation: Situation) -> dict[str, Any]:
         message = Message(codec, situation, TIMED_SHAPE, "cuda")
         source = torch.empty(message.num_bytes // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        found = median_ms([message.encode_, message.decode_, lambda: target.copy_(source)])
-        speeds = [message.num_bytes / 1e6 / ms for ms in found]
+        calls = (message.encode_, message.decode_, lambda: target.copy_(source))
+        speeds = [message.num_bytes / 1e6 / do_bench(call, return_mode="median") for call in calls]
     encode, decode, copy = speeds
     share = [None if speed is None or not copy else speed / copy for speed in (encode, decode)]
     line |= {"encode GB/s": encode, "decode GB/s": decode, "copy GB/s": copy}
     return line | {"encode/copy": share[0], "decode/copy": share[1]}
 
 
-def report(only: str, folder: Path) -> int:
-    """Prints and writes the table; 1 where a codec is wrong, 2 without a CUDA device."""
-    from benchmarks.kernels import write
-
-    if not torch.cuda.is_available():
-        print("no CUDA device here: only --static works")
-        return 2
-    rows = [
+def rows(only: str) -> list[dict[str, Any]]:
+    """A line per codec and situation whose names contain `only`."""
+    return [
         {"gpu": torch.cuda.get_device_name(), **row(name, codec, situation)}
         for name, codec in named_codecs()
         for situation in SITUATIONS
         if only in f"{name} {situation.label}"
     ]
-    print(table(rows))
-    if not only:
-        write(rows, folder, "kernels_speed")
-    return int(any(line["wrong"] for line in rows))

@@ -2,7 +2,7 @@
 
 from itertools import accumulate, pairwise
 
-from benchmarks.timeline import Link, Stage, Step, work_s
+from benchmarks.links.timeline import Link, Stage, Step, work_s
 from clapping_ds.schedule import hiding_depth
 
 TOLERANCE = 0.05

@@ -1,6 +1,6 @@
-"""Real activations and gradients of the GPT in `launch/`, for `benchmarks.codecs` to compress.
+"""Real activations and gradients of the GPT in `launch/`, for `benchmarks.codecs.quality` to compress.
 
-    python -m benchmarks.capture
+    python -m benchmarks.codecs.capture
 
 The run of `launch.trainer` (its data, seed, optimizer and schedule) in one process and plain torch. What
 would cross a stage boundary is a block's output and the gradient with respect to it; both are kept twice,
@@ -10,23 +10,20 @@ is fp32: late in the run the change is 1.5 % of the value, a seventh of which bf
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import provenance
+from benchmarks.files import RESULTS, provenance, write_json
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, LayerNorm, logits, loss
 from launch.trainer import RunConfig, learning_rate_factor, optimizer
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = (1, 40, 160, 320)
 DEPTHS = (1, 2, 3)
 TOKEN_STRIDE = 8
@@ -131,14 +128,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run = RunConfig(data=options.data, steps=max(STEPS))
-    origin: dict[str, Any] = {**provenance.facts(), "seed": run.seed, "gpt": vars(run.gpt)}
     arrays, losses = capture(run)
 
     options.results.mkdir(parents=True, exist_ok=True)
     target = options.results / "captured.npz"
     np.savez_compressed(target, activations=arrays["activations"], gradients=arrays["gradients"])
-    origin |= {"steps": STEPS, "depths": DEPTHS, "token stride": TOKEN_STRIDE, **losses}
-    target.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n")
+    write_json(target.with_suffix(".json"), {
+        **provenance(),
+        "seed": run.seed,
+        "gpt": vars(run.gpt),
+        "steps": STEPS,
+        "depths": DEPTHS,
+        "token stride": TOKEN_STRIDE,
+        **losses,
+    })  # fmt: skip
     print(f"validation loss {losses['validation loss']:.4f}; written to {target} and captured.json")
 
 

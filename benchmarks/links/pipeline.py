@@ -1,11 +1,11 @@
 """Step time of a two-stage pipeline over real links of several speeds: stock DeepSpeed against ours.
 
-    python -m benchmarks.pipeline [--quick]
+    python -m benchmarks.links.pipeline [--quick]
 
-Two ranks, a core each, in two network namespaces joined by a shaped link (`benchmarks.network`; needs root).
-The speeds are set by rho: the time that a micro-batch's uncompressed activations take on the link, divided by
-the time that a stage computes on a micro-batch. At each speed all runs are alive at once and take turns, step
-by step, so that what else the machine does falls on all alike.
+Two ranks, a core each, in two network namespaces joined by a shaped link (`benchmarks.links.network`; needs
+root). The speeds are set by rho: the time that a micro-batch's uncompressed activations take on the link,
+divided by the time that a stage computes on a micro-batch. At each speed all runs are alive at once and take
+turns, step by step, so that what else the machine does falls on all alike.
 """
 
 import argparse
@@ -22,10 +22,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks import provenance
-from benchmarks.compare import RESULTS, STOCK, block, write_csv
-from benchmarks.network import ADDRESSES, BURST_BYTES, DEVICE, QUEUE_BYTES, Network, missing, open_network
-from benchmarks.pipeline_rows import Compute, compared, plot, shown, timing, traffic
+from benchmarks.files import RESULTS, write_results
+from benchmarks.links.network import (
+    ADDRESSES,
+    BURST_BYTES,
+    DEVICE,
+    QUEUE_BYTES,
+    Network,
+    missing,
+    open_network,
+)
+from benchmarks.links.rows import Compute, compared, plot, shown, timing, traffic
+from benchmarks.training.compare import STOCK, block
 from clapping_ds import telemetry
 from launch.gpt import GPTConfig
 
@@ -82,7 +90,7 @@ def link_rate(rho: float, raw_bytes: int, stage_s: float) -> float:
 
 
 class RankProcess:
-    """A running `benchmarks.pipeline_rank` at one end of the link."""
+    """A running `benchmarks.links.rank` at one end of the link."""
 
     def __init__(self, network: Network, end: int, log: IO[str]) -> None:
         environment = {
@@ -93,7 +101,7 @@ class RankProcess:
         self.log = log
         self.answers = os.fdopen(reading)
         self.process = subprocess.Popen(
-            [*network.prefix(end), sys.executable, "-m", "benchmarks.pipeline_rank", str(writing)],
+            [*network.prefix(end), sys.executable, "-m", "benchmarks.links.rank", str(writing)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writing], text=True,
             env={**os.environ, **environment},
         )  # fmt: skip
@@ -192,12 +200,10 @@ def grid(network: Network, size: Size) -> Iterator[list[dict[str, Any]]]:
 
 def report(rows: list[dict[str, Any]], size: Size, folder: Path) -> None:
     """Writes pipeline.csv, pipeline.json and pipeline.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "pipeline.csv", rows)
-    plot(folder / "pipeline.csv", folder / "pipeline.png")
     shaping = {"burst_bytes": BURST_BYTES, "queue_bytes": QUEUE_BYTES}
-    origin = {**provenance.facts(), **asdict(size), **shaping, "warm_up_steps": WARM_UP_STEPS, "runs": RUNS}
-    (folder / "pipeline.json").write_text(json.dumps(origin, indent=2) + "\n")
+    facts = {**asdict(size), **shaping, "warm_up_steps": WARM_UP_STEPS, "runs": RUNS}
+    write_results(folder / "pipeline", rows, facts)
+    plot(folder / "pipeline.csv", folder / "pipeline.png")
     print(f"written to {folder}: pipeline.csv, pipeline.json, pipeline.png")
 
 
@@ -216,8 +222,8 @@ def main() -> None:
     )
     if lacks := missing():
         raise SystemExit(
-            "benchmarks.pipeline makes network namespaces and shapes the link between them: it needs root, "
-            f"ip and tc (iproute2), taskset, sysctl and two cores. Missing: {', '.join(lacks)}."
+            "benchmarks.links.pipeline makes network namespaces and shapes the link between them: it needs "
+            f"root, ip and tc (iproute2), taskset, sysctl and two cores. Missing: {', '.join(lacks)}."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that all is removed
     rows = []

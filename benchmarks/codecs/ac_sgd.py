@@ -1,6 +1,6 @@
 """AC-SGD's published delta compression beside our int4 with error feedback, on CPU tensors, one thread.
 
-    python -m benchmarks.ac_sgd CHECKOUT [--repeats 21]
+    python -m benchmarks.codecs.ac_sgd CHECKOUT [--repeats 21]
 
 CHECKOUT is a clone of https://github.com/DS3Lab/AC-SGD (MIT, not part of this project), at commit
 95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4. It needs CUDA only through cupy, for bit packing and for copies
@@ -20,9 +20,7 @@ milliseconds; the last columns are the sum over that of ours, and of ours compil
 """
 
 import argparse
-import csv
 import importlib
-import json
 import statistics
 import subprocess
 import sys
@@ -37,11 +35,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks import provenance
+from benchmarks.files import RESULTS, write_results
 from clapping_ds.codecs import Context, Quantizer
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
 COMMIT = "95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4"
 SHAPES = ((4, 512, 1024), (8, 128, 128))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -271,14 +268,7 @@ def main() -> None:
         print(f"AC-SGD: expected commit {COMMIT}, found {commit}", file=sys.stderr)
     rows = compared(options.checkout, options.repeats)
     print(table(rows))
-
-    options.results.mkdir(parents=True, exist_ok=True)
-    with (options.results / "ac_sgd.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    origin = {**provenance.facts(), "AC-SGD commit": commit, "repeats": options.repeats}
-    (options.results / "ac_sgd.json").write_text(json.dumps(origin, indent=2) + "\n")
+    write_results(options.results / "ac_sgd", rows, {"AC-SGD commit": commit, "repeats": options.repeats})
     print(f"written to {options.results}: ac_sgd.csv, ac_sgd.json")
 
 

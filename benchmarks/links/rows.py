@@ -1,6 +1,5 @@
-"""What `benchmarks.pipeline` makes of its measurements: rows, the bound they are held against, the plot."""
+"""What `benchmarks.links.pipeline` makes of its measurements: rows, their bound, the plot."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -8,7 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.compare import STOCK
+from benchmarks.files import new_figure, read_csv, save_figure
+from benchmarks.training.compare import STOCK
 
 Answers = Sequence[Mapping[str, Any]]
 """What the ranks of stage 0 and stage 1 said to one order."""
@@ -169,14 +169,8 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def plot(source: Path, target: Path) -> None:
     """Draws what the CSV says: speed-up over stock, and share of the bound, against rho."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with source.open() as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    rows = read_csv(source)
+    figure, axes = new_figure(1, 2, inches=(11, 4.2))
     for axis, name in zip(axes, ("speed_up", "efficiency"), strict=True):
         for run in dict.fromkeys(row["run"] for row in rows):
             mine = sorted((float(row["rho_measured"]), float(row[name])) for row in rows if row["run"] == run)
@@ -188,5 +182,4 @@ def plot(source: Path, target: Path) -> None:
     axes[1].set_ylabel("bound / step time")
     axes[1].set_ylim(0, 1.05)
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.timeline import Link, Stage, Step, slot_bytes
+from benchmarks.links.timeline import Link, Stage, Step, slot_bytes
 from clapping_ds import ClappingConfig
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.schedule import num_warmup

@@ -1,19 +1,18 @@
 """What each codec loses, costs and how fast it is, on real activations and gradients.
 
-    python -m benchmarks.codecs
+    python -m benchmarks.codecs.quality
 
-Reads `captured.npz` (see `benchmarks.capture`). A key message is a value, a delta message its change in
-one optimizer step on the same sample. Errors are over all captured depths and steps, without a memory: the
-root of the mean squared relative error, and the mean cosine. Speed is of the plain-torch path on this CPU,
-and of the compiled one for the codecs that have it, with error feedback for ours: in bytes of uncompressed
-bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
+Reads `captured.npz` (see `benchmarks.codecs.capture`). A key message is a value, a delta message its change
+in one optimizer step on the same sample. Errors are over all captured depths and steps, without a memory:
+the root of the mean squared relative error, and the mean cosine. Speed is of the plain-torch path on this
+CPU, and of the compiled one for the codecs that have it, with error feedback for ours: in bytes of
+uncompressed bfloat16 per second, and as a share of a plain copy that is measured in turn with it.
 
 The captured matrices have only 64 rows. `lowrank` looks dear here: its bits per value are
 16 * rank * (1 / rows + 1 / columns). It also starts cold, where in training it starts from the last message.
 """
 
 import argparse
-import csv
 import json
 import re
 import statistics
@@ -26,13 +25,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from benchmarks import provenance
-from benchmarks.peers import peers
+from benchmarks.codecs.peers import peers
+from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_results
 from clapping_ds.codecs import CODECS, AnyCodec, Context
 from clapping_ds.codecs.grouped import GroupedCodec
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
 SCALES = ("unbiased", "least_squares")
 CONFIGURATIONS: list[dict[str, Any]] = [
     *({"name": name, **options} for name in ("int8", "int4") for options in ({}, {"rotate": True})),
@@ -204,15 +202,9 @@ def row(method: Method, captured: dict[tuple[str, str], list[torch.Tensor]]) -> 
 
 def plot(source: Path, target: Path) -> None:
     """Draws what the CSV says: error against bits, one panel for each direction and message."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with source.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(source)
     families = list(dict.fromkeys(row["family"] for row in rows))
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True)
+    figure, axes = new_figure(2, 2, inches=(12, 9), sharex=True)
     for axis, (direction, message) in zip(axes.flat, MESSAGES, strict=True):
         points = [(float(row["bits per value"]), float(row[f"{direction} {message} error"])) for row in rows]
         for index, family in enumerate(families):
@@ -230,19 +222,13 @@ def plot(source: Path, target: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error")
     axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
 
 
-def report(rows: list[dict[str, Any]], origin: dict[str, Any], folder: Path) -> None:
+def report(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> None:
     """Writes codecs.csv, codecs.png and codecs.json, and prints the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "codecs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_results(folder / "codecs", rows, facts)
     plot(folder / "codecs.csv", folder / "codecs.png")
-    (folder / "codecs.json").write_text(json.dumps(origin, indent=2) + "\n")
     print(table([_shown(row, " error") for row in rows]))
     print(table([_shown(row, " cosine") for row in rows]))
     print(table([_shown(row, " GB/s", " of copy") for row in rows]))
@@ -261,11 +247,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message="the CPU path is not compiled")
-    origin = {**provenance.facts(), "captured": json.loads(options.captured.with_suffix(".json").read_text())}
+    facts = {"captured": json.loads(options.captured.with_suffix(".json").read_text())}
     captured = messages(options.captured)
     methods: list[Method] = [*ours(), *peers()]
     rows = [row(method, captured) for method in methods]
-    report(rows, origin, options.results)
+    report(rows, facts, options.results)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What compression costs and saves: the same GPT, seed and steps under several `"clapping"` blocks.
 
-    deepspeed --num_accelerators 2 --module benchmarks.compare
+    deepspeed --num_accelerators 2 --module benchmarks.training.compare
 
 Stock DeepSpeed, fully shuffled, comes first; every other row is read against it and against the
 uncompressed run with the same lazy sampling.
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import deepspeed
 import torch.distributed as dist
 
 import clapping_ds
-from benchmarks import provenance
+from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_csv, write_results
 from clapping_ds import telemetry
 from launch.pretrain_gpt import start_distributed
 from launch.trainer import RunConfig, RunResult, train
 
-RESULTS = Path(__file__).parent / "results"
 STOCK = "stock DeepSpeed"
 
 
@@ -64,11 +62,10 @@ def row(name: str, result: RunResult, raw_bytes: int) -> dict[str, Any]:
     }
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def raw_bytes_of(results: dict[str, RunResult]) -> int:
+    """What crosses the link in a run uncompressed: as many bytes in all runs."""
+    (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
+    return raw_bytes
 
 
 def curves(results: dict[str, RunResult], raw_bytes: int, steps: int) -> list[dict[str, Any]]:
@@ -87,14 +84,8 @@ def curves(results: dict[str, RunResult], raw_bytes: int, steps: int) -> list[di
 
 def plot(source: Path, target: Path) -> None:
     """Draws what the CSV says: loss against steps and against bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with source.open() as file:
-        points = list(csv.DictReader(file))
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    points = read_csv(source)
+    figure, axes = new_figure(1, 2, inches=(11, 4.2), sharey=True)
     for axis, x_name in zip(axes, ("step", "MB on the wire"), strict=True):
         for name in dict.fromkeys(point["run"] for point in points):
             mine = [point for point in points if point["run"] == name]
@@ -105,8 +96,7 @@ def plot(source: Path, target: Path) -> None:
     axes[0].set_ylabel("validation loss, nats per token")
     axes[1].set_xscale("log")
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
 
 
 def main() -> None:
@@ -142,14 +132,11 @@ def main() -> None:
 
 def report(results: dict[str, RunResult], run: RunConfig, folder: Path) -> None:
     """Writes comparison.csv, curves.csv, comparison.png and comparison.json, and prints the table."""
-    (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
+    raw_bytes = raw_bytes_of(results)
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
-    origin = {**provenance.facts(), "steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "comparison.csv", rows)
+    write_results(folder / "comparison", rows, {"steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)})
     write_csv(folder / "curves.csv", curves(results, raw_bytes, run.steps))
     plot(folder / "curves.csv", folder / "comparison.png")
-    (folder / "comparison.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
     print(telemetry.table(rows))
     print(f"written to {folder}: comparison.csv, curves.csv, comparison.png, comparison.json")
 

@@ -1,7 +1,7 @@
 """How close every kernel comes to the least it could cost.
 
-    python -m benchmarks.kernels --static     no GPU: from compiler output, for sm_80, sm_90 and gfx942
-    python -m benchmarks.kernels              on a CUDA GPU: GB/s against a device-to-device copy
+    python -m benchmarks.kernels.report --static     no GPU: from compiler output, for sm_80, sm_90 and gfx942
+    python -m benchmarks.kernels.report              on a CUDA GPU: GB/s against a device-to-device copy
 
 `--static` exits non-zero where a kernel spills registers, has a bulk access that is not 16 bytes wide,
 or moves more than 5 % more bytes than it must. Its columns:
@@ -20,20 +20,20 @@ or moves more than 5 % more bytes than it must. Its columns:
 """
 
 import argparse
-import csv
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import provenance
-from benchmarks.kernel_variants import Variant, variants
-from benchmarks.static_analysis import UNKNOWN, Code, Width, analysed
+import torch
+
+from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.kernels import speed
+from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
+from benchmarks.kernels.variants import Variant, variants
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
 WIDE_BYTES = 16
 SMALL_BYTES_PER_VALUE = 1 / 16
 MOST_OVER_LEAST = 1.05
@@ -144,14 +144,9 @@ def _histogram(code: Code, is_store: bool) -> str:
 
 def write(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """`name`.csv with the rows, `name`.json with rows, assumptions and provenance."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / f"{name}.csv", rows)
     gpus = {f"sm_{arch}": vars(gpu) for arch, gpu in GPUS.items()}
-    document = {"provenance": provenance.facts(), "peak rates": gpus, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_json(folder / f"{name}.json", {"provenance": provenance(), "peak rates": gpus, "rows": rows})
 
 
 def static_report(only: str, folder: Path) -> int:
@@ -170,17 +165,26 @@ def static_report(only: str, folder: Path) -> int:
     return int(any(line["faults"] for line in rows))
 
 
+def speed_report(only: str, folder: Path) -> int:
+    """Prints and writes the table; 1 where a codec is wrong, 2 without a CUDA device."""
+    if not torch.cuda.is_available():
+        print("no CUDA device here: only --static works")
+        return 2
+    rows = speed.rows(only)
+    print(table(rows))
+    if not only:
+        write(rows, folder, "kernels_speed")
+    return int(any(line["wrong"] for line in rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--static", action="store_true", help="from compiler output, without a GPU")
     parser.add_argument("--only", default="", help="kernels whose label contains this; writes no files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.static:
-        return static_report(options.only, options.results)
-    from benchmarks import kernel_speed
-
-    return kernel_speed.report(options.only, options.results)
+    report = static_report if options.static else speed_report
+    return report(options.only, options.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Quantisers of other libraries, where installed, as methods of `benchmarks.codecs`.
+"""Quantisers of other libraries, where installed, as methods of `benchmarks.codecs.quality`.
 
 torchao's affine primitives with groups of 128 values and bitsandbytes' blockwise ones. `bits` is what a
 wire would need: codes packed without gaps (torchao's are not: it spends a byte on each), and scales and

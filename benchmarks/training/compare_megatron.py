@@ -1,14 +1,14 @@
 """What compression costs and saves in Megatron-Core: its GPTModel, the same seed and steps under several
-`"clapping"` blocks. The counterpart of benchmarks.compare.
+`"clapping"` blocks. The counterpart of benchmarks.training.compare.
 
-    python -m benchmarks.compare_megatron
+    python -m benchmarks.training.compare_megatron
 
-Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by tests/megatron_cpu.py, which
-is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on GPUs.
+Runs on CPU ranks: the few places where Megatron-Core names CUDA are changed by launch/megatron_on_cpu.py,
+which is for tests and for this benchmark. So tokens/s are of no use for comparisons with Megatron-Core on
+GPUs.
 """
 
 import argparse
-import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.run import main as torchrun
 
-from benchmarks import provenance
-from benchmarks.compare import RESULTS, block, row, write_csv
+from benchmarks.files import RESULTS, write_results
+from benchmarks.training.compare import block, raw_bytes_of, row
 from clapping_ds import telemetry
 from launch.trainer import RunResult
 
@@ -45,14 +45,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not dist.is_torchelastic_launched():
-        torchrun(
-            ["--nproc_per_node", str(options.stages), "-m", "benchmarks.compare_megatron", *sys.argv[1:]]
-        )
+        module = "benchmarks.training.compare_megatron"
+        torchrun(["--nproc_per_node", str(options.stages), "-m", module, *sys.argv[1:]])
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    from launch.megatron_on_cpu import on_cpu
     from launch.pretrain_gpt_megatron import MegatronRun, start_parallel, train
-    from tests.megatron_cpu import on_cpu
 
     run = MegatronRun(
         data=options.data, steps=options.steps, seed=options.seed, chunks=options.chunks,
@@ -73,12 +72,9 @@ def main() -> None:
 
 def report(results: dict[str, RunResult], run: dict[str, Any], folder: Path) -> None:
     """Writes megatron.csv and megatron.json, and prints the table."""
-    (raw_bytes,) = {sum(c["raw_bytes"] for c in r.report) for r in results.values() if r.report}
+    raw_bytes = raw_bytes_of(results)
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
-    origin = {**provenance.facts(), "megatron-core": version("megatron-core"), "run": run}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "megatron.csv", rows)
-    (folder / "megatron.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
+    write_results(folder / "megatron", rows, {"megatron-core": version("megatron-core"), "run": run})
     print(telemetry.table(rows))
     print(f"written to {folder}: megatron.csv, megatron.json")
 

@@ -15,8 +15,8 @@ What was chosen, and why:
   "packet" has up to 64 kB: 200 ms at 2.6 Mbit/s instead of 13 ms.
 * A queue of 400 kB, which therefore never fills: nothing is lost.
 * Socket buffers that hold 20 kB at most of a message when a blocking send returns, a seventh of the 131 kB
-  that `benchmarks.pipeline` sends. Linux's default holds 50 kB and more, so that a blocking send would cost
-  far less here than where messages have tens of MB.
+  that `benchmarks.links.pipeline` sends. Linux's default holds 50 kB and more, so that a blocking send would
+  cost far less here than where messages have tens of MB.
 * TCP with cubic, Linux's default, by route: machines differ in their own default, and bbr's probing for the
   shortest round trip would show in the times.
 """

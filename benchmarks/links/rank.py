@@ -1,4 +1,4 @@
-"""One stage of `benchmarks.pipeline`: a rank that takes orders, one JSON object per line, and answers each.
+"""One stage of `benchmarks.links.pipeline`: a rank that takes orders, a JSON object per line, and answers.
 
     {"do": "step", "run": "direct int4"}   ->   {"step_s": 0.71, "loss": 5.4, "forward_s": [...], ...}
 

@@ -1,7 +1,7 @@
-"""Where compression would pay on larger pipelines, by the model of `benchmarks.timeline`.
+"""Where compression would pay on larger pipelines, by the model of `benchmarks.links.timeline`.
 
 Nothing here is measured, and only time is considered, not what a codec does to the loss. What is assumed
-is listed in `benchmarks.pipelines`; `benchmarks.simulate` checks the model and runs this. Differences
+is listed in `benchmarks.links.cases`; `benchmarks.links.simulate` checks the model and runs this. Differences
 below 2 % mean nothing: no depth is looked for that comes closer to the bound. It writes
 
     plan.csv            every model, number of stages, link, number of replicas and method
@@ -10,16 +10,14 @@ below 2 % mean nothing: no depth is looked for that comes closer to the bound. I
     plan.json           versions and machine
 """
 
-import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import provenance
-from benchmarks.bounds import automatic_depth, bound_s
-from benchmarks.pipelines import (
+from benchmarks.files import new_figure, read_csv, save_figure, write_csv, write_results
+from benchmarks.links.bounds import automatic_depth, bound_s
+from benchmarks.links.cases import (
     GPU_MEMORY_BYTES,
     LINKS,
     METHODS,
@@ -30,11 +28,10 @@ from benchmarks.pipelines import (
     Case,
     Model,
 )
-from benchmarks.timeline import Step, Timeline, simulate
+from benchmarks.links.timeline import Step, Timeline, simulate
 from clapping_ds.schedule import num_warmup
 from clapping_ds.telemetry import table
 
-RESULTS = Path(__file__).parent / "results"
 NUM_STAGES = (8, 16, 32, 64, 128, 256)
 REPLICAS = (1, 8)
 CLOSE = 1.02
@@ -145,23 +142,10 @@ def _summary(methods: dict[str, Row]) -> Row:
     }
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def plot(source: Path, target: Path) -> None:
     """Draws what the CSV says of one replica, for the fewest and the most stages of each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with source.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["replicas"] == "1"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    rows = [row for row in read_csv(source) if row["replicas"] == "1"]
+    figure, axes = new_figure(1, 2, inches=(11, 4.2), sharey=True)
     for axis, choose, title in zip(axes, (min, max), ("fewest stages that fit", "most stages"), strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
@@ -177,8 +161,7 @@ def plot(source: Path, target: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("modelled speed-up of compression over overlap only")
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
 
 
 def printed(rows: Sequence[Row]) -> str:
@@ -214,10 +197,8 @@ def report(folder: Path) -> None:
         for link in LINKS:
             rows += rows_of(model, num_stages, link)
     found = summary(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "plan.csv", rows)
+    write_results(folder / "plan", rows, {})
     write_csv(folder / "plan_summary.csv", found)
     plot(folder / "plan_summary.csv", folder / "plan.png")
-    (folder / "plan.json").write_text(json.dumps(provenance.facts(), indent=2) + "\n")
     print(printed(found))
     print(f"written to {folder}: plan.csv, plan_summary.csv, plan.png, plan.json")

@@ -1,0 +1,1 @@
+"""What the codecs lose and cost, alone, on tensors captured in training."""

@@ -1,0 +1,1 @@
+"""How close the compiled kernels come to the least that they could cost."""

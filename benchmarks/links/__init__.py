@@ -1,0 +1,1 @@
+"""What a slow link costs: measured between network namespaces, and by a model of the schedule."""

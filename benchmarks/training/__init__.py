@@ -1,0 +1,1 @@
+"""What compression costs and saves in training: a table of runs for each host."""

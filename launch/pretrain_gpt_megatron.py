@@ -27,7 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from clapping_ds.engines.megatron import MegatronPipeline
+from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
 from launch.data import Windows, tokens
 from launch.trainer import RunResult, trained_steps
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from clapping_ds import telemetry
+from clapping_ds import report
 from launch.data import Windows, tokens
 from launch.gpt import GPTConfig, pipeline
 
@@ -65,7 +65,7 @@ class RunResult:
             for step, loss, sent in self.validations:
                 print(f"step {step}: validation loss {loss:.4f}, {sent / 1e6:.1f} MB sent")
             if self.report:
-                print(telemetry.table(self.report))
+                print(report.table(self.report))
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
@@ -125,7 +125,7 @@ def trained_steps(
     num_steps: int,
     tokens_per_step: int,
     train_step: Callable[[], float],
-    traffic: Callable[[], telemetry.Traffic] | None,
+    traffic: Callable[[], Traffic] | None,
     title: str,
 ) -> Iterator[int]:
     """Calls `train_step`, which returns a loss, for each step; yields the number of each, from 1, with its
@@ -163,7 +163,7 @@ def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
 
 
-def _progress(result: RunResult, traffic: telemetry.Traffic | None) -> dict[str, str]:
+def _progress(result: RunResult, traffic: Traffic | None) -> dict[str, str]:
     figures = {"loss": f"{result.train_losses[-1]:.3f}", "tokens/s": f"{result.tokens_per_s:.0f}"}
     if traffic is not None:
         figures |= {"ratio": f"{traffic.ratio:.1f}x", "fresh": f"{traffic.fresh_share:.0%}"}

@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clapping_ds import telemetry
-from clapping_ds.engines import state_file
-from clapping_ds.transport import rank
+from clapping_ds import report
+from clapping_ds.stage import state_file
+from clapping_ds.link.groups import rank
 from patches import megatron_lm_checkpoints
 from patches.patch import Patch, check_version
 
@@ -51,7 +51,7 @@ class Compression:
 
     def start(self, model_config: Any) -> None:
         """A collective of all ranks."""
-        from clapping_ds.engines.megatron import MegatronPipeline
+        from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
 
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
@@ -88,7 +88,7 @@ class Compression:
         """On the first rank: what this rank sent. No communication: the script may have ended it."""
         rows = [] if self.pipeline is None else self.pipeline.clapping_sent()
         if self.is_first_rank and rows:
-            print(f"clapping, sent by rank 0:\n{telemetry.table(rows)}", flush=True)
+            print(f"clapping, sent by rank 0:\n{report.table(rows)}", flush=True)
 
 
 def _arguments() -> Any:

@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clapping_ds.engines import state_file
+from clapping_ds.stage import state_file
 from patches.patch import Patch
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 import clapping_ds
-from clapping_ds.channel import Channel
+from clapping_ds.link.channel import Channel
 
 WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)

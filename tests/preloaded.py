@@ -4,8 +4,8 @@
 import deepspeed
 import torch
 
-import clapping_ds.engines.deepspeed
+import clapping_ds.hosts.deepspeed.engine
 import launch.pretrain_gpt
-import tests.megatron_cpu
+import tests.megatron.on_cpu
 
 torch.set_num_threads(1)

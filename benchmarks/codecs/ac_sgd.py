@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.files import RESULTS, write_results
 from clapping_ds.codecs import Context, Quantizer
-from clapping_ds.telemetry import table
+from clapping_ds.report import table
 
 COMMIT = "95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4"
 SHAPES = ((4, 512, 1024), (8, 128, 128))

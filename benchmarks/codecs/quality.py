@@ -29,7 +29,7 @@ from benchmarks.codecs.peers import peers
 from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_results
 from clapping_ds.codecs import CODECS, AnyCodec, Context
 from clapping_ds.codecs.grouped import GroupedCodec
-from clapping_ds.telemetry import table
+from clapping_ds.report import table
 
 SCALES = ("unbiased", "least_squares")
 CONFIGURATIONS: list[dict[str, Any]] = [

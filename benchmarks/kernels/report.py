@@ -32,7 +32,7 @@ from benchmarks.files import RESULTS, provenance, write_csv, write_json
 from benchmarks.kernels import speed
 from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
 from benchmarks.kernels.variants import Variant, variants
-from clapping_ds.telemetry import table
+from clapping_ds.report import table
 
 WIDE_BYTES = 16
 SMALL_BYTES_PER_VALUE = 1 / 16

@@ -2,7 +2,7 @@
 
 `variants` lets every codec encode and decode a tensor while Triton's launch is replaced by a note of
 what would be launched: kernel, types, constants and options. So a kernel that changes its tile or its
-arguments changes here by itself, and no GPU is needed. `tests.compile_kernels` compiles the list,
+arguments changes here by itself, and no GPU is needed. `tests.commands.compile_kernels` compiles the list,
 `benchmarks.kernels.report` takes the compiler's output apart.
 """
 

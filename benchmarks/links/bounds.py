@@ -3,10 +3,10 @@
 from itertools import accumulate, pairwise
 
 from benchmarks.links.timeline import Link, Stage, Step, work_s
-from clapping_ds.schedule import hiding_depth
+from clapping_ds.autotune.depth import hiding_depth
 
 TOLERANCE = 0.05
-"""As `clapping_ds.links` has it."""
+"""As `clapping_ds.autotune.decision` has it."""
 
 
 def bound_s(step: Step) -> float:

@@ -28,7 +28,7 @@ import torch
 from benchmarks.links.timeline import Link, Stage, Step, slot_bytes
 from clapping_ds import ClappingConfig
 from clapping_ds.codecs import bits_per_value
-from clapping_ds.schedule import num_warmup
+from clapping_ds.autotune.depth import num_warmup
 
 SEQUENCE_LENGTH, VOCABULARY = 2048, 51200
 MICRO_BATCHES_PER_STAGE = 4

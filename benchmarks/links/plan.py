@@ -29,8 +29,8 @@ from benchmarks.links.cases import (
     Model,
 )
 from benchmarks.links.timeline import Step, Timeline, simulate
-from clapping_ds.schedule import num_warmup
-from clapping_ds.telemetry import table
+from clapping_ds.autotune.depth import num_warmup
+from clapping_ds.report import table
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256)
 REPLICAS = (1, 8)

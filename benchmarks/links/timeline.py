@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from clapping_ds import schedule
+from clapping_ds.autotune import depth
 
 Operation = tuple[str, int]
 """What, and the slot. What: forward, backward, or send, await or receive with a direction. `await` ends
@@ -129,7 +129,7 @@ def stock_operations(num_micro_batches: int, num_stages: int, stage_id: int) -> 
 def our_operations(
     num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int
 ) -> Iterator[Operation]:
-    """`clapping_ds.schedule` with the messages around it."""
+    """`clapping_ds.autotune.depth` with the messages around it."""
     for name, slot in schedule.order(num_micro_batches, num_stages, stage_id, in_flight):
         is_forward = name == "forward"
         direction = "activations" if is_forward else "gradients"

@@ -1,0 +1,251 @@
+"""The two ends of a channel, joined by a queue: equal memories, exact bytes, every case of the design."""
+
+from collections import deque
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+
+from clapping_ds import ClappingConfig
+from clapping_ds.link.channel import Channel
+from clapping_ds.codecs import CODECS
+from clapping_ds.link.message import Spec
+from clapping_ds.stage.sampling import Coin
+
+SHAPE = (3, 40, 64)
+
+
+class QueueWire:
+    def __init__(self):
+        self.device = torch.device("cpu")
+        self.payloads = deque()
+        self.expected = deque()
+
+    def working(self, *values):
+        return nullcontext()
+
+    def new_payload(self, num_bytes):
+        return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+
+    def send(self, payload):
+        self.payloads.append(payload.clone())
+
+    def expect(self, num_bytes):
+        self.expected.append(num_bytes)
+
+    def receive(self):
+        payload = self.payloads.popleft()
+        assert payload.numel() == self.expected.popleft()
+        return payload
+
+    def done_with(self, payload):
+        payload.fill_(255)
+
+    def join(self):
+        pass
+
+    def drain(self):
+        pass
+
+
+class Ends:
+    def __init__(self, **block):
+        self.config = ClappingConfig.from_ds_config({"clapping": block})
+        wire = QueueWire()
+        self.sender, self.receiver = (Channel(self.config, 0, "activations", wire) for _ in range(2))
+
+    def pass_on(self, slot, fresh, *values):
+        self.sender.send(slot, fresh, values)
+        self.receiver.expect(slot, fresh, [Spec.of(value) for value in values])
+        received = self.receiver.receive()
+        self.assert_equal()
+        return received if len(values) > 1 else received[0]
+
+    def begin_step(self, step, num_slots):
+        for end in (self.sender, self.receiver):
+            end.begin_step(step, num_slots)
+
+    def assert_equal(self):
+        assert self.sender.held.keys() == self.receiver.held.keys()
+        for slot, tensors in self.sender.held.items():
+            others = self.receiver.held[slot]
+            assert tensors.keys() == others.keys()
+            for index, held in tensors.items():
+                assert held.spec == others[index].spec
+                for mine, other in zip(held[1:], others[index][1:], strict=True):
+                    assert mine is other is None or torch.equal(mine, other)
+
+
+def value_of(seed, shape=SHAPE, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("base", ["reset", "carry"])
+@pytest.mark.parametrize("delta", CODECS)
+@pytest.mark.parametrize("key", [None, "none", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "memory"),
+    [
+        (torch.float32, "same"),
+        (torch.bfloat16, "same"),
+        (torch.float16, "float32"),
+        (torch.float32, "bfloat16"),
+    ],
+)
+def test_memories_stay_equal(delta, key, base, dtype, memory):
+    ends = Ends(
+        strategy="fc", activations={"delta": delta, "key": key, "base": base}, memory={"dtype": memory}
+    )
+    coin = Coin(0.5, "slot", seed=1)
+    for step in range(6):
+        ends.begin_step(step, 2)
+        for slot, fresh in enumerate(coin.fresh(step, 2)):
+            received = ends.pass_on(slot, fresh, value_of(10 * step + slot, dtype=dtype))
+            memory = ends.receiver.held[slot][0].memory
+            sent_as_is = (key if fresh else delta) == "none"
+            if memory is not None and not sent_as_is:
+                assert torch.equal(received, memory.to(dtype))
+
+
+def test_none_hands_over_the_value_itself():
+    ends = Ends(activations={"delta": "none"}, memory={"dtype": "bfloat16"})
+    for slot in range(2):
+        value = value_of(slot)
+        assert torch.equal(ends.pass_on(slot, slot == 0, value), value)
+    assert ends.sender.memory_nbytes == 0
+
+
+def test_reused_slots_converge_on_a_constant_value():
+    """|x - D(x)| <= max|x| / 3 for int2, so the error falls threefold with every reuse."""
+    ends = Ends(strategy="fc", activations={"delta": {"name": "int2", "scale": "maximum"}})
+    value = value_of(0)
+    errors = []
+    for step in range(6):
+        errors.append(float((ends.pass_on(0, step == 0, value) - value).abs().max()))
+    assert all(after <= before * (1 / 3 + 0.01) for before, after in pairwise(errors))
+
+
+@pytest.mark.parametrize("strategy", ["fu", "fc", "direct"])
+@pytest.mark.parametrize("refresh", ["step", "slot", "cycle"])
+def test_bytes_equal_the_formula(strategy, refresh):
+    """Payload bytes = fresh messages * key bytes + reused messages * delta bytes, to the byte."""
+    sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": refresh}
+    ends = Ends(strategy=strategy, activations={"delta": "int2"}, **sampling)
+    coin = Coin(ends.config.p_new, ends.config.refresh, ends.config.seed)
+    tosses = [fresh for step in range(20) for fresh in enumerate(coin.fresh(step, 4))]
+    for slot, fresh in tosses:
+        ends.pass_on(slot, fresh, value_of(slot))
+    num_fresh = sum(fresh for _, fresh in tosses)
+    num_values = 3 * 40 * 64
+    int2_bytes = num_values * 2 // 8 + num_values // 128 * 2 + 8  # 8: padding of 2040 to 16
+    key_bytes = num_values * 4 if strategy == "fu" else int2_bytes
+    expected = num_fresh * key_bytes + (len(tosses) - num_fresh) * int2_bytes
+    assert ends.sender.traffic.payload_bytes == ends.receiver.traffic.payload_bytes == expected
+    assert ends.sender.traffic.raw_bytes == len(tosses) * num_values * 4
+
+
+def test_memory_is_slots_times_tensor_whatever_the_steps():
+    ends = Ends(activations={"delta": "int4"}, memory={"dtype": "bfloat16"})
+    for step in range(30):
+        for slot in range(4):
+            ends.pass_on(slot, step % 2 == 0, value_of(step))
+    assert ends.sender.memory_nbytes == ends.receiver.memory_nbytes == 4 * (3 * 40 * 64) * 2
+
+
+def test_direct_keeps_no_memory():
+    ends = Ends(strategy="direct", activations={"delta": "int4"})
+    ends.pass_on(0, True, value_of(0))
+    assert ends.sender.memory_nbytes == 0
+
+
+@pytest.mark.parametrize("other", [value_of(1, (3, 30, 64)), value_of(1, dtype=torch.bfloat16)])
+def test_a_new_shape_or_dtype_is_fresh(other):
+    ends = Ends(strategy="fu", activations={"delta": "sign"})
+    ends.pass_on(0, True, value_of(0))
+    assert torch.equal(ends.pass_on(0, False, other), other)
+    assert not torch.equal(ends.pass_on(0, False, other * 2), other * 2)
+
+
+def test_surplus_slots_are_freed():
+    ends = Ends()
+    for slot in range(4):
+        ends.pass_on(slot, True, value_of(slot))
+    ends.sender.begin_step(1, 2)
+    assert ends.sender.memory_nbytes == 2 * 3 * 40 * 64 * 4
+
+
+def test_only_large_floating_tensors_of_a_tuple_are_compressed():
+    ends = Ends(strategy="fc", activations={"delta": "int2"})
+    mask, ids = torch.rand(3, 4096) > 0.5, torch.arange(5000)
+    small, double, empty = value_of(1, (64,)), value_of(2, (5000,), torch.float64), torch.empty(0, 7)
+    hidden = value_of(0).transpose(0, 1)
+    received = ends.pass_on(0, True, hidden, mask, ids, small, double, empty)
+    assert not torch.equal(received[0], hidden)
+    for sent, got in zip((mask, ids, small, double, empty), received[1:], strict=True):
+        assert torch.equal(sent, got)
+        assert sent.dtype == got.dtype
+    assert list(ends.sender.held[0]) == [0]
+
+
+@pytest.mark.parametrize("delta", CODECS)
+@pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_arrives_so_and_stays_out_of_the_memory(delta, poison):
+    ends = Ends(strategy="fc", activations={"delta": delta, "base": "carry"}, memory={"dtype": "float32"})
+    clean = value_of(0)
+    for fresh in (True, False):
+        ends.pass_on(0, True, clean)
+        held = ends.sender.held[0][0].memory
+        before = None if held is None else held.clone()
+        broken = clean.clone()
+        broken[1, 2, 3] = poison
+        received = ends.pass_on(0, fresh, broken)
+        assert not received[1, 2, 3].isfinite()
+        assert received[0, 0].isfinite().all()
+        if before is not None:
+            assert held.isfinite().all()
+            assert held[1, 2, 3] == before[1, 2, 3]
+
+
+def test_memory_on_the_cpu():
+    ends = Ends(strategy="fc", memory={"device": "cpu"})
+    ends.pass_on(0, True, value_of(0))
+    assert ends.sender.held[0][0].memory.device.type == "cpu"
+
+
+# Loss scale
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_memories_follow_the_loss_scale(dtype):
+    """A power of two is exact: the difference to a value that is as much larger is as much larger."""
+    ends = Ends(strategy="fc", activations={"delta": "int4"}, memory={"dtype": dtype})
+    ends.begin_step(0, 1)
+    first = ends.pass_on(0, True, value_of(0))
+    for end in (ends.sender, ends.receiver):
+        end.rescale(4.0)
+    ends.assert_equal()
+    assert torch.equal(ends.sender.held[0][0].memory.float(), first * 4)
+
+
+def test_a_memory_that_is_rescaled_stays_finite():
+    ends = Ends(strategy="fc", activations={"delta": "int4"}, memory={"dtype": "float16"})
+    ends.begin_step(0, 1)
+    ends.pass_on(0, True, value_of(0) * 1000)
+    ends.sender.rescale(2.0**10)
+    assert ends.sender.held[0][0].memory.isfinite().all()
+
+
+# Odd tensors
+
+
+def test_empty_tensors_and_views_travel():
+    ends = Ends(strategy="fc", activations={"delta": "int2", "min_numel": 0})
+    for step, fresh in enumerate((True, False)):
+        ends.begin_step(step, 1)
+        turned = value_of(step, (64, 80)).t()
+        values = (torch.empty(0, 64), turned, torch.empty(4, 0).long())
+        empty, received, also_empty = ends.pass_on(0, fresh, *values)
+        assert (empty.shape, also_empty.shape) == ((0, 64), (4, 0))
+        assert received.shape == (80, 64)
+        assert torch.nn.functional.cosine_similarity(received.flatten(), turned.flatten(), dim=0) > 0.5

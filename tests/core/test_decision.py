@@ -1,0 +1,142 @@
+"""The choice of codecs and depth, from measurements that are made up."""
+
+import json
+
+import pytest
+import torch
+
+from clapping_ds import ClappingConfig
+from clapping_ds.codecs import Quantizer, Raw
+from clapping_ds.autotune.decision import Candidate, Decision, Direction, Measured, Speed, decide, memory_notice
+
+RAW_BYTES = 1_000_000
+LADDER = [("int8", 1 / 4), ("int4", 1 / 8), ("int2", 1 / 16)]
+
+
+def config(**block):
+    return ClappingConfig.from_ds_config({"clapping": {"strategy": "direct", "links": "auto"} | block})
+
+
+def direction(link, name, transfer_s, codec_s=0.0, latency_s=0.0, key_ratio=None):
+    """A direction on which a raw message takes `transfer_s`."""
+    candidates = [Candidate(Raw(), RAW_BYTES, RAW_BYTES, 0.0)]
+    for codec, ratio in LADDER:
+        num_bytes = int(RAW_BYTES * ratio)
+        key_bytes = num_bytes if key_ratio is None else int(RAW_BYTES * key_ratio)
+        candidates.append(Candidate(Quantizer(name=codec), key_bytes, num_bytes, codec_s))
+    return Direction(link, name, RAW_BYTES, Speed(RAW_BYTES / transfer_s, latency_s), candidates)
+
+
+def pipeline(transfers_s, compute_s=1.0, stored_bytes=100, free_bytes=None, **options):
+    """What every stage measured, where link number i takes transfers_s[i] for a raw message."""
+    measured = []
+    for stage in range(len(transfers_s) + 1):
+        sent = []
+        if stage < len(transfers_s):
+            sent.append(direction(f"{stage}-{stage + 1}", "activations", transfers_s[stage], **options))
+        if stage > 0:
+            sent.append(direction(f"{stage - 1}-{stage}", "gradients", transfers_s[stage - 1], **options))
+        measured.append(Measured(stage, compute_s, stored_bytes, free_bytes, sent))
+    return measured
+
+
+def names(decision):
+    return {(choice.link, choice.direction): choice.codec.name for choice in decision.choices}
+
+
+def test_each_link_gets_the_lightest_codec_that_takes_it_off_the_critical_path():
+    found = names(decide(pipeline([0.001, 2.0, 6.0, 100.0]), config(), 16))
+    assert [found[f"{i}-{i + 1}", "activations"] for i in range(4)] == ["none", "int8", "int4", "int2"]
+    assert [found[f"{i}-{i + 1}", "gradients"] for i in range(4)] == ["none", "int8", "int4", "int2"]
+
+
+def test_a_link_off_the_critical_path_gets_none_whatever_the_default():
+    block = {"activations": {"delta": "int2"}, "gradients": {"delta": "int2"}}
+    decision = decide(pipeline([0.1]), config(**block), 16)
+    assert set(names(decision).values()) == {"none"}
+    assert "No link needs compression" in decision.advice()
+    assert decide(pipeline([9.0]), config(), 16).advice() == ""
+    for strategy in ("direct", "fc", "fu"):
+        mine = decision.config(config(**block, strategy=strategy), "0-1", "activations")
+        assert mine.key_codec("activations") == Raw()
+        assert mine.mean_bits_per_value("activations", torch.bfloat16) == 16
+
+
+def test_a_codec_that_costs_more_than_it_saves_is_not_taken():
+    assert set(names(decide(pipeline([1.5], codec_s=0.6), config(), 16)).values()) == {"none"}
+    assert set(names(decide(pipeline([3.0], codec_s=0.6), config(), 16)).values()) == {"int8"}
+
+
+def test_min_gain_is_what_a_heavier_codec_must_save():
+    for min_gain, codec in ((0.0, "int2"), (0.3, "int8")):
+        links = {"min_gain": min_gain}
+        assert set(names(decide(pipeline([4.3]), config(links=links), 16)).values()) == {codec}
+
+
+def test_uncompressed_keys_count():
+    """Steps of raw keys take as long whatever the codec; it can only help in the others."""
+    fu = config(strategy="fu")
+    measured = pipeline([4.0], key_ratio=1.0)
+    assert set(names(decide(measured, fu, 16)).values()) == {"int8"}
+
+
+def test_replicas_count_as_slow_as_the_slowest():
+    decision = decide([*pipeline([0.001]), *pipeline([100.0])], config(), 16)
+    assert set(names(decision).values()) == {"int2"}
+    assert decision.num_stages == 2
+
+
+def test_every_rank_decides_alike():
+    measured = pipeline([0.5, 3.0, 9.0], codec_s=0.1, latency_s=0.2)
+    assert decide(measured, config(), 8) == decide(list(reversed(measured)), config(), 8)
+
+
+def test_depth():
+    """Off the critical path by int8, a message takes 0.25 + 0.5 s each way: 1.5 stage times in all."""
+    slow = pipeline([1.0], latency_s=0.5)
+    assert decide(slow, config(), 16).in_flight == 2
+    assert decide(slow, config(in_flight=7), 16).in_flight == 7
+    assert decide(slow, config(overlap=False), 16).in_flight == 0
+    assert decide(pipeline([0.001]), config(), 16).in_flight == 0
+    assert decide(pipeline([0.1], latency_s=50.0), config(), 16).in_flight == 16, "never more than there are"
+
+
+def test_depth_stays_within_half_of_the_free_memory():
+    slow = pipeline([0.1], latency_s=3.0, stored_bytes=100, free_bytes=600)
+    decision = decide(slow, config(), 16)
+    assert decision.in_flight == 3
+    assert "stage 0 stores up to 5 micro-batches instead of 2, 0.0 MiB more" in memory_notice(
+        decision, slow, 16
+    )
+
+
+def test_configured_links_keep_their_codec():
+    block = ClappingConfig.from_ds_config({"clapping": {}})
+    measured = [
+        rank._replace(sent=[each._replace(candidates=each.candidates[2:3]) for each in rank.sent])
+        for rank in pipeline([0.001])
+    ]
+    assert set(names(decide(measured, block, 4)).values()) == {"int4"}
+
+
+# The file
+
+
+def test_a_decision_survives_the_file(tmp_path):
+    path = str(tmp_path / "links.json")
+    decision = decide(pipeline([2.0, 100.0]), config(), 16)
+    decision.write(path)
+    assert Decision.read(path, 3) == decision
+
+
+def test_a_wrong_file_is_one_error(tmp_path):
+    path = tmp_path / "links.json"
+    for text in ("", "[]", json.dumps({"num_stages": 2})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"accepted: a file written by links\.write"):
+            Decision.read(str(path), 2)
+    with pytest.raises(ValueError, match=r"accepted: a file written by links\.write"):
+        Decision.read(str(tmp_path / "missing.json"), 2)
+    decide(pipeline([2.0]), config(), 16).write(str(path))
+    with pytest.raises(ValueError, match="written for 2 stages; accepted: a file written for 4 stages"):
+        Decision.read(str(path), 4)

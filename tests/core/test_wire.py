@@ -1,0 +1,106 @@
+"""Messages between ranks."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clapping_ds.link.groups import make_peers
+from clapping_ds.link.groups import all_agree, direction_groups, gather, group_ranks
+from clapping_ds.link.wire import Buffers, Wire
+
+CPU = torch.device("cpu")
+
+
+def exchange(sizes, num_ahead, carrier="cpu"):
+    """Rank 0 sends, rank 1 announces `num_ahead` messages and compares."""
+    wire = Wire(1 - dist.get_rank(), CPU, most_pending=num_ahead)
+    if carrier != "cpu":
+        wire.carried = Buffers(CPU)
+    messages = [torch.full((size,), index + 1, dtype=torch.uint8) for index, size in enumerate(sizes)]
+    if dist.get_rank() == 0:
+        for message in messages:
+            wire.send(wire.new_payload(len(message)).copy_(message))
+        wire.drain()
+        return True, wire.most_payloads
+    equal, announced = True, 0
+    for index, message in enumerate(messages):
+        while announced < min(index + num_ahead, len(messages)):
+            wire.expect(sizes[announced])
+            announced += 1
+        payload = wire.receive()
+        equal &= torch.equal(payload, message)
+        wire.done_with(payload)
+    return equal, wire.most_payloads
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2, 5])
+@pytest.mark.parametrize("carrier", ["cpu", "another device"])
+def test_messages_arrive_whole_and_in_order_in_few_buffers(two_ranks, num_ahead, carrier):
+    sizes = [1, 0, 100_000, 17, 0, 3, 50_000, 50_001, 1, 1]
+    (sent, sent_in), (arrived, arrived_in) = two_ranks.run(exchange, sizes, num_ahead, carrier)
+    assert sent
+    assert arrived
+    assert sent_in <= num_ahead + 1
+    assert arrived_in <= num_ahead + 1
+
+
+def send_without_a_receiver():
+    """A send returns before the peer knows of it; both directions at once."""
+    groups = direction_groups((0, 1), CPU, timeout_s=60)
+    outgoing, incoming = (Wire(1 - dist.get_rank(), CPU, groups[i ^ dist.get_rank()]) for i in range(2))
+    outgoing.send(outgoing.new_payload(1 << 20).fill_(dist.get_rank()))
+    incoming.expect(1 << 20)
+    value = int(incoming.receive()[-1])
+    outgoing.drain()
+    return value
+
+
+def test_sends_do_not_wait_for_the_peer(two_ranks):
+    assert two_ranks.run(send_without_a_receiver) == [1, 0]
+
+
+def peers_of_links():
+    """By stage and neighbour: the peer's rank; and, for each of the peers' groups, its ranks. Of two
+    pipelines, in which the second of three stages has a rank of its own."""
+    peers = make_peers([[0, 2], [1, 3]], [0, 1, 0], CPU, timeout_s=60)
+    groups = {id(group): group for peer in peers.values() for group in peer[1:]}
+    ranks = {between: peer.rank for between, peer in peers.items()}
+    return ranks, sorted(group_ranks(group) for group in groups.values())
+
+
+def test_every_direction_of_every_link_has_a_group_of_its_own(four_ranks):
+    for rank, (peers, groups) in enumerate(four_ranks.run(peers_of_links)):
+        first = rank % 2
+        assert groups == [[first, first + 2]] * 4
+        assert peers == {(0, 1): first + 2, (1, 0): first, (1, 2): first, (2, 1): first + 2}
+
+
+def blocking():
+    wire = Wire(1 - dist.get_rank(), CPU, overlaps=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        start = time.perf_counter()
+        wire.send(wire.new_payload(8))
+        return time.perf_counter() - start
+    time.sleep(0.3)
+    wire.expect(8)
+    wire.done_with(wire.receive())
+    return 1.0
+
+
+def test_without_overlap_a_send_waits_for_the_peer(two_ranks):
+    assert min(two_ranks.run(blocking)) >= 0.2
+
+
+def vote():
+    rank = torch.distributed.get_rank()
+    device = torch.device("cpu")
+    return all_agree([True, rank == 0, rank == 1, False], device), gather(("rank", rank))
+
+
+def test_one_no_is_a_no_and_gather_keeps_the_order(two_ranks):
+    for agreed, gathered in two_ranks.run(vote):
+        assert agreed == [True, False, False, False]
+        assert gathered == [("rank", 0), ("rank", 1)]

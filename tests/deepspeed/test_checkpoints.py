@@ -1,0 +1,176 @@
+"""A checkpoint holds everything, is whole at any moment, and one that does not fit is said not to."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+
+from tests import models
+from tests.commands import killed
+from tests.models import INT2
+
+LOWRANK = {
+    "strategy": "fu", "p_new": 0.5, "refresh": "slot",
+    "activations": {"delta": {"name": "lowrank", "rank": 2}, "key": "eden3"},
+    "gradients": {"delta": "eden1", "key": "int8"},
+}  # fmt: skip
+
+
+def interrupted(block, folder):
+    """Losses and what is held after 3 more steps: uninterrupted, and by a new engine from the checkpoint."""
+    found = []
+    for resumes in (False, True):
+        engine = models.make_engine(block)
+        data = models.batches()
+        if resumes:
+            engine.load_checkpoint(folder)
+            for _ in range(engine.clapping_num_drawn):
+                next(data)
+        else:
+            for _ in range(4):
+                engine.train_batch(data_iter=data)
+            engine.save_checkpoint(folder)
+        losses = [float(engine.train_batch(data_iter=data)) for _ in range(3)]
+        found.append((losses, models.memories(engine)))
+    return found
+
+
+@pytest.mark.parametrize("block", [INT2, LOWRANK], ids=["int2", "lowrank and eden"])
+def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
+    for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):
+        assert uninterrupted == resumed
+
+
+def test_without_memories_in_the_checkpoint_the_next_step_is_all_fresh(two_ranks, tmp_path):
+    block = {**LOWRANK, "checkpoint_memory": False}
+    for (_, _), (losses, _) in two_ranks.run(interrupted, block, str(tmp_path)):
+        assert torch.tensor(losses).isfinite().all()
+    assert not list(tmp_path.rglob("clapping_rank_*"))
+
+
+def taken_back(block, folder):
+    """The loss after a checkpoint, that of the same engine when it has loaded it, and what is held then."""
+    engine = models.make_engine(block)
+    models.train(engine, 2)
+    engine.save_checkpoint(folder)
+    before = models.train(engine, 1)
+    models.train(engine, 3, length=32)
+    engine.load_checkpoint(folder)
+    return before, models.train(engine, 1), models.memories(engine)
+
+
+STEPWISE = {**INT2, "refresh": "step"}  # step 2 has no fresh slot, hence the checkpoint's shapes
+
+
+def test_an_engine_that_loads_its_own_checkpoint_forgets_what_came_after(two_ranks, tmp_path):
+    outcomes = two_ranks.run(taken_back, {**STEPWISE, "in_flight": 0}, str(tmp_path))
+    for before, after, memories in outcomes:
+        assert before == after
+        assert memories == outcomes[0][2]
+
+
+def test_an_engine_loads_a_checkpoint_from_before_its_links_were_decided(two_ranks, tmp_path):
+    block = {**STEPWISE, "links": {"min_gain": 0.5}}
+    (_, losses, one), (_, also_losses, other) = two_ranks.run(taken_back, block, str(tmp_path))
+    assert losses == also_losses
+    assert one == other
+
+
+# What does not fit
+
+
+def saved_and_loaded(saving, loading, folder, spoils=None):
+    """What the first rank says when a checkpoint of one run is loaded into another, and the next losses."""
+    engine = models.make_engine(**saving)
+    models.train(engine, 3)
+    num_drawn = getattr(engine, "clapping_num_drawn", 0)
+    engine.save_checkpoint(folder)
+    if spoils is not None and engine.global_rank == 1:
+        spoils(folder)
+    torch.distributed.barrier()
+    engine = models.make_engine(**loading)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        engine.load_checkpoint(folder)
+    assert engine.clapping_num_drawn == num_drawn
+    losses = models.train(engine, 2)
+    return said.getvalue(), losses, models.memories(engine), engine._stage.step
+
+
+def truncate(folder):
+    from pathlib import Path
+
+    (file,) = Path(folder).rglob("clapping_rank_00001.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def remove(folder):
+    from pathlib import Path
+
+    (file,) = Path(folder).rglob("clapping_rank_00001.pt")
+    file.unlink()
+
+
+OTHER_CODEC = {**INT2, "activations": {"delta": "int4"}}
+MORE_SLOTS = {"gradient_accumulation_steps": 6}
+DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
+MISSING = "the checkpoint has no state of clapping_ds for every rank"
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading", "spoils", "reason"),
+    [({"clapping": INT2}, {"clapping": OTHER_CODEC}, None, DIFFERENT),
+     ({"clapping": INT2}, {"clapping": INT2, "ds": MORE_SLOTS}, None, DIFFERENT),
+     ({"clapping": None}, {"clapping": INT2}, None, MISSING),
+     ({"clapping": INT2}, {"clapping": INT2}, remove, MISSING),
+     ({"clapping": INT2}, {"clapping": INT2}, truncate, MISSING)],
+    ids=["codec", "micro-batches", "stock", "a rank's file is missing", "a rank's file is broken"],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_in_one_line_and_the_run_goes_on(
+    two_ranks, tmp_path, saving, loading, spoils, reason
+):
+    outcomes = two_ranks.run(saved_and_loaded, saving, loading, str(tmp_path), spoils)
+    (said, losses, one, _), (silent, also_losses, other, _) = outcomes
+    ours = [line for line in said.splitlines() if line.startswith("clapping")]
+    assert ours == [f"clapping: {reason}: the next step is all fresh"]
+    assert "clapping" not in silent
+    assert losses == also_losses
+    assert one == other
+
+
+def of_another_number_of_stages(folder):
+    engine = models.make_engine(INT2, num_stages=4)
+    models.train(engine, 2)
+    engine.save_checkpoint(folder)
+    engine = models.make_engine(INT2, num_stages=2)
+    engine.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False)
+    return models.train(engine, 2), engine.grid.get_data_parallel_id(), models.memories(engine)
+
+
+def test_another_number_of_stages_loads_by_deepspeeds_rules(four_ranks, tmp_path):
+    ends = {}
+    for losses, replica, memories in four_ranks.run(of_another_number_of_stages, str(tmp_path)):
+        assert torch.tensor(losses).isfinite().all()
+        for channel, bits in memories.items():
+            ends.setdefault((replica, *channel), []).append(bits)
+    assert all(one == other for one, other in ends.values())
+
+
+def counters(folder):
+    engine = models.make_engine({**INT2, "links": "auto", "verify": True})
+    models.train(engine, 5)
+    engine.save_checkpoint(folder)
+    before = engine.clapping_report(), engine._stage.decision
+    engine = models.make_engine({**INT2, "links": "auto", "verify": True})
+    engine.load_checkpoint(folder)
+    return before == (engine.clapping_report(), engine._stage.decision)
+
+
+def test_counters_and_decided_links_are_in_the_checkpoint(two_ranks, tmp_path):
+    assert two_ranks.run(counters, str(tmp_path)) == [True, True]
+
+
+def test_a_run_that_is_killed_ends_as_if_it_never_had_been(tmp_path):
+    (report,) = killed.check(tmp_path, kills=1, victims=[1])
+    assert "all equal" in report

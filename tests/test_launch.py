@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clapping_ds import ClappingConfig
+from launch import pretrain_gpt
 from launch.data import Windows, tokens
 from launch.trainer import RunConfig, learning_rate_factor, train
 
@@ -61,6 +62,42 @@ def test_learning_rate_warms_up_and_decays():
 def test_the_example_block_is_valid():
     config = json.loads((LAUNCH / "ds_config.json").read_text())
     assert ClappingConfig.from_ds_config(config).key_codec("gradients").name == "int8"
+
+
+def test_options_of_the_script():
+    started = ["--local_rank=1", "--deepspeed_config", "ds.json"]
+    assert pretrain_gpt.parse(started) == pretrain_gpt.Options(Path("ds.json"), RunConfig(), 1)
+    dashes = ["--local-rank", "1", "--deepspeed-config=ds.json"]
+    assert pretrain_gpt.parse(dashes) == pretrain_gpt.parse(started)
+    more = "--num-stages 4 --steps 9 --data text --save out --learning-rate 1e-3 --warmup_steps 2 --width 64"
+    run = pretrain_gpt.parse([*started, *more.split()]).run
+    assert (run.num_stages, run.steps, run.data, run.save) == (4, 9, Path("text"), Path("out"))
+    assert (run.learning_rate, run.warmup_steps, run.gpt.width) == (1e-3, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--steps 9", "--deepspeed-config"),
+        ("--deepspeed_config ds.json --stepz 9", "--stepz"),
+        ("--deepspeed_config ds.json --steps nine", "nine"),
+        ("--deepspeed_config ds.json --vocabulary 9", "--vocabulary"),  # the corpus decides
+    ],
+)
+def test_wrong_options_are_named(arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        pretrain_gpt.parse(arguments.split())
+    assert named in "".join(capsys.readouterr())
+
+
+def test_options_of_the_megatron_script():
+    pytest.importorskip("megatron.core")
+    from launch.pretrain_gpt_megatron import MegatronRun, Options, parse
+
+    assert parse([]) == Options(MegatronRun(), None)
+    options = parse(["--clapping-config", "ds.json", "--sequence-parallel", "--tensor-size=2", "--chunks=2"])
+    assert options == Options(MegatronRun(chunks=2, tensor_size=2, sequence_parallel=True), Path("ds.json"))
+    assert parse(["--clapping_config", "ds.json", "--pipeline_size=4"]).run.pipeline_size == 4
 
 
 def short_run(folder):

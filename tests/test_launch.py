@@ -1,6 +1,7 @@
 """The example: its data, its model, its configuration."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,23 @@ def test_a_tokenizer_file(tmp_path):
     (tmp_path / "text.txt").write_text("a b c a")
     corpus, vocabulary = tokens(tmp_path / "text.txt", tmp_path / "tokenizer.json")
     assert (list(corpus), vocabulary) == ([0, 1, 2, 0], 3)
+
+
+def test_encoded_text_is_kept_where_only_this_user_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("hello")
+    assert bytes(tokens(tmp_path / "a.txt")[0]) == b"hello"
+    folder = tmp_path / "cache" / "clapping_ds"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [file.read_bytes() for file in folder.iterdir()] == [b"hello"]
+    for mode in (0o720, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(ValueError, match=f"{str(folder)!r}.* mode {mode:04o}"):
+            tokens(tmp_path / "a.txt")
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(ValueError, match=f"{str(folder)!r}.* owner"):
+        tokens(tmp_path / "a.txt")
 
 
 def test_windows_are_seeded_and_shifted():

@@ -37,10 +37,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 # torch first and alone, so that nothing that depends on it can choose another build.
-$(VENV)/installed: setup.py
+$(VENV)/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH_INSTALL)
-	$(BIN)/pip install setuptools wheel
+	$(BIN)/pip install "setuptools>=77" wheel
 	$(BIN)/pip install --no-build-isolation -e ".[dev]"
 	touch $@
 

@@ -4,6 +4,8 @@ Without a path the corpus is the Python standard library's own sources, which ev
 """
 
 import hashlib
+import os
+import stat
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray
 
     path        folder or file of text, or a flat file of numbers: .u8, .u16 or .u32; None: see above
     tokenizer   a `tokenizers` JSON file; None: the tokens are bytes
-    Text is encoded once and kept in the temporary directory.
+    Text is encoded once and kept in `cache_folder()`.
     """
     if path is not None and not path.exists():
         raise ValueError(f"--data = {str(path)!r}: no such file or folder")
@@ -45,12 +47,31 @@ def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray
     stamp = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]) + str(tokenizer)
     digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     suffix, dtype = (".u8", np.uint8) if tokenizer is None else (".u32", np.uint32)
-    cached = Path(tempfile.gettempdir()) / f"clapping_ds-{digest}{suffix}"
+    cached = cache_folder() / f"{digest}{suffix}"
     encoder = None if tokenizer is None else _tokenizer(tokenizer)
     if not cached.exists():
         _write(cached, files, encoder, dtype)
     vocabulary = 256 if encoder is None else encoder.get_vocab_size()
     return np.memmap(cached, dtype, mode="r"), vocabulary
+
+
+def cache_folder() -> Path:
+    """`clapping_ds` in XDG_CACHE_HOME (default: ~/.cache), made for this user alone if it is not there.
+
+    ValueError if another user owns it, or may write to it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "clapping_ds"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    owners = {folder.lstat().st_uid, folder.stat().st_uid}  # of a symbolic link, and of where it leads
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if owners != {os.geteuid()} or mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"{str(folder)!r}, the folder for encoded text: owner {sorted(owners)}, mode {mode:04o}; "
+            f"accepted: owner [{os.geteuid()}], writable by no one else (XDG_CACHE_HOME names another place)"
+        )
+    return folder
 
 
 def _tokenizer(path: Path) -> Any:

@@ -4,11 +4,13 @@ Shapes: B batch, T tokens, D width, H heads, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
+from tyro.conf import Fixed
 
 try:  # NVIDIA apex; the package of that name on the index is another project
     from apex.normalization import FusedLayerNorm as LayerNorm
@@ -18,11 +20,18 @@ except ImportError:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocabulary: int = 256
+    """The size of the model."""
+
+    vocabulary: Annotated[int, Fixed] = 256
+    """Different tokens; a run takes it from its corpus."""
     length: int = 128
+    """Tokens of a sample."""
     width: int = 128
+    """Values per token between two blocks."""
     num_heads: int = 4
+    """Heads of attention; they share the width."""
     num_blocks: int = 4
+    """Transformer blocks of the whole model."""
 
 
 class Embedding(nn.Module):

@@ -3,18 +3,29 @@
 deepspeed --num_accelerators 2 --module launch.pretrain_gpt --deepspeed_config launch/ds_config.json
 """
 
-import argparse
 import json
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import tyro
 
 import clapping_ds
-from launch.gpt import GPTConfig
 from launch.trainer import RunConfig, train
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the script is started with."""
+
+    deepspeed_config: Path
+    """JSON of DeepSpeed, with the "clapping" block."""
+    run: RunConfig = field(default_factory=RunConfig)
+    local_rank: int = 0
+    """Passed by the launcher, and not used."""
 
 
 def start_distributed() -> None:
@@ -26,28 +37,21 @@ def start_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def parse() -> tuple[RunConfig, Path]:
-    """The run, and the path of the DeepSpeed JSON. Every field of RunConfig and GPTConfig is an option."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--deepspeed_config", type=Path, required=True)
-    parser.add_argument("--local_rank", type=int, default=0)
-    for config in (RunConfig, GPTConfig):
-        for option in fields(config):
-            if option.name in ("gpt", "vocabulary"):
-                continue
-            kind = Path if option.default is None else type(option.default)
-            parser.add_argument(f"--{option.name.replace('_', '-')}", type=kind, default=option.default)
-    options = vars(parser.parse_args())
-    gpt = GPTConfig(**{f.name: options.pop(f.name) for f in fields(GPTConfig) if f.name in options})
-    path = options.pop("deepspeed_config")
-    options.pop("local_rank")
-    return RunConfig(gpt=gpt, **options), path
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options; every field of RunConfig and GPTConfig is one. None: those of this process."""
+    return tyro.cli(
+        Options,
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
+    )
 
 
 def main() -> None:
-    run, path = parse()
+    options = parse()
     start_distributed()
-    result = train(run, json.loads(path.read_text()), clapping_ds.initialize)
+    ds_config = json.loads(options.deepspeed_config.read_text())
+    result = train(options.run, ds_config, clapping_ds.initialize)
     result.print()
     dist.destroy_process_group()
 

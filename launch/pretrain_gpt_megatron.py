@@ -3,17 +3,17 @@
 torchrun --nproc_per_node 2 -m launch.pretrain_gpt_megatron --clapping-config launch/ds_config.json
 """
 
-import argparse
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import tyro
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -37,28 +37,56 @@ class MegatronRun:
     """What is trained, on what, how, how long. The compression is in the JSON."""
 
     data: Path | None = None
+    """Folder or file of text, or a file of numbers (.u8, .u16, .u32); None: Python's own sources."""
     tokenizer: Path | None = None
+    """A file of the tokenizers library; None: the tokens are bytes."""
     pipeline_size: int = 2
+    """Stages of the pipeline."""
     chunks: int = 1
     """Model chunks per rank; with more than one the schedule is interleaved."""
     tensor_size: int = 1
+    """Ranks that share the tensors of a stage."""
     sequence_parallel: bool = False
+    """Those ranks share the tokens of a sample as well."""
     blocks: int = 4
+    """Transformer blocks of the whole model."""
     width: int = 128
+    """Values per token between two blocks."""
     heads: int = 4
+    """Heads of attention; they share the width."""
     length: int = 128
+    """Tokens of a sample."""
     batch_size: int = 4
-    """Of a micro-batch."""
+    """Samples of a micro-batch."""
     micro_batches: int = 4
+    """Micro-batches of a step, per replica."""
     steps: int = 320
+    """Optimizer steps."""
     learning_rate: float = 2e-3
+    """At the end of the warm-up; a cosine takes it down to a tenth."""
     warmup_steps: int = 40
+    """Steps in which the learning rate rises."""
     weight_decay: float = 0.1
+    """Of Adam."""
     clip_grad: float = 1.0
+    """Largest norm of the gradient; 0: any."""
     dtype: str = "bfloat16"
+    """Of weights and messages: a name in torch."""
     eval_interval: int = 40
+    """Steps between two validations; there is one after the last step as well."""
     eval_batches: int = 5
+    """Batches of each validation."""
     seed: int = 1
+    """Of the weights and of the order of the data."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the script is started with."""
+
+    run: MegatronRun = field(default_factory=MegatronRun)
+    clapping_config: Path | None = None
+    """JSON with the "clapping" block; None: stock Megatron-Core."""
 
 
 def transformer_config(run: MegatronRun) -> TransformerConfig:
@@ -225,29 +253,18 @@ def start_parallel(run: MegatronRun) -> None:
     )
 
 
-def parse() -> tuple[MegatronRun, Path | None]:
-    """The run, and the path of the JSON with the "clapping" block. Every field of MegatronRun is an
-    option."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clapping-config", type=Path, default=None)
-    for option in fields(MegatronRun):
-        name = f"--{option.name.replace('_', '-')}"
-        if isinstance(option.default, bool):
-            parser.add_argument(name, action="store_true")
-        else:
-            kind = Path if option.default is None else type(option.default)
-            parser.add_argument(name, type=kind, default=option.default)
-    options = vars(parser.parse_args())
-    path = options.pop("clapping_config")
-    return MegatronRun(**options), path
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options; every field of MegatronRun is one. None: those of this process."""
+    return tyro.cli(Options, description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main() -> None:
-    run, path = parse()
+    options = parse()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    start_parallel(run)
-    result = train(run, None if path is None else json.loads(path.read_text()))
+    start_parallel(options.run)
+    path = options.clapping_config
+    result = train(options.run, None if path is None else json.loads(path.read_text()))
     result.print()
     dist.destroy_process_group()
 

@@ -27,19 +27,33 @@ class RunConfig:
     """What is trained, on what, how long. The rest is in the DeepSpeed JSON."""
 
     data: Path | None = None
+    """Folder or file of text, or a file of numbers (.u8, .u16, .u32); None: Python's own sources."""
     tokenizer: Path | None = None
+    """A file of the tokenizers library; None: the tokens are bytes."""
     gpt: GPTConfig = field(default_factory=GPTConfig)
+    """The size of the model."""
     num_stages: int = 2
+    """Stages of the pipeline; replicas of it fill the other ranks."""
     steps: int = 320
+    """Optimizer steps."""
     learning_rate: float = 2e-3
+    """At the end of the warm-up; a cosine takes it down to a tenth."""
     warmup_steps: int = 40
+    """Steps in which the learning rate rises."""
     weight_decay: float = 0.1
+    """Of AdamW, for matrices alone."""
     eval_interval: int = 40
+    """Steps between two validations; there is one after the last step as well."""
     eval_batches: int = 5
+    """Batches of each validation."""
     save: Path | None = None
+    """Folder for DeepSpeed's checkpoints; None: no checkpoints."""
     save_interval: int = 320
+    """Steps between two checkpoints; there is one after the last step as well."""
     checkpoint_interval: int = 0
+    """Layers per activation checkpoint; 0: none."""
     seed: int = 1
+    """Of the weights and of the order of the data."""
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """The example: its data, its model, its configuration."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clapping_ds import ClappingConfig
+from launch import pretrain_gpt
 from launch.data import Windows, tokens
 from launch.trainer import RunConfig, learning_rate_factor, train
 
@@ -43,6 +45,23 @@ def test_a_tokenizer_file(tmp_path):
     assert (list(corpus), vocabulary) == ([0, 1, 2, 0], 3)
 
 
+def test_encoded_text_is_kept_where_only_this_user_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("hello")
+    assert bytes(tokens(tmp_path / "a.txt")[0]) == b"hello"
+    folder = tmp_path / "cache" / "clapping_ds"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [file.read_bytes() for file in folder.iterdir()] == [b"hello"]
+    for mode in (0o720, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(ValueError, match=f"{str(folder)!r}.* mode {mode:04o}"):
+            tokens(tmp_path / "a.txt")
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(ValueError, match=f"{str(folder)!r}.* owner"):
+        tokens(tmp_path / "a.txt")
+
+
 def test_windows_are_seeded_and_shifted():
     corpus = np.arange(2000, dtype=np.uint16)
     first, again = (next(Windows(corpus, 16, 3, validation=False).batches(7)) for _ in range(2))
@@ -61,6 +80,42 @@ def test_learning_rate_warms_up_and_decays():
 def test_the_example_block_is_valid():
     config = json.loads((LAUNCH / "ds_config.json").read_text())
     assert ClappingConfig.from_ds_config(config).key_codec("gradients").name == "int8"
+
+
+def test_options_of_the_script():
+    started = ["--local_rank=1", "--deepspeed_config", "ds.json"]
+    assert pretrain_gpt.parse(started) == pretrain_gpt.Options(Path("ds.json"), RunConfig(), 1)
+    dashes = ["--local-rank", "1", "--deepspeed-config=ds.json"]
+    assert pretrain_gpt.parse(dashes) == pretrain_gpt.parse(started)
+    more = "--num-stages 4 --steps 9 --data text --save out --learning-rate 1e-3 --warmup_steps 2 --width 64"
+    run = pretrain_gpt.parse([*started, *more.split()]).run
+    assert (run.num_stages, run.steps, run.data, run.save) == (4, 9, Path("text"), Path("out"))
+    assert (run.learning_rate, run.warmup_steps, run.gpt.width) == (1e-3, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--steps 9", "--deepspeed-config"),
+        ("--deepspeed_config ds.json --stepz 9", "--stepz"),
+        ("--deepspeed_config ds.json --steps nine", "nine"),
+        ("--deepspeed_config ds.json --vocabulary 9", "--vocabulary"),  # the corpus decides
+    ],
+)
+def test_wrong_options_are_named(arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        pretrain_gpt.parse(arguments.split())
+    assert named in "".join(capsys.readouterr())
+
+
+def test_options_of_the_megatron_script():
+    pytest.importorskip("megatron.core")
+    from launch.pretrain_gpt_megatron import MegatronRun, Options, parse
+
+    assert parse([]) == Options(MegatronRun(), None)
+    options = parse(["--clapping-config", "ds.json", "--sequence-parallel", "--tensor-size=2", "--chunks=2"])
+    assert options == Options(MegatronRun(chunks=2, tensor_size=2, sequence_parallel=True), Path("ds.json"))
+    assert parse(["--clapping_config", "ds.json", "--pipeline_size=4"]).run.pipeline_size == 4
 
 
 def short_run(folder):

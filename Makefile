@@ -18,14 +18,14 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
 train: $(VENV)/installed
 ifeq ($(CONFIG),)
-	$(LAUNCH) benchmarks.compare $(OPTIONS)
+	$(LAUNCH) benchmarks.training.compare $(OPTIONS)
 else
 	$(LAUNCH) launch.pretrain_gpt --deepspeed_config $(CONFIG) --num-stages $(STAGES) $(OPTIONS)
 endif
 
 # The same table for Megatron-Core, on CPU ranks.
 train-megatron: $(VENV)/installed
-	$(BIN)/python -m benchmarks.compare_megatron --stages $(STAGES) $(OPTIONS)
+	$(BIN)/python -m benchmarks.training.compare_megatron --stages $(STAGES) $(OPTIONS)
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -m "not ranks" -n 2 --dist loadfile

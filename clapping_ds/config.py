@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from clapping_ds.codecs import CODECS, AnyCodec, Codec, Eden, Quantizer, RandK, Raw, TopK, bits_per_value
 from clapping_ds.codecs.base import STRICT
@@ -80,7 +80,7 @@ class LazyConfig(BaseModel):
 
     model_config = STRICT
 
-    p_new: Annotated[float, Field(ge=1e-6, le=1)] = 0.5
+    p_new: Annotated[float, Field(ge=1e-9, le=1)] = 0.5
     """Probability that a slot's sample is new."""
     refresh: Literal["step", "slot", "cycle"] = "step"
     """One coin per step (the paper), one per slot, or round robin."""
@@ -100,6 +100,15 @@ class MemoryConfig(BaseModel):
         return value_dtype if self.dtype == "same" else getattr(torch, self.dtype)
 
 
+def _file_name(name: str) -> str:
+    if not name or "\0" in name or not name.isprintable():
+        raise ValueError("the name of a file")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
 class LinksConfig(BaseModel):
     """How the codec of each link and direction is chosen after the first steps. `"auto"` for all defaults."""
 
@@ -112,9 +121,9 @@ class LinksConfig(BaseModel):
     `direct`, of `delta` with the others."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Part of the step time that a heavier codec must save to be preferred to a lighter one."""
-    write: str | None = None
+    write: FileName | None = None
     """File that the decision is written to."""
-    read: str | None = None
+    read: FileName | None = None
     """File of an earlier decision, used in place of measuring."""
 
     @model_validator(mode="after")
@@ -129,8 +138,8 @@ class LinksConfig(BaseModel):
         for (before, more), (after, fewer) in pairwise(bits):
             if fewer > more:
                 raise ValueError(
-                    f"ladder has {after} ({fewer:.4g} bits per value) after {before} ({more:.4g}); accepted: "
-                    "lightest compression first"
+                    f"ladder = {[name for name, _ in bits]} with {after} ({fewer:.4g} bits per value) after "
+                    f"{before} ({more:.4g}); accepted: lightest compression first"
                 )
         return self
 
@@ -252,9 +261,7 @@ class ClappingConfig(BaseModel):
                         + ", ".join((*ACCEPTED[self.strategy], "min_numel"))
                     )
                 if value is None and self.strategy == "key_delta" and field in ("key", "delta"):
-                    raise ValueError(
-                        f"{name}.{field} is missing with strategy = 'key_delta'; accepted: a codec"
-                    )
+                    raise ValueError(f"{name}.{field} = None with strategy = 'key_delta'; accepted: a codec")
         for field in ("lazy", "memory") if self.strategy == "direct" else ():
             if getattr(self, field) is not None:
                 raise ValueError(
@@ -275,8 +282,8 @@ class ClappingConfig(BaseModel):
                 )
         if self.plan("activations").p_new == 1 and not any(p.holds_memory for p in self.plans.values()):
             raise ValueError(
-                "lazy.p_new = 1: no sample is seen again, so that no delta is ever sent; accepted: less than "
-                "1, or strategy = 'direct'"
+                f"lazy.p_new = 1 with strategy = {self.strategy!r}: no sample is seen again, and no delta ever "
+                "sent; accepted: less than 1, or strategy = 'direct'"
             )
         return self
 

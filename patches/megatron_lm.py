@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from clapping_ds import report
-from clapping_ds.stage import state_file
 from clapping_ds.link.groups import rank
+from clapping_ds.stage import state_file
 from patches import megatron_lm_checkpoints
 from patches.patch import Patch, check_version
 

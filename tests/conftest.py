@@ -13,16 +13,14 @@ from tests.cluster import Cluster
 torch.set_num_threads(1)
 
 
-RANK_FILES = (
-    *("checkpoints", "deepspeed", "engine_properties", "faults", "fp16", "launch", "megatron", "patches"),
-    *("run", "torch_pipelining", "transport"),
-)
+HOSTS = ("deepspeed", "megatron", "torch")
+ALSO_START_RANKS = ("test_wire",)
 
 
 def pytest_collection_modifyitems(items):
     """Marks the files that start ranks, which need both cores: all others can run beside each other."""
     for item in items:
-        if item.path.stem.removeprefix("test_").startswith(RANK_FILES):
+        if item.path.parent.name in HOSTS or item.path.stem in ALSO_START_RANKS:
             item.add_marker("ranks")
 
 

@@ -16,13 +16,16 @@ WIDTH, LENGTH, BATCH, VOCABULARY = 64, 64, 2, 32
 STOCK_ENGINES = (deepspeed.PipelineEngine, deepspeed.DualPipeVEngine)
 
 
-NONE = {"strategy": "fu", "p_new": 1, "activations": {"delta": "none"}, "gradients": {"delta": "none"}}
-INT2 = {"strategy": "fc", "refresh": "slot", "activations": {"delta": "int2"}, "gradients": {"delta": "int2"}}
+NONE = {"activations": {"codec": "none"}, "gradients": {"codec": "none"}}
+INT2 = {
+    "strategy": "fc", "lazy": {"refresh": "slot"},
+    "activations": {"delta": "int2"}, "gradients": {"delta": "int2"},
+}  # fmt: skip
 INT8_INT2 = {
-    "strategy": "fc", "refresh": "cycle",
+    "strategy": "key_delta", "lazy": {"refresh": "cycle"},
     "activations": {"key": "int8", "delta": "int2"}, "gradients": {"key": "int8", "delta": "int2"},
 }  # fmt: skip
-DIRECT = {"strategy": "direct", "activations": {"delta": "int4"}, "gradients": {"delta": "int4"}}
+DIRECT = {"strategy": "direct", "activations": {"codec": "int4"}, "gradients": {"codec": "int4"}}
 ZERO1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -164,7 +167,7 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
     """By (link, direction): the bits of every memory and codec state at this rank's end."""
-    return channel_memories(engine._stage.channels.values())
+    return channel_memories(engine._endpoint.channels.values())
 
 
 def channel_memories(

@@ -27,8 +27,9 @@ import torch
 
 from benchmarks.links.timeline import Link, Stage, Step, slot_bytes
 from clapping_ds import ClappingConfig
-from clapping_ds.codecs import bits_per_value
 from clapping_ds.autotune.depth import num_warmup
+from clapping_ds.codecs import bits_per_value
+from clapping_ds.config import Plan
 
 SEQUENCE_LENGTH, VOCABULARY = 2048, 51200
 MICRO_BATCHES_PER_STAGE = 4
@@ -99,23 +100,26 @@ LINKS = {
 """The first two between regions, the others in a data centre."""
 
 
-def _config(strategy: str, delta: str, key: str | None = None) -> ClappingConfig:
-    direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
-    sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": "cycle"}
-    block = {"strategy": strategy, "activations": direction, "gradients": direction, **sampling}
-    return ClappingConfig.model_validate(block)
+def _plan(strategy: str, codec: str, key: str | None = None) -> Plan:
+    """Of either direction."""
+    if strategy == "direct":
+        return ClappingConfig.model_validate({"activations": {"codec": codec}}).plan("activations")
+    direction = {"delta": codec} if key is None else {"delta": codec, "key": key}
+    block = {"strategy": strategy, "activations": direction, "gradients": direction}
+    lazy = {"p_new": 0.5, "refresh": "cycle"}
+    return ClappingConfig.model_validate({**block, "lazy": lazy}).plan("activations")
 
 
 STOCK, OVERLAP = "stock", "overlap only"
-RAW = _config("direct", "none")
+RAW = _plan("direct", "none")
 METHODS = {
     STOCK: RAW,
     OVERLAP: RAW,
-    "direct int4": _config("direct", "int4"),
-    "direct eden2": _config("direct", "eden2"),
-    "fc int2": _config("fc", "int2"),
-    "int8 key + int2 delta": _config("fu", "int2", key="int8"),
-    "fu int4": _config("fu", "int4"),
+    "direct int4": _plan("direct", "int4"),
+    "direct eden2": _plan("direct", "eden2"),
+    "fc int2": _plan("fc", "int2"),
+    "int8 key + int2 delta": _plan("key_delta", "int2", key="int8"),
+    "fu int4": _plan("fu", "int4"),
 }
 
 
@@ -126,7 +130,7 @@ class Case:
     model: Model
     num_stages: int
     link: Link
-    config: ClappingConfig
+    plan: Plan
 
     @property
     def num_micro_batches(self) -> int:
@@ -134,7 +138,7 @@ class Case:
 
     @property
     def mean_bits(self) -> float:
-        return self.config.mean_bits_per_value("activations", torch.bfloat16)
+        return self.plan.mean_bits_per_value(torch.bfloat16)
 
     def step(self) -> Step:
         """Without data parallelism."""
@@ -156,26 +160,21 @@ class Case:
         return Step(tuple(stages), links, messages, messages, overhead_s=self._optimizer_s())
 
     def _messages(self) -> tuple[float, ...]:
-        key, delta = self.config.key_codec("activations"), self.config.delta_codec("activations")
-        sizes = [
-            self.model.message_bytes * bits_per_value(codec or key, torch.bfloat16) / (8 * VALUE_BYTES)
-            for codec in (key, delta)
-        ]
-        return slot_bytes(self.num_micro_batches, sizes[0], sizes[1], self.config.p_new)
+        key_bytes, delta_bytes = (
+            self.model.message_bytes * bits_per_value(codec, torch.bfloat16) / (8 * VALUE_BYTES)
+            for codec in (self.plan.key, self.plan.delta)
+        )
+        return slot_bytes(self.num_micro_batches, key_bytes, delta_bytes, self.plan.p_new)
 
     def _codec_s(self) -> float:
-        if self.config is RAW:
+        if self.plan is RAW:
             return 0.0
-        bytes_per_value = VALUE_BYTES * (3 if self._holds_memory else 1) + self.mean_bits / 8
+        bytes_per_value = VALUE_BYTES * (3 if self.plan.holds_memory else 1) + self.mean_bits / 8
         return self.model.message_bytes / VALUE_BYTES * bytes_per_value / GPU_BYTES_PER_S
 
     def _optimizer_s(self) -> float:
         most = max(self.model.parameters_per_stage(self.num_stages)) / self.model.gpus_per_stage
         return 2 * BYTES_PER_PARAMETER * most / GPU_BYTES_PER_S
-
-    @property
-    def _holds_memory(self) -> bool:
-        return self.config.holds_memory("activations")
 
     def all_reduce_s(self, replicas: int) -> float:
         most = max(self.model.parameters_per_stage(self.num_stages)) * VALUE_BYTES
@@ -188,7 +187,7 @@ class Case:
         found = []
         for stage_id, parameters in enumerate(self.model.parameters_per_stage(self.num_stages)):
             stored = num_warmup(self.num_micro_batches, self.num_stages, stage_id, in_flight)
-            ends = 2 * ((stage_id > 0) + (stage_id < self.num_stages - 1)) if self._holds_memory else 0
+            ends = 2 * ((stage_id > 0) + (stage_id < self.num_stages - 1)) if self.plan.holds_memory else 0
             messages = stored * layers[stage_id] + self.num_micro_batches * ends
             weights = BYTES_PER_PARAMETER * parameters / self.model.gpus_per_stage
             found.append(weights + messages * self.model.message_bytes)

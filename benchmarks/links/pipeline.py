@@ -34,16 +34,16 @@ from benchmarks.links.network import (
 )
 from benchmarks.links.rows import Compute, compared, plot, shown, timing, traffic
 from benchmarks.training.compare import STOCK, block
-from clapping_ds import report
+from clapping_ds.report import table
 from launch.gpt import GPTConfig
 
 RUNS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
-    "uncompressed": {**block("fu", "none"), "p_new": 1},
+    "uncompressed": block("direct", "none"),
     "direct int4": block("direct", "int4"),
     "fc int2": block("fc", "int2"),
     "fu int4": block("fu", "int4"),
-    "int8 key + int2 delta": block("fu", "int2", key="int8"),
+    "int8 key + int2 delta": block("key_delta", "int2", key="int8"),
     "links: auto": {**block("direct", "int4"), "links": "auto"},
 }
 """All of ours with `in_flight` "auto", the default."""
@@ -230,7 +230,7 @@ def main() -> None:
     with open_network() as network:
         for new in grid(network, size):
             rows += new
-            print(report.table([shown(row) for row in new]), flush=True)
+            print(table([shown(row) for row in new]), flush=True)
     report(rows, size, options.results)
 
 

@@ -64,8 +64,8 @@ def depths(step: Step, deepest: int) -> dict[int, Timeline]:
 
 def rows_of(model: Model, num_stages: int, link_name: str) -> Iterator[Row]:
     """A row per method and number of replicas."""
-    for method, config in METHODS.items():
-        case = Case(model, num_stages, LINKS[link_name], config)
+    for method, plan in METHODS.items():
+        case = Case(model, num_stages, LINKS[link_name], plan)
         step = case.step()
         is_stock = method == STOCK
         tried = {0: simulate(step, "stock")} if is_stock else depths(step, max(0, case.deepest()))

@@ -150,15 +150,15 @@ class Rank:
         engine = self.engines[run]
         if not _compresses(engine):
             return {"report": [], "in_flight": None, "codecs": "", "most_payloads": None}
-        channels = list(engine._stage.channels.values())
-        codecs = [channel.key if channel.delta is None else channel.delta for channel in channels]
+        channels = list(engine._endpoints.channels)
+        codecs = [channel.plan.delta for channel in channels]
         (spec,) = channels[0].specs
         return {
             "report": engine.clapping_report(),
-            "in_flight": engine._stage.in_flight,
+            "in_flight": engine._endpoint.in_flight,
             "codecs": " ".join(dict.fromkeys(codec.name for codec in codecs)),
-            "most_payloads": max(wire.most_payloads for wire in engine._stage.wires.values()),
-            "key_bytes": channels[0].key.nbytes(*spec),
+            "most_payloads": max(wire.most_payloads for wire in engine._endpoint.wires.values()),
+            "key_bytes": channels[0].plan.key.nbytes(*spec),
             "delta_bytes": codecs[0].nbytes(*spec),
         }
 

@@ -31,8 +31,8 @@ from benchmarks.files import RESULTS, read_csv, write_csv
 from benchmarks.links import plan
 from benchmarks.links.bounds import bound_s
 from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
-from clapping_ds.stage.sampling import Coin
 from clapping_ds.report import table
+from clapping_ds.stage.sampling import Coin
 
 MOST_WRONG = 0.10
 SOCKET_BUFFER_BYTES = 1.2e6

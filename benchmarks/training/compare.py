@@ -16,18 +16,21 @@ import torch.distributed as dist
 
 import clapping_ds
 from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_csv, write_results
-from clapping_ds import report
+from clapping_ds.report import table
 from launch.pretrain_gpt import start_distributed
 from launch.trainer import RunConfig, RunResult, train
 
 STOCK = "stock DeepSpeed"
 
 
-def block(strategy: str, delta: str | dict[str, Any], key: str | None = None) -> dict[str, Any]:
-    """A `"clapping"` block with the same codecs in both directions."""
-    direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
-    sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": "cycle"}
-    return {"strategy": strategy, "activations": direction, "gradients": direction, **sampling}
+def block(strategy: str, codec: str | dict[str, Any], key: str | None = None) -> dict[str, Any]:
+    """A `"clapping"` block with the same codecs in both directions. codec: of all messages with `direct`,
+    else of deltas."""
+    if strategy == "direct":
+        return {"strategy": strategy, "activations": {"codec": codec}, "gradients": {"codec": codec}}
+    direction = {"delta": codec} if key is None else {"delta": codec, "key": key}
+    lazy = {"p_new": 0.5, "refresh": "cycle"}
+    return {"strategy": strategy, "activations": direction, "gradients": direction, "lazy": lazy}
 
 
 COMPARISON: dict[str, dict[str, Any] | None] = {
@@ -40,8 +43,8 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     "direct int2": block("direct", "int2"),
     "fc int2": block("fc", "int2"),
     "fu int2": block("fu", "int2"),
-    "int8 key + int2 delta": block("fu", "int2", key="int8"),
-    "eden3 key + eden1 delta": block("fu", "eden1", key="eden3"),
+    "int8 key + int2 delta": block("key_delta", "int2", key="int8"),
+    "eden3 key + eden1 delta": block("key_delta", "eden1", key="eden3"),
 }
 
 
@@ -137,7 +140,7 @@ def report(results: dict[str, RunResult], run: RunConfig, folder: Path) -> None:
     write_results(folder / "comparison", rows, {"steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)})
     write_csv(folder / "curves.csv", curves(results, raw_bytes, run.steps))
     plot(folder / "curves.csv", folder / "comparison.png")
-    print(report.table(rows))
+    print(table(rows))
     print(f"written to {folder}: comparison.csv, curves.csv, comparison.png, comparison.json")
 
 

@@ -20,7 +20,7 @@ from torch.distributed.run import main as torchrun
 
 from benchmarks.files import RESULTS, write_results
 from benchmarks.training.compare import block, raw_bytes_of, row
-from clapping_ds import report
+from clapping_ds.report import table
 from launch.trainer import RunResult
 
 STOCK = "stock Megatron-Core"
@@ -31,7 +31,7 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     "direct eden2": block("direct", "eden2"),
     "fc int2": block("fc", "int2"),
     "fu int2": block("fu", "int2"),
-    "int8 key + int2 delta": block("fu", "int2", key="int8"),
+    "int8 key + int2 delta": block("key_delta", "int2", key="int8"),
 }
 
 
@@ -75,7 +75,7 @@ def report(results: dict[str, RunResult], run: dict[str, Any], folder: Path) -> 
     raw_bytes = raw_bytes_of(results)
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
     write_results(folder / "megatron", rows, {"megatron-core": version("megatron-core"), "run": run})
-    print(report.table(rows))
+    print(table(rows))
     print(f"written to {folder}: megatron.csv, megatron.json")
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "deepspeed_tests"
 SUITES = ("unit/pipe", "unit/runtime/pipe", "unit/checkpoint/test_pipeline.py")
-NOTHING = {"delta": "none"}
-BLOCK = {"strategy": "fu", "p_new": 1, "activations": NOTHING, "gradients": NOTHING}
+NOTHING = {"codec": "none"}
+BLOCK = {"strategy": "direct", "activations": NOTHING, "gradients": NOTHING}
 ENGINE, RECORD = "CLAPPING_SUITE_ENGINE", "CLAPPING_SUITE_RECORD"
 
 
@@ -61,7 +61,15 @@ def run(options, engine):
             ENGINE: engine,
             RECORD: str(record),
         }
-        pytest = [sys.executable, "-m", "pytest", "-p", "tests.commands.deepspeed_suite", "-p", "no:cacheprovider"]
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.commands.deepspeed_suite",
+            "-p",
+            "no:cacheprovider",
+        ]
         subprocess.run([*pytest, *options.suites], cwd=options.checkout / "tests", env=environment)
         found: dict[str, dict] = {}
         for line in record.read_text().splitlines():

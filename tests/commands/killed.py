@@ -25,7 +25,7 @@ SAVE_INTERVAL = 3
 TIMEOUT_S = 10.0
 LONGEST_S = 600.0
 BLOCK = {
-    "strategy": "fc", "refresh": "slot", "timeout_s": TIMEOUT_S,
+    "strategy": "fc", "lazy": {"refresh": "slot"}, "timeout_s": TIMEOUT_S,
     "activations": {"delta": "int2"}, "gradients": {"delta": "eden2"},
 }  # fmt: skip
 

@@ -38,20 +38,20 @@ ON_CPU = (
 )
 
 
-def both(delta, **options):
-    return {**options, "activations": {"delta": delta}, "gradients": {"delta": delta}}
+def both(strategy, member, codec):
+    return {"strategy": strategy, "activations": {member: codec}, "gradients": {member: codec}}
 
 
 NONE, INT2 = "none", "fc int2"
 BLOCKS = {
-    NONE: both("none", strategy="fu", p_new=1),
-    INT2: both("int2", strategy="fc"),
+    NONE: both("direct", "codec", "none"),
+    INT2: both("fc", "delta", "int2"),
     "int8 key + int2 delta": {
-        "strategy": "fu",
+        "strategy": "key_delta",
         "activations": {"key": "int8", "delta": "int2"},
         "gradients": {"key": "int8", "delta": "int2"},
     },
-    "direct int4": both("int4", strategy="direct"),
+    "direct int4": both("direct", "codec", "int4"),
 }
 LOSS = re.compile(r"iteration +(\d+)/.*consumed samples: +(\d+) .*lm loss: (\S+)")
 VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
@@ -127,7 +127,14 @@ def run(checkout, stages, replicas, block=None, more=""):
             file.write_text(json.dumps({"clapping": block}))
             arguments += ["--clapping-config", str(file)]
         free.close()
-        program = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "tests.commands.megatron_lm_rank"]
+        program = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *ranks,
+            "-m",
+            "tests.commands.megatron_lm_rank",
+        ]
         finished = subprocess.run(
             [*program, "pretrain_gpt.py", *arguments, *more.split()],
             cwd=checkout,

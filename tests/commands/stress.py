@@ -18,7 +18,7 @@ IN_FLIGHT = 2
 INT2 = {"delta": "int2", "min_numel": 1024}
 BLOCK = {
     "strategy": "fc",
-    "refresh": "slot",
+    "lazy": {"refresh": "slot"},
     "in_flight": IN_FLIGHT,
     "activations": INT2,
     "gradients": INT2,
@@ -28,9 +28,9 @@ BLOCK = {
 def run(steps: int, delayed: bool) -> tuple[list[float], Any, int]:
     """Losses, memories and the most payloads that a wire held."""
     engine = models.make_engine(BLOCK, num_stages=4, ds={"gradient_accumulation_steps": 8})
-    stage = engine._stage
+    stage = engine._endpoint
     if delayed:
-        for name in ("send", "receive"):
+        for name in ("send", "receive_next"):
             setattr(stage, name, _delayed(getattr(stage, name), stage, engine.global_rank))
     losses = models.train(engine, steps, length=16)
     return losses, models.memories(engine), max(wire.most_payloads for wire in stage.wires.values())

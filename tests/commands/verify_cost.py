@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for codec in ("int4", "int2", "eden2"):
         for shape in SHAPES:
-            block = {"activations": {"delta": codec}, "strategy": "fc", "p_new": 1e-9}
+            block = {"activations": {"delta": codec}, "strategy": "fc", "lazy": {"p_new": 1e-9}}
             pair = [Ends(**block, verify=verify) for verify in (False, True)]
             rows = [
                 [seconds(ends, step, torch.randn(shape)) for ends in pair] for step in range(STEPS + WARM_UP)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.link.channel import Channel
 from clapping_ds.codecs import CODECS
+from clapping_ds.config import DIRECTIONS
+from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
 from clapping_ds.stage.sampling import Coin
 
@@ -53,7 +54,8 @@ class Ends:
     def __init__(self, **block):
         self.config = ClappingConfig.from_ds_config({"clapping": block})
         wire = QueueWire()
-        self.sender, self.receiver = (Channel(self.config, 0, "activations", wire) for _ in range(2))
+        plan, seed, verifies = self.config.plan("activations"), self.config.seed, self.config.verify
+        self.sender, self.receiver = (Channel(plan, 0, "activations", wire, seed, verifies) for _ in range(2))
 
     def pass_on(self, slot, fresh, *values):
         self.sender.send(slot, fresh, values)
@@ -94,9 +96,11 @@ def value_of(seed, shape=SHAPE, dtype=torch.float32):
     ],
 )
 def test_memories_stay_equal(delta, key, base, dtype, memory):
-    ends = Ends(
-        strategy="fc", activations={"delta": delta, "key": key, "base": base}, memory={"dtype": memory}
-    )
+    direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
+    if (key or delta) != "none":  # what is sent as it is has no base
+        direction["base"] = base
+    strategy = "fc" if key is None else "key_delta"
+    ends = Ends(strategy=strategy, **dict.fromkeys(DIRECTIONS, direction), memory={"dtype": memory})
     coin = Coin(0.5, "slot", seed=1)
     for step in range(6):
         ends.begin_step(step, 2)
@@ -109,7 +113,7 @@ def test_memories_stay_equal(delta, key, base, dtype, memory):
 
 
 def test_none_hands_over_the_value_itself():
-    ends = Ends(activations={"delta": "none"}, memory={"dtype": "bfloat16"})
+    ends = Ends(strategy="fu", activations={"delta": "none"}, memory={"dtype": "bfloat16"})
     for slot in range(2):
         value = value_of(slot)
         assert torch.equal(ends.pass_on(slot, slot == 0, value), value)
@@ -130,9 +134,10 @@ def test_reused_slots_converge_on_a_constant_value():
 @pytest.mark.parametrize("refresh", ["step", "slot", "cycle"])
 def test_bytes_equal_the_formula(strategy, refresh):
     """Payload bytes = fresh messages * key bytes + reused messages * delta bytes, to the byte."""
-    sampling = {} if strategy == "direct" else {"p_new": 0.5, "refresh": refresh}
-    ends = Ends(strategy=strategy, activations={"delta": "int2"}, **sampling)
-    coin = Coin(ends.config.p_new, ends.config.refresh, ends.config.seed)
+    lazy = {} if strategy == "direct" else {"lazy": {"p_new": 0.5, "refresh": refresh}}
+    member = "codec" if strategy == "direct" else "delta"
+    ends = Ends(strategy=strategy, activations={member: "int2"}, **lazy)
+    coin = Coin(ends.config.sampling.p_new, ends.config.sampling.refresh, ends.config.seed)
     tosses = [fresh for step in range(20) for fresh in enumerate(coin.fresh(step, 4))]
     for slot, fresh in tosses:
         ends.pass_on(slot, fresh, value_of(slot))
@@ -146,7 +151,7 @@ def test_bytes_equal_the_formula(strategy, refresh):
 
 
 def test_memory_is_slots_times_tensor_whatever_the_steps():
-    ends = Ends(activations={"delta": "int4"}, memory={"dtype": "bfloat16"})
+    ends = Ends(strategy="fu", activations={"delta": "int4"}, memory={"dtype": "bfloat16"})
     for step in range(30):
         for slot in range(4):
             ends.pass_on(slot, step % 2 == 0, value_of(step))
@@ -154,7 +159,7 @@ def test_memory_is_slots_times_tensor_whatever_the_steps():
 
 
 def test_direct_keeps_no_memory():
-    ends = Ends(strategy="direct", activations={"delta": "int4"})
+    ends = Ends(strategy="direct", activations={"codec": "int4"})
     ends.pass_on(0, True, value_of(0))
     assert ends.sender.memory_nbytes == 0
 
@@ -168,7 +173,7 @@ def test_a_new_shape_or_dtype_is_fresh(other):
 
 
 def test_surplus_slots_are_freed():
-    ends = Ends()
+    ends = Ends(strategy="fu")
     for slot in range(4):
         ends.pass_on(slot, True, value_of(slot))
     ends.sender.begin_step(1, 2)
@@ -191,7 +196,8 @@ def test_only_large_floating_tensors_of_a_tuple_are_compressed():
 @pytest.mark.parametrize("delta", CODECS)
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_arrives_so_and_stays_out_of_the_memory(delta, poison):
-    ends = Ends(strategy="fc", activations={"delta": delta, "base": "carry"}, memory={"dtype": "float32"})
+    base = {} if delta == "none" else {"base": "carry"}
+    ends = Ends(strategy="fc", activations={"delta": delta, **base}, memory={"dtype": "float32"})
     clean = value_of(0)
     for fresh in (True, False):
         ends.pass_on(0, True, clean)

@@ -96,7 +96,7 @@ class ChannelRun:
         """One step. ahead, sent_ahead: messages announced, and sent, before the one that is received."""
         known, config = self.known, self.ends.config
         num_slots = known.num_slots
-        fresh = [is_fresh or config.p_new == 1 for is_fresh in fresh]
+        fresh = [is_fresh or config.sampling.p_new == 1 for is_fresh in fresh]
         for end in self.both:
             end.begin_step(known.step, num_slots, measures_error)
         known.sent = {place: spec for place, spec in known.sent.items() if place[0] < num_slots}
@@ -184,10 +184,9 @@ class ChannelRun:
     def codec(self, slot, index, fresh, spec):
         """Of a tensor that is compressed: the key's for a fresh slot and for a tensor that is not as it
         was, unless nothing is remembered of it."""
-        config = self.ends.config
-        delta = config.delta_codec("activations")
-        is_known = self.known.sent.get((slot, index)) == spec or not config.holds_memory("activations")
-        return config.key_codec("activations") if fresh or delta is None or not is_known else delta
+        plan = self.ends.config.plan("activations")
+        is_known = self.known.sent.get((slot, index)) == spec or not plan.holds_memory
+        return plan.key if fresh or not is_known else plan.delta
 
     def planned(self, slot, fresh):
         """The codecs of a message that is about to be sent; None for what travels raw."""

@@ -69,7 +69,7 @@ def test_original_is_sent_plus_kept_back(codec, memory_dtype, carry):
     rounding = EPS * (x.abs() + stepped.abs()) + HALF_ULP[memory_dtype] * stepped.abs() * (1 + EPS) + 1e-30
     assert ((memory.double() - stepped).abs() <= rounding).all()
     assert ((value.double() - (memory.double() + kept_back)).abs() <= rounding + EPS * x.abs()).all()
-    if isinstance(codec, Quantizer) and not codec.rotate and codec.family.constants[1] == "maximum":
+    if isinstance(codec, Quantizer) and not codec.rotate and codec.scheme.constants.scale == "maximum":
         largest = torch.nn.functional.pad(x.abs(), (0, -5000 % 128)).view(-1, 128).amax(1)
         half = (largest / (2**codec.bits - 1)).repeat_interleave(128)[:5000] * (1 + codec.stochastic)
         assert (kept_back.abs() <= half * (1 + 2.0**-7) + EPS * x.abs()).all()

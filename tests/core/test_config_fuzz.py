@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK
-from clapping_ds.config import DirectionConfig, LinksConfig, MemoryConfig
+from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK, bits_per_value
+from clapping_ds.config import DirectionConfig, LazyConfig, LinksConfig, MemoryConfig
 
 NUM_BLOCKS = 10_000
 DIRECTIONS = ("activations", "gradients")
@@ -28,7 +28,14 @@ JUNK = [
 NAMES = sorted(
     {
         field
-        for model in (ClappingConfig, DirectionConfig, MemoryConfig, LinksConfig, *CODECS.values())
+        for model in (
+            ClappingConfig,
+            DirectionConfig,
+            LazyConfig,
+            MemoryConfig,
+            LinksConfig,
+            *CODECS.values(),
+        )
         for field in model.model_fields
     }
     | set(CODECS)
@@ -57,37 +64,52 @@ def some(rng, options):
     return {key: rng.choice(values) for key, values in options.items() if rng.random() < 0.4}
 
 
+MEMBERS = {"direct": ["codec"], "fu": ["delta"], "fc": ["delta"], "key_delta": ["key", "delta"]}
+
+
 def valid_direction(rng, strategy):
-    direction = some(rng, {
-        "group_size": [16, 64, 128], "base": [None, "reset", "carry"], "min_numel": [1024, 4096, 1 << 80],
-    })  # fmt: skip
-    for field in ("key", "delta"):
-        if rng.random() < 0.5 and not (field == "key" and strategy == "direct"):
-            direction[field] = valid_codec(rng)
+    direction = some(rng, {"min_numel": [1024, 4096, 1 << 80]})
+    for member in MEMBERS[strategy]:
+        if strategy == "key_delta" or rng.random() < 0.5:
+            direction[member] = valid_codec(rng)
+    key = direction.get("key", direction.get("delta"))
+    if strategy in ("fc", "key_delta") and key not in ("none", {"name": "none"}):
+        direction |= some(rng, {"base": [None, "reset", "carry"]})
     return direction
 
 
 def valid_block(rng):
-    strategy = rng.choice(["fu", "fc", "direct"])
+    strategy = rng.choice(list(MEMBERS))
     block = some(rng, {
-        "enabled": [True, False], "refresh": ["step", "slot", "cycle"], "seed": [0, 7, (1 << 64) - 1],
-        "memory": [{}, {"dtype": "float32"}, {"dtype": "same", "device": "cpu"}], "in_flight": [0, "auto"],
+        "enabled": [True, False], "seed": [0, 7, (1 << 64) - 1], "in_flight": [0, "auto"],
         "overlap": [True, False], "checkpoint_memory": [True, False], "timeout_s": [1, 30.5, 1e6],
         "verify": [True, False], "compile": [True, False],
     })  # fmt: skip
-    if strategy != "fu" or rng.random() < 0.5:
+    if strategy != "direct" or rng.random() < 0.5:
         block["strategy"] = strategy
-    if rng.random() < 0.5:
-        block["p_new"] = rng.choice([1, 1.0] if strategy == "direct" else [0.5, 1, 1e-300, 0.1])
+    if strategy == "direct":
+        block |= some(rng, {"lazy": [None], "memory": [None]})
+    else:
+        lazy = some(rng, {"p_new": [0.5, 1e-9, 0.1], "refresh": ["step", "slot", "cycle"]})
+        block |= some(rng, {
+            "lazy": [None, lazy],
+            "memory": [None, {}, {"dtype": "float32"}, {"dtype": "same", "device": "cpu"}],
+        })  # fmt: skip
     for name in DIRECTIONS:
-        if rng.random() < 0.5:
+        if strategy == "key_delta" or rng.random() < 0.5:
             block[name] = valid_direction(rng, strategy)
     if rng.random() < 0.3:
         links = some(rng, {"min_gain": [0, 0.5], "write": ["links.json"]})
         if rng.random() < 0.5:
-            links["ladder"] = [valid_codec(rng) for _ in range(rng.randint(1, 3))]
+            ladder = [valid_codec(rng) for _ in range(rng.randint(1, 3))]
+            links["ladder"] = sorted(ladder, key=bits_of, reverse=True)
         block["links"] = rng.choice([None, "auto", links])
     return block
+
+
+def bits_of(codec):
+    codec = {"name": codec} if isinstance(codec, str) else codec
+    return bits_per_value(CODECS[codec["name"]](**codec), torch.float32)
 
 
 def objects(value):
@@ -158,13 +180,12 @@ def assert_is_clear(error):
 
 
 def assert_is_of_use(config):
-    for name in DIRECTIONS:
-        key, delta = config.key_codec(name), config.delta_codec(name)
-        for codec in (key, delta):
-            assert codec is None or codec.nbytes((64, 64), torch.bfloat16) > 0
-        assert isinstance(config.carries(name), bool)
-        assert isinstance(config.holds_memory(name), bool)
-        assert 0 < config.mean_bits_per_value(name, torch.float32) < 48
+    for plan in config.plans.values():
+        for codec in (plan.key, plan.delta):
+            assert codec.nbytes((64, 64), torch.bfloat16) > 0
+        assert isinstance(plan.carries, bool)
+        assert isinstance(plan.holds_memory, bool)
+        assert 0 < plan.mean_bits_per_value(torch.float32) < 48
 
 
 @pytest.mark.parametrize("seed", range(10))

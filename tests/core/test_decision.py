@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
+from clapping_ds.autotune.decision import (
+    Candidate,
+    Decision,
+    Direction,
+    Measured,
+    Speed,
+    decide,
+    memory_notice,
+)
 from clapping_ds.codecs import Quantizer, Raw
-from clapping_ds.autotune.decision import Candidate, Decision, Direction, Measured, Speed, decide, memory_notice
 
 RAW_BYTES = 1_000_000
 LADDER = [("int8", 1 / 4), ("int4", 1 / 8), ("int2", 1 / 16)]
@@ -51,15 +59,16 @@ def test_each_link_gets_the_lightest_codec_that_takes_it_off_the_critical_path()
 
 
 def test_a_link_off_the_critical_path_gets_none_whatever_the_default():
-    block = {"activations": {"delta": "int2"}, "gradients": {"delta": "int2"}}
+    block = {"activations": {"codec": "int2"}, "gradients": {"codec": "int2"}}
     decision = decide(pipeline([0.1]), config(**block), 16)
     assert set(names(decision).values()) == {"none"}
     assert "No link needs compression" in decision.advice()
     assert decide(pipeline([9.0]), config(), 16).advice() == ""
     for strategy in ("direct", "fc", "fu"):
-        mine = decision.config(config(**block, strategy=strategy), "0-1", "activations")
-        assert mine.key_codec("activations") == Raw()
-        assert mine.mean_bits_per_value("activations", torch.bfloat16) == 16
+        plan = config(strategy=strategy).plan("activations")
+        mine = plan.with_codec(decision.codec("0-1", "activations"))
+        assert mine.key == Raw()
+        assert mine.mean_bits_per_value(torch.bfloat16) == 16
 
 
 def test_a_codec_that_costs_more_than_it_saves_is_not_taken():

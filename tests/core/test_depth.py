@@ -5,8 +5,8 @@ import random
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 from clapping_ds.autotune.depth import hiding_depth, num_warmup, order
+from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 
 SHAPES = [(m, s) for m in (1, 2, 3, 8, 16) for s in (2, 3, 4, 8)]
 

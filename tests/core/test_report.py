@@ -5,6 +5,7 @@ import torch
 
 from clapping_ds import ClappingConfig, report
 from clapping_ds.link.channel import Channel
+from clapping_ds.link.traffic import Traffic, total
 from tests.core.test_channel import SHAPE, QueueWire, value_of
 
 
@@ -14,18 +15,22 @@ def config_of(**block):
 
 def test_expectation_says_what_fu_can_save():
     config = config_of(strategy="fu", activations={"delta": "int4"}, gradients={"delta": "sign"})
-    lines = report.expectation(config, torch.bfloat16).splitlines()
+    lines = report.expectation(config.plans, torch.bfloat16).splitlines()
     assert lines[0].split()[-4:] == ["saving", "against", "16", "bit"]
     assert [line.split()[-1] for line in lines[2:]] == ["1.59x", "1.87x"]  # 16 / 10.0625, 16 / 8.5625
 
 
 @pytest.mark.parametrize(
     ("block", "fresh", "bound"),
-    [({"strategy": "direct"}, True, 0.25), ({"strategy": "fu"}, True, 0.0), ({"strategy": "fc"}, True, 0.25)],
+    [
+        ({"activations": {"codec": "int4"}}, True, 0.25),
+        ({"strategy": "fu"}, True, 0.0),
+        ({"strategy": "fc", "activations": {"delta": "int4"}}, True, 0.25),
+    ],
 )
 def test_relative_error_is_measured_when_asked(block, fresh, bound):
     """int4 of a Gaussian: max|x| of 128 is below 4 sigma, so the error is below 4 / 15 sigma."""
-    channel = Channel(config_of(**block), 0, "activations", QueueWire())
+    channel = Channel(config_of(**block).plan("activations"), 0, "activations", QueueWire())
     channel.send(0, fresh, [value_of(0)])
     assert report.row(channel)["relative_error"] is None
     channel.measures_error = True
@@ -38,7 +43,7 @@ def test_relative_error_is_measured_when_asked(block, fresh, bound):
 
 
 def test_events_are_the_figures_by_link_and_direction():
-    channel = Channel(config_of(strategy="fc"), 0, "gradients", QueueWire())
+    channel = Channel(config_of(strategy="fc").plan("gradients"), 0, "gradients", QueueWire())
     channel.send(0, True, [value_of(0)])
     events = {name: value for name, value, samples in report.events([channel], 32) if samples == 32}
     assert events["Train/Clapping/0-1/gradients/fresh_share"] == 1
@@ -50,8 +55,8 @@ def test_events_are_the_figures_by_link_and_direction():
 
 def test_total_adds_the_counters():
     parts = [Traffic(num_messages=2, payload_bytes=10), Traffic(num_messages=3)]
-    total = total(parts)
-    assert (total.num_messages, total.payload_bytes) == (5, 10)
+    whole = total(parts)
+    assert (whole.num_messages, whole.payload_bytes) == (5, 10)
 
 
 def test_table_is_aligned():

@@ -57,7 +57,7 @@ def batch(number):
 
 
 def begin(sampler, fresh, source):
-    sampler.draw(fresh, lambda: next(source))
+    sampler.draw(sum(fresh), lambda: next(source))
     sampler.begin(fresh)
 
 

@@ -1,5 +1,7 @@
 """`verify`: any difference between the two ends of a channel is an error that names it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,7 +83,8 @@ def test_any_difference_between_the_ends_is_an_error(spoil, message):
 
 def test_another_codec_is_an_error():
     ends = verified_ends()
-    ends.receiver.key = ends.receiver.key.model_copy(update={"rotate": True})
+    plan = ends.receiver.plan
+    ends.receiver.plan = replace(plan, key=plan.key.model_copy(update={"rotate": True}))
     ends.sender.send(0, True, [value_of(0)])
     announce(ends, slot=0, fresh=True)
     with pytest.raises(VerificationError, match="slot 0: codecs: expected"):

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import make_peers
-from clapping_ds.link.groups import all_agree, direction_groups, gather, group_ranks
+from clapping_ds.link.groups import all_agree, direction_groups, gather, group_ranks, make_peers
 from clapping_ds.link.wire import Buffers, Wire
 
 CPU = torch.device("cpu")

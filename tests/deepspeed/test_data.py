@@ -12,19 +12,22 @@ from tests import models
 from tests.cluster import assert_same_error
 from tests.models import INT2, NONE
 
+ALL_FRESH = {**INT2, "lazy": {"p_new": 1 - 1e-9, "refresh": "slot"}}
+"""In all likelihood, where 1 would be refused."""
+
 
 def lazily(sizes):
     """Which samples each loading stage used, as the first token of each micro-batch."""
-    engine = models.make_engine({**INT2, "refresh": "cycle"})
+    engine = models.make_engine({**INT2, "lazy": {"refresh": "cycle"}})
     used = []
-    original = engine._stage.sampler.next
+    original = engine._endpoint.sampler.next
 
     def spying():
         batch = original()
         used.append(int(batch[0][0, 0]) * 1000 + int(batch[0][0, 1]))
         return batch
 
-    engine._stage.sampler.next = spying
+    engine._endpoint.sampler.next = spying
     data = models.batches()
     drawn = 0
 
@@ -38,7 +41,7 @@ def lazily(sizes):
     for size in sizes:
         engine.set_train_batch_size(size * models.BATCH)
         engine.train_batch(data_iter=source)
-    return used, drawn, {slot for channel in engine._stage.channels.values() for slot in channel.held}
+    return used, drawn, {slot for channel in engine._endpoint.channels.values() for slot in channel.held}
 
 
 def test_both_loading_stages_replay_the_same_batches(two_ranks):
@@ -80,7 +83,7 @@ def short_last_batch(block):
 
 
 def test_batches_of_unequal_size(two_ranks):
-    (first, one), (second, other) = two_ranks.run(short_last_batch, {**INT2, "p_new": 1.0 - 1e-9})
+    (first, one), (second, other) = two_ranks.run(short_last_batch, ALL_FRESH)
     assert first == second
     assert one == other
 
@@ -116,21 +119,21 @@ def not_finite(block):
     loss = float(engine.train_batch(data_iter=data))
     if block is None:
         return loss, {}
-    slots = [slot for channel in engine._stage.channels.values() for slot in channel.held.values()]
+    slots = [slot for channel in engine._endpoint.channels.values() for slot in channel.held.values()]
     assert all(bool(held.memory.isfinite().all()) for slot in slots for held in slot.values())
     return loss, models.memories(engine)
 
 
 def test_what_is_not_finite_reaches_the_loss_but_not_the_memories(two_ranks):
     (stock, _), *_ = two_ranks.run(not_finite, None)
-    (loss, one), (_, other) = two_ranks.run(not_finite, {**INT2, "p_new": 1 - 1e-9})
+    (loss, one), (_, other) = two_ranks.run(not_finite, ALL_FRESH)
     assert stock != stock
     assert loss != loss
     assert one == other
 
 
 def ends_in_mid_step(ending_ranks):
-    engine = models.make_engine(INT2 | {"refresh": "cycle"})
+    engine = models.make_engine(INT2 | {"lazy": {"refresh": "cycle"}})
     data = list(islice(models.batches(), 40))
     ends = engine.global_rank in ending_ranks
     iterator = iter(data[:5] if ends else data)
@@ -147,7 +150,7 @@ def ends_in_mid_step(ending_ranks):
 
 
 def without_end():
-    engine = models.make_engine(INT2 | {"refresh": "cycle"})
+    engine = models.make_engine(INT2 | {"lazy": {"refresh": "cycle"}})
     return models.train(engine, 3)
 
 

@@ -11,7 +11,7 @@ from tests.models import INT2, NONE, ZERO1
 
 def compare(options, steps=4):
     """Losses of stock DeepSpeed, of three engines that must equal it, and of one that must not."""
-    blocks = {"no block": None, "off": {"enabled": False, "p_new": 0.5}, "none": NONE, "int2": INT2}
+    blocks = {"no block": None, "off": {"enabled": False, "strategy": "fu"}, "none": NONE, "int2": INT2}
     stock = models.losses(None, {**options, "stock": True}, steps)
     return stock, {name: models.losses(block, options, steps) for name, block in blocks.items()}
 
@@ -54,7 +54,7 @@ def at_depths(num_stages, block, settings):
         ds = {"gradient_accumulation_steps": 8}
         engine = models.make_engine({**block, **setting}, num_stages, ds=ds)
         losses = models.train(engine, 5)
-        most_payloads = max(wire.most_payloads for wire in engine._stage.wires.values())
+        most_payloads = max(wire.most_payloads for wire in engine._endpoint.wires.values())
         found.append((losses, models.memories(engine), most_payloads))
         del engine
         free_groups()
@@ -89,11 +89,13 @@ def memories_of(blocks, num_stages, kind, steps):
 
 
 def all_blocks():
-    """Every codec as delta, with each kind of key in turn; tests/test_channel.py has all pairs."""
+    """Every codec as delta, with each kind of key in turn; tests/core/test_channel.py has all pairs."""
     for index, delta in enumerate(CODECS):
         key = ({}, {"key": "none"}, {"key": "int8"})[index % 3]
         direction = {"delta": delta, "min_numel": 1024, **key}
-        yield {"strategy": "fc", "refresh": "slot", "activations": direction, "gradients": direction}
+        strategy = "key_delta" if key else "fc"
+        lazy = {"refresh": "slot"}
+        yield {"strategy": strategy, "lazy": lazy, "activations": direction, "gradients": direction}
 
 
 def assert_ends_are_equal(by_rank, blocks):
@@ -135,7 +137,7 @@ def reports(block, steps):
 @pytest.mark.parametrize(("strategy", "key_bytes"), [("fu", 2 * 64 * 64 * 4), ("fc", 64 * 32 + 64 * 2)])
 def test_bytes_and_memory_equal_the_formula(two_ranks, strategy, key_bytes):
     """Messages of 2 x 64 x 64 fp32 values in 64 groups; int2 takes 2,048 code and 128 scale bytes."""
-    block = {**INT2, "strategy": strategy, "refresh": "cycle"}
+    block = {**INT2, "strategy": strategy, "lazy": {"refresh": "cycle"}}
     for early, report in two_ranks.run(reports, block, 5):
         assert {row["direction"] for row in report} == {"activations", "gradients"}
         for row in report:

@@ -12,13 +12,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from clapping_ds.codecs.base import padded
+from clapping_ds.link.groups import all_agree
 from clapping_ds.link.message import Spec
 from clapping_ds.stage.sampling import Coin
-from clapping_ds.link.groups import all_agree
 from tests import models
 from tests.cluster import free_groups
-from tests.models import ZERO1
 from tests.core.random_blocks import blocks, reproducible
+from tests.models import ZERO1
 
 FP16 = {
     "fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "min_loss_scale": 1},
@@ -81,7 +81,7 @@ class EngineRun:
         name, *arguments = operation
         loss = getattr(self, name)(*arguments)
         memories = models.memories(self.engine)
-        channels = self.engine._stage.channels.values()
+        channels = self.engine._endpoint.channels.values()
         held = [held for channel in channels for slot in channel.held.values() for held in slot.values()]
         tensors = [tensor for one in held for tensor in one[1:] if tensor is not None]
         found = Found(
@@ -101,14 +101,14 @@ class EngineRun:
     # Operations
 
     def train(self):
-        before = len(self.engine._stage.fresh)
-        step = self.engine._stage.step
+        before = len(self.engine._endpoints.fresh)
+        step = self.engine._endpoints.step
         try:
             loss = float(self.engine.train_batch(data_iter=self.data))
         except StopIteration as error:
             return str(error)
         config = self.engine.clapping
-        tosses = Coin(config.p_new, config.refresh, config.seed).fresh(step, self.number)
+        tosses = Coin(config.sampling.p_new, config.sampling.refresh, config.seed).fresh(step, self.number)
         for slot, is_fresh in enumerate(tosses):
             self.expected_bytes += self.num_bytes(slot, is_fresh or slot >= before)
         return loss
@@ -116,7 +116,7 @@ class EngineRun:
     def num_bytes(self, slot, fresh):
         """Of one message in each direction."""
         config, total = self.engine.clapping, 0
-        length = self.engine._stage.sampler._held[slot][0].shape[1]
+        length = self.engine._endpoint.sampler._held[slot][0].shape[1]
         spec = Spec(
             torch.Size((models.BATCH, length, models.WIDTH)), torch.float16 if self.is_fp16 else torch.float32
         )
@@ -150,7 +150,7 @@ class EngineRun:
 
     def all_is_used(self):
         """Whether no rank keeps batches that it drew for a step that others lacked some for."""
-        return all_agree([not self.engine._stage.sampler._drawn], self.engine.device)[0]
+        return all_agree([not self.engine._endpoint.sampler._drawn], self.engine.device)[0]
 
     def evaluate(self, num_slots):
         if self.evaluated_length != self.data.length:
@@ -173,7 +173,7 @@ class EngineRun:
 
     def save(self):
         """Once a step was trained with what is held: a resumed run draws anew what was not used."""
-        last_number = len(self.engine._stage.fresh)
+        last_number = len(self.engine._endpoints.fresh)
         if last_number and self.all_is_used():
             self.engine.save_checkpoint(self.folder)
             self.saved = last_number, self.number, self.data.length, self.expected_bytes

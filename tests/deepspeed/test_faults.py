@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS
 from tests import models
 from tests.cluster import Cluster, RankError, assert_same_error
 from tests.models import INT2, NONE
@@ -27,11 +28,13 @@ def with_block_of(blocks, ds=None):
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [([{"seed": 1}, {"seed": 2}], "clapping.seed: 1 (rank 0); 2 (rank 1)"),
-     ([{"p_new": 0.5}, {"p_new": 0.25}], "clapping.p_new: 0.5 (rank 0); 0.25 (rank 1)"),
-     ([{}, {"activations": {"delta": "int2"}}], "activations.delta.name: 'int4' (rank 0); 'int2' (rank 1)"),
+     ([{"strategy": "fc", "lazy": {"p_new": p_new}} for p_new in (0.5, 0.25)],
+      "clapping.lazy.p_new: 0.5 (rank 0); 0.25 (rank 1)"),
+     ([{"activations": {"codec": codec}} for codec in ("int4", "int2")],
+      "activations.codec.name: 'int4' (rank 0); 'int2' (rank 1)"),
      ([{}, None], "clapping.enabled: True (rank 0); False (rank 1)"),
      ([{}, {"p_neu": 1}], "clapping.p_neu = 1: unknown key"),
-     ([{"p_new": 7}, {"p_neu": 1}], "less than or equal to 1 (rank 0)")],
+     ([{"strategy": "fu", "lazy": {"p_new": 7}}, {"p_neu": 1}], "less than or equal to 1 (rank 0)")],
 )  # fmt: skip
 def test_ranks_that_differ_are_told_so_on_every_rank(two_ranks, blocks, message):
     assert_same_error(two_ranks.outcomes(with_block_of, blocks), "ValueError", message)
@@ -100,12 +103,12 @@ def engine_stages():
 
 def change_a_memory(engine):
     if engine.global_rank == 1:
-        engine._stage.fresh = [False] * 4
-        engine._stage.coin = engine._stage.coin.__class__(1e-9, "slot", 0)
-        channel = engine._stage.channels["activations from previous"]
+        engine._endpoints.fresh = [False] * 4
+        engine._endpoints.coin = engine._endpoints.coin.__class__(1e-9, "slot", 0)
+        channel = engine._endpoint.channels[ACTIVATIONS_FROM_PREVIOUS]
         channel.held[2][0].memory[0, 0, 0] += 1
     else:
-        engine._stage.coin = engine._stage.coin.__class__(1e-9, "slot", 0)
+        engine._endpoints.coin = engine._endpoints.coin.__class__(1e-9, "slot", 0)
 
 
 def sleep_in_the_forward_pass(engine):

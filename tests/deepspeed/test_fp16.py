@@ -30,7 +30,7 @@ def scaled(block, overflow_step, steps=12):
         found.append((loss, engine.skipped_steps, engine.optimizer.loss_scaler.cur_scale))
         if block is not None:
             bits = models.memories(engine)
-            slots = [slot for channel in engine._stage.channels.values() for slot in channel.held.values()]
+            slots = [slot for channel in engine._endpoint.channels.values() for slot in channel.held.values()]
             memories = [held.memory for slot in slots for held in slot.values() if held.memory is not None]
             assert all(bool(memory.isfinite().all()) for memory in memories)
     return found, bits
@@ -71,17 +71,17 @@ def rescaled(scale_changes):
     """What a held gradient is after the loss scale changed, against what it was."""
     on_cpu()
     fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 1000, "hysteresis": 1}
-    block = {**INT2, "p_new": 1e-9, "gradients": {"delta": "int8"}}
+    block = {**INT2, "lazy": {"p_new": 1e-9, "refresh": "slot"}, "gradients": {"delta": "int8"}}
     engine = models.make_engine(block, ds={"fp16": fp16, **ZERO1})
     data = models.batches()
     engine.train_batch(data_iter=data)
-    (end,) = [end for end in engine._stage.channels if "gradients" in end]
+    (end,) = [end for end in engine._endpoint.channels if end.direction == "gradients"]
     errors = []
     for change in scale_changes:
         engine.optimizer.loss_scaler.cur_scale *= change
-        channel = engine._stage.channels[end]
+        channel = engine._endpoint.channels[end]
         before = channel.held[0][0].memory.clone()
-        engine._stage.rescale_gradients(engine._loss_scale())
+        engine._endpoints.rescale_gradients(engine._loss_scale())
         after = channel.held[0][0].memory.clone()
         errors.append(torch.equal(after.float(), before.float() * change))
         engine.train_batch(data_iter=data)

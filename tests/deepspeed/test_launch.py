@@ -12,7 +12,7 @@ from launch import pretrain_gpt
 from launch.data import Windows, tokens
 from launch.trainer import RunConfig, learning_rate_factor, train
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def test_the_corpus_is_there_without_a_path():
@@ -79,7 +79,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_the_example_block_is_valid():
     config = json.loads((LAUNCH / "ds_config.json").read_text())
-    assert ClappingConfig.from_ds_config(config).key_codec("gradients").name == "int8"
+    assert ClappingConfig.from_ds_config(config).plan("gradients").key.name == "eden4"
 
 
 def test_options_of_the_script():

@@ -2,18 +2,19 @@
 
 import pytest
 
-from clapping_ds.codecs import CODECS
 from clapping_ds.autotune.decision import Choice, Decision
+from clapping_ds.codecs import CODECS
 from tests import models
-from tests.commands import stress
 from tests.cluster import assert_same_error
+from tests.commands import stress
 from tests.models import INT2
 
 
 def with_links(block, num_stages, steps=6):
     engine = models.make_engine(block, num_stages)
     models.train(engine, steps)
-    return engine._stage.decision, engine._stage.in_flight, models.memories(engine), engine.clapping_report()
+    decision, in_flight = engine._tuning.decision, engine._endpoint.in_flight
+    return decision, in_flight, models.memories(engine), engine.clapping_report()
 
 
 def test_links_auto_leaves_fast_links_alone(two_ranks, tmp_path):
@@ -60,24 +61,24 @@ def test_delays_on_random_ranks_change_nothing(four_ranks):
 @pytest.mark.parametrize(
     ("block", "message"),
     [({"p_neu": 0.5}, "clapping.p_neu = 0.5: unknown key; accepted: enabled"),
-     ({"p_new": 2}, "clapping.p_new = 2: accepted: less than or equal to 1"),
-     ({"gradients": {"delta": "int5"}}, "unknown codec; accepted: none, int8"),
+     ({"strategy": "fu", "lazy": {"p_new": 2}}, "clapping.lazy.p_new = 2: accepted: less than or equal to 1"),
+     ({"gradients": {"codec": "int5"}}, "unknown codec; accepted: none, int8"),
      ({"in_flight": -1}, "clapping.in_flight = -1: accepted: 'auto', or a whole number"),
      ({"in_flight": 5}, "clapping.in_flight = 5: accepted: 'auto', or 0 to 4, the number of micro-batches"),
      ({"links": {"ladder": ["int8", "int5"]}}, "clapping.links.ladder.1 = {'name': 'int5'}: unknown codec"),
      ({"links": {"read": "/nowhere"}}, "clapping.links.read = '/nowhere': [Errno 2]"),
-     ({"gradients": {"delta": "topk", "min_numel": 8}}, "accepted: a block of at most min_numel")],
+     ({"gradients": {"codec": "topk", "min_numel": 8}}, "accepted: a block of at most min_numel")],
 )  # fmt: skip
 def test_a_wrong_block_is_one_error_on_every_rank(two_ranks, block, message):
     assert_same_error(two_ranks.outcomes(models.make_engine_only, block), "ValueError", message)
 
 
 def test_one_stage_is_refused(two_ranks):
-    outcomes = two_ranks.outcomes(models.make_engine_only, {"p_new": 0.5}, 1)
+    outcomes = two_ranks.outcomes(models.make_engine_only, {"strategy": "fu"}, 1)
     assert_same_error(outcomes, "ValueError", "num_stages=1): there is no link to compress")
     two_ranks.run(models.make_engine_only, {"enabled": False}, 1)
 
 
 def test_dual_pipe_v_is_refused(two_ranks):
-    outcomes = two_ranks.outcomes(models.make_dual_pipe_v, {"p_new": 0.5})
+    outcomes = two_ranks.outcomes(models.make_dual_pipe_v, {"strategy": "fu"})
     assert_same_error(outcomes, "ValueError", "DualPipeVModule: accepted: a PipelineModule")

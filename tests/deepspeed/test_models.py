@@ -8,8 +8,8 @@ computes the same and stock can run it (`odd_models.Helped`).
 import pytest
 
 from tests import models
-from tests.deepspeed import odd_models
 from tests.cluster import free_groups
+from tests.deepspeed import odd_models
 from tests.models import INT2, NONE
 
 STOCK, HELPED = "stock", "stock, layers helped"

@@ -7,10 +7,10 @@ import transformers
 from torch import nn
 
 from tests import models
-from tests.deepspeed import odd_models
 from tests.cluster import free_groups
-from tests.models import INT2, NONE
+from tests.deepspeed import odd_models
 from tests.deepspeed.test_models import HELPED, STOCK, check, losses
+from tests.models import INT2, NONE
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": models.WIDTH, "num_attention_heads": 4}
 COMMON = {"vocab_size": models.VOCABULARY, "attn_implementation": "sdpa", "use_cache": False}

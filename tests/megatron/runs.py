@@ -10,21 +10,21 @@ from megatron.core import dist_checkpointing
 from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
 from launch.megatron_on_cpu import on_cpu
 from tests import models
-from tests.megatron import on_cpu as megatron_cpu
 from tests.cluster import free_groups
+from tests.megatron import on_cpu as megatron_cpu
 
 
-def both(delta: str, key: str | None = None) -> dict[str, Any]:
-    direction = {"delta": delta} if key is None else {"delta": delta, "key": key}
+def both(codec: str, key: str | None = None, member: str = "delta") -> dict[str, Any]:
+    direction = {member: codec} if key is None else {member: codec, "key": key}
     return {"activations": direction, "gradients": direction}
 
 
-NONE = {"strategy": "fu", "p_new": 1, **both("none")}
-LAZY_NONE = {"strategy": "fu", "refresh": "slot", **both("none")}
+NONE = {"strategy": "direct", **both("none", member="codec")}
+LAZY_NONE = {"strategy": "fu", "lazy": {"refresh": "slot"}, **both("none")}
 BLOCKS = {
-    "fc int2": {"strategy": "fc", "refresh": "slot", **both("int2")},
-    "int8 key + int2 delta": {"strategy": "fu", "refresh": "slot", **both("int2", "int8")},
-    "direct int4": {"strategy": "direct", **both("int4")},
+    "fc int2": {"strategy": "fc", "lazy": {"refresh": "slot"}, **both("int2")},
+    "int8 key + int2 delta": {"strategy": "key_delta", "lazy": {"refresh": "slot"}, **both("int2", "int8")},
+    "direct int4": {"strategy": "direct", **both("int4", member="codec")},
 }
 INT2 = BLOCKS["fc int2"]
 CHUNKS = {"num_chunks": 2}
@@ -128,7 +128,7 @@ def resized(length: int) -> Any:
     """Which slots of three steps were fresh, with micro-batches of another length from the second on; and
     memories at the end."""
     with megatron_cpu.parallel(2):
-        trainer = megatron_cpu.Trainer({**INT2, "p_new": 0.1})
+        trainer = megatron_cpu.Trainer({**INT2, "lazy": {"p_new": 0.1, "refresh": "slot"}})
         fresh = []
         for its_length in (models.LENGTH, length, length):
             trainer.length = its_length
@@ -212,7 +212,7 @@ def train_with(block: Any, change: str | None) -> list[Any]:
 def tried_again(interrupts: bool) -> list[Any]:
     """Losses of four steps, in the second of which the iterator of the last stage may end at first."""
     with megatron_cpu.parallel(2, 2):
-        trainer = megatron_cpu.Trainer({**INT2, "p_new": 0.75}, **OVERLAP)
+        trainer = megatron_cpu.Trainer({**INT2, "lazy": {"p_new": 0.75, "refresh": "slot"}}, **OVERLAP)
         last = trainer.data[-1]
         if interrupts and last is not None:
             trainer.data[-1] = iter([next(last) for _ in range(5)])

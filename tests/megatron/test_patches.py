@@ -11,12 +11,12 @@ import pytest
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tests import models
-from tests.megatron import on_cpu as megatron_cpu
 from tests.cluster import free_groups
+from tests.megatron import on_cpu as megatron_cpu
 
 BLOCK = {
     "strategy": "fc",
-    "refresh": "slot",
+    "lazy": {"refresh": "slot"},
     "activations": {"delta": "int2"},
     "gradients": {"delta": "int2"},
 }

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from tests.megatron import runs
 from tests import models
 from tests.cluster import assert_same_error
+from tests.megatron import runs
 from tests.megatron.runs import BLOCKS, CHUNKS, FLUSH, FREED, INT2, LENGTHS, NONE, OVERLAP, UNBATCHED
 
 
@@ -116,7 +116,7 @@ def test_memories_are_equal_at_both_ends_after_50_steps(two_ranks, name):
 
 def test_memories_of_gradients_follow_the_loss_scale(two_ranks):
     """Equal to the last digit: multiplying by powers of two commutes with every rounding of the codec."""
-    block = {"strategy": "fc", "p_new": 0.1, "refresh": "slot", **runs.both("int8")}
+    block = {"strategy": "fc", "lazy": {"p_new": 0.1, "refresh": "slot"}, **runs.both("int8")}
     constant, changing = (
         two_ranks.run(runs.scaled, block, scales) for scales in ([1.0] * 6, [1, 1, 1024, 8, 0.5, 64])
     )
@@ -190,9 +190,10 @@ def test_the_report_has_a_row_per_channel(two_ranks):
 
 # Bad input
 
+LAZY = [{"strategy": "fc", "lazy": {"p_new": p_new}} for p_new in (0.5, 5)]
 BAD_INPUT = {
     "key": ({"p_neu": 1}, None, "clapping.p_neu = 1: unknown key"),
-    "one rank": ([{"p_new": 0.5}, {"p_new": 5}], None, "less than or equal to 1 (rank 1)"),
+    "one rank": (LAZY, None, "less than or equal to 1 (rank 1)"),
     "another": ([{"seed": 1}, {"seed": 2}], None, "clapping.seed: 1 (rank 0); 2 (rank 1)"),
     "in_flight": ({"in_flight": 2}, None, "clapping.in_flight = 2 with Megatron-Core"),
     "links": ({"links": "auto"}, None, "clapping.links with Megatron-Core"),
@@ -269,7 +270,7 @@ def test_a_gpt_trains_on_the_corpus(two_ranks, chunks):
 def test_tensor_parallel_ranks_compress_alike(four_ranks):
     """Ranks 0 and 1 are the first stage, 2 and 3 the second. The two ranks of a stage hold the same
     activations, and must do so after a codec that draws random signs."""
-    eden = {"strategy": "fc", "refresh": "slot", **runs.both("eden3")}
+    eden = {"strategy": "fc", "lazy": {"refresh": "slot"}, **runs.both("eden3")}
     by_rank = four_ranks.run(runs.tensor_parallel_gpt, [None, NONE, eden])
     (stock, _), (none, _), (losses, _) = by_rank[0]
     assert none == stock

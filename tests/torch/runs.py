@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.distributed import pipelining
 
-from clapping_ds.stage.endpoint import SENDING_ENDS
 from clapping_ds.hosts.torch.pipeline import ClappingPipeline, ClappingStage
+from clapping_ds.stage.endpoint import SENDING_ENDS
 from tests import models
 from tests.models import DIRECT, INT2, INT8_INT2, NONE
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed import pipelining
 
-from clapping_ds.hosts.torch.pipeline import ClappingPipeline, ClappingStage
 from clapping_ds.config import DIRECTIONS
+from clapping_ds.hosts.torch.pipeline import ClappingPipeline, ClappingStage
 from tests import models
 from tests.cluster import assert_same_error
 from tests.models import INT2, NONE
@@ -27,7 +27,7 @@ from tests.torch.runs import (
 
 def lazily(name, steps):
     """The first sample of each micro-batch that a stage used, step by step, and how many were drawn."""
-    run = Run(name, {**INT2, "refresh": "cycle"})
+    run = Run(name, {**INT2, "lazy": {"refresh": "cycle"}})
     used = []
     original = run.schedule.step
 
@@ -91,7 +91,7 @@ def test_tuples_with_integers_and_keyword_arguments(two_ranks):
 
 
 def ends_in_mid_step(ending_ranks):
-    run = Run("Schedule1F1B", {**INT2, "refresh": "cycle"})
+    run = Run("Schedule1F1B", {**INT2, "lazy": {"refresh": "cycle"}})
     data = list(islice(models.batches(), 40))
     ends = torch.distributed.get_rank() in ending_ranks
     run.data = iter(data[:5] if ends else data)
@@ -105,7 +105,7 @@ def ends_in_mid_step(ending_ranks):
 
 
 def without_end():
-    return Run("Schedule1F1B", {**INT2, "refresh": "cycle"}).train(3)
+    return Run("Schedule1F1B", {**INT2, "lazy": {"refresh": "cycle"}}).train(3)
 
 
 def test_an_iterator_that_ends_in_mid_step_stops_every_rank_and_loses_nothing(two_ranks):
@@ -115,7 +115,7 @@ def test_an_iterator_that_ends_in_mid_step_stops_every_rank_and_loses_nothing(tw
 
 
 def other_shapes(kind):
-    run = Run("Schedule1F1B", {**INT2, "refresh": "step"})
+    run = Run("Schedule1F1B", {**INT2, "lazy": {"refresh": "step"}})
     if kind == "short last batch":
         run.data = iter([next(models.batches(size=size)) for size in (2, 2, 2, 1)])
     run.train(1)

@@ -36,7 +36,7 @@ def test_losses_and_weights_of_four_ranks_are_those_of_the_stock_stage(four_rank
 
 @pytest.mark.parametrize("name", ["Schedule1F1B", "ScheduleZBVZeroBubble"])
 def test_sends_that_block_and_a_block_that_is_off_change_nothing(two_ranks, name):
-    blocks = [{**NONE, "overlap": False}, {"enabled": False, "p_new": 0.5}]
+    blocks = [{**NONE, "overlap": False}, {"enabled": False, "strategy": "fu"}]
     for stock, blocking, disabled in two_ranks.run(compare, name, blocks):
         assert stock == blocking == disabled
 

@@ -5,6 +5,8 @@ With the launcher: `deepspeed --module clapping_ds.run script.py --deepspeed_con
 
 import runpy
 import sys
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from clapping_ds import enable
@@ -12,21 +14,22 @@ from clapping_ds import enable
 USAGE = "usage: python -m clapping_ds.run script.py [arguments of the script]"
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the script as `__main__`. The launcher's `--local_rank=N`, which stands before the script,
-    is handed on behind it."""
-    launcher_options = []
-    while arguments and arguments[0].startswith("--local_rank"):
-        launcher_options.append(arguments.pop(0))
-    if not arguments:
-        raise SystemExit(USAGE)
-    script, *rest = arguments
-    if not Path(script).is_file():
-        raise SystemExit(f"script = {script!r}: no such file; {USAGE}")
+def run_script(arguments: Sequence[str], usage: str) -> None:
+    """Runs `arguments[0]` as `__main__`, as Python would with these arguments. Exits with `usage` if there is
+    no such file."""
+    if not arguments or not Path(arguments[0]).is_file():
+        raise SystemExit(f"script = {' '.join(arguments[:1])!r}: no such file; {usage}")
+    sys.argv = [*arguments]
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The launcher's `--local_rank=N`, which stands before the script, is handed on behind it."""
+    options = [*takewhile(lambda argument: argument.startswith("--local_rank"), arguments)]
+    script = arguments[len(options) :]
     enable()
-    sys.argv = [script, *launcher_options, *rest]
-    sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    run_script([*script[:1], *options, *script[1:]], USAGE)
 
 
 if __name__ == "__main__":

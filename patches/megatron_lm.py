@@ -10,7 +10,6 @@ only, so that a resumed run skips no data.
 Megatron-Core is imported late, so that it is the one beside the script, if there is one.
 """
 
-import runpy
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -18,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clapping_ds import report
 from clapping_ds.link.groups import rank
+from clapping_ds.report import table
+from clapping_ds.run import run_script
 from clapping_ds.stage import state_file
 from patches import megatron_lm_checkpoints
 from patches.patch import Patch, check_version
@@ -56,10 +56,12 @@ class Compression:
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
         config = self.pipeline.config
-        if config.enabled and config.p_new < 1:
+        if config.enabled and config.sampling.p_new < 1:
             _refuse_phases()
         if config.enabled and self.resumed is not None:
-            reason = self.pipeline.load_state_dict(state_file.read(self.resumed, self.pipeline.device))
+            reason = self.pipeline.load_state_dict(
+                state_file.read(self.resumed, self.pipeline.endpoints.device)
+            )
             if reason is not None and self.is_first_rank and config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
 
@@ -88,7 +90,7 @@ class Compression:
         """On the first rank: what this rank sent. No communication: the script may have ended it."""
         rows = [] if self.pipeline is None else self.pipeline.clapping_sent()
         if self.is_first_rank and rows:
-            print(f"clapping, sent by rank 0:\n{report.table(rows)}", flush=True)
+            print(f"clapping, sent by rank 0:\n{table(rows)}", flush=True)
 
 
 def _arguments() -> Any:
@@ -162,13 +164,9 @@ def main(arguments: list[str]) -> None:
     place = arguments.index(OPTION)
     source = arguments[place + 1]
     arguments = arguments[:place] + arguments[place + 2 :]
-    if not arguments or not Path(arguments[0]).is_file():
-        raise SystemExit(f"script = {arguments[:1]}: no such file; {USAGE}")
-    sys.argv = arguments
-    sys.path[0] = str(Path(arguments[0]).resolve().parent)
     compression = apply(source)
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        run_script(arguments, USAGE)
     finally:
         compression.print_sent()
 

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from packaging.version import Version
+
 MARK = "__clapping_patch__"
 
 
@@ -56,6 +58,7 @@ class Patch:
 
 
 def check_version(package: str, found: str, accepted: Sequence[str]) -> None:
-    """Raises ImportError unless the version is, or starts with, one of `accepted`."""
-    if not any(found == known or found.startswith(f"{known}.") for known in accepted):
+    """Raises ImportError unless the version is of one of the `accepted` releases: 0.19.8+cpu is of 0.19."""
+    release = Version(found).release
+    if not any(release[: len(known)] == known for known in (Version(each).release for each in accepted)):
         raise ImportError(f"{package} {found} is not known to this patch; accepted: {', '.join(accepted)}")

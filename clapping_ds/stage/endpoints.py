@@ -182,6 +182,8 @@ class Endpoints:
         num_slots   micro-batches of the steps to come; None: any number, of which new ones are fresh
         """
         self.num_drawn = 0 if state is None else state["num_drawn"]
+        if state is not None and list(state["stages"]) != state["written by"]["stages"]:
+            state = None
         plans = None if state is None or not self._fits(state, num_slots) else self._saved_plans(state)
         is_there, fits = all_agree([state is not None, plans is not None], self.device)
         if state is None or plans is None or not fits:

@@ -22,7 +22,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "deepspeed_tests"
 SUITES = ("unit/pipe", "unit/runtime/pipe", "unit/checkpoint/test_pipeline.py")
 NOTHING = {"codec": "none"}

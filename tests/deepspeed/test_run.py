@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 4,
@@ -39,7 +39,7 @@ def losses(done):
 def test_three_ways_in(tmp_path):
     config = tmp_path / "ds_config.json"
     config.write_text(json.dumps(CONFIG))
-    script = ("tests/script.py", "--deepspeed", "--deepspeed_config", str(config))
+    script = ("tests/deepspeed/script.py", "--deepspeed", "--deepspeed_config", str(config))
     ways = [
         launch("--module", "clapping_ds.run", *script),
         launch(*script, "--entry", "enable"),
@@ -58,7 +58,9 @@ def test_a_wrong_key_ends_the_launch_within_seconds(tmp_path):
     config = tmp_path / "ds_config.json"
     config.write_text(json.dumps({**CONFIG, "clapping": {"p_neu": 0.5}}))
     start = time.monotonic()
-    done = launch("--module", "clapping_ds.run", "tests/script.py", "--deepspeed_config", str(config))
+    done = launch(
+        "--module", "clapping_ds.run", "tests/deepspeed/script.py", "--deepspeed_config", str(config)
+    )
     assert done.returncode != 0
     assert "ValueError: clapping.p_neu = 0.5: unknown key; accepted: enabled" in done.stdout + done.stderr
     assert time.monotonic() - start < 60

@@ -152,7 +152,7 @@ class Trainer:
 def memories(pipeline: MegatronPipeline) -> dict[tuple[str, str], Any]:
     """As tests.models.memories, of all chunks: for each channel, those of the ends that are here."""
     found: dict[tuple[str, str], list[Any]] = {}
-    for stage in pipeline.chunks.stages:
+    for stage in pipeline.endpoints.stages:
         for name, held in models.channel_memories(stage.channels.values()).items():
             found.setdefault(name, []).append(held)
     return found

@@ -63,7 +63,7 @@ def scaled(block: Any, scales: list[float]) -> list[Any]:
             trainer.config.grad_scale_func = lambda loss, scale=scale: loss * scale
             trainer.grad_scale = scale
             losses.append(trainer.step())
-        trainer.pipeline.chunks.rescale_gradients(1.0)
+        trainer.pipeline.endpoints.rescale_gradients(1.0)
         return [losses, megatron_cpu.memories(trainer.pipeline)]
 
 
@@ -134,7 +134,7 @@ def resized(length: int) -> Any:
             trainer.length = its_length
             trainer.data = [data and megatron_cpu.batches((its_length,)) for data in trainer.data]
             trainer.step()
-            fresh.append(trainer.pipeline.chunks.stages[0].fresh)
+            fresh.append(trainer.pipeline.endpoints.fresh)
         return fresh, megatron_cpu.memories(trainer.pipeline)
 
 
@@ -160,13 +160,13 @@ def misfit(change: str) -> Any:
         if change == "missing" and torch.distributed.get_rank() == 1:
             state = None
         if change == "a chunk" and torch.distributed.get_rank() == 1:
-            state["stages"].popitem()
+            state["endpoints"]["stages"].popitem()
         block = {**INT2, "seed": 5} if change == "seed" else INT2
         new = megatron_cpu.Trainer(block, **OVERLAP)
         reason = new.pipeline.load_state_dict(state)
         count = new.pipeline.consumed_samples
         new.step()
-        return reason, [stage.fresh for stage in new.pipeline.chunks.stages], count
+        return reason, [stage.fresh for stage in new.pipeline.endpoints.stages], count
 
 
 def figures() -> Any:

@@ -225,11 +225,11 @@ def test_the_configuration_may_be_a_file(two_ranks, tmp_path):
     file, broken = tmp_path / "clapping.json", tmp_path / "broken.json"
     file.write_text(json.dumps({"clapping": {"strategy": "fc"}}))
     assert two_ranks.run(runs.from_source, str(file)) == ["fc", "fc"]
-    file.write_text("{}")
+    file.write_text("[]")
     broken.write_text("{")
     missing = tmp_path / "missing"
     for source, message in (
-        (file, 'no "clapping" block'), (broken, "broken.json is no JSON"), (missing, "No such file"),
+        (file, "is no JSON object; accepted"), (broken, "broken.json is no JSON"), (missing, "No such file"),
     ):  # fmt: skip
         assert_same_error(two_ranks.outcomes(runs.from_source, source), "ValueError", message)
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.distributed import pipelining
 
-from clapping_ds.hosts.torch.pipeline import ClappingPipeline, ClappingStage
-from clapping_ds.stage.endpoint import SENDING_ENDS
+from clapping_ds import ClappingPipeline, ClappingStage
 from tests import models
 from tests.models import DIRECT, INT2, INT8_INT2, NONE
 
@@ -105,10 +104,10 @@ class Run:
     def memories(self):
         """By (replica, link, direction, whether it sends): what this rank's ends hold, bit for bit."""
         return {
-            (ends.replica, *channel, end in SENDING_ENDS): bits
-            for ends in self.pipeline.ends
-            for end in ends.channels
-            for channel, bits in models.channel_memories([ends.channels[end]]).items()
+            (stage.replica, *channel, end.sends): bits
+            for stage in self.pipeline.endpoints.stages
+            for end in stage.channels
+            for channel, bits in models.channel_memories([stage.channels[end]]).items()
         }
 
 

@@ -217,9 +217,8 @@ def start(configs, stage_class=ClappingStage, name="Schedule1F1B", micro_batches
 @pytest.mark.parametrize(
     ("config", "message"),
     [({"clapping": {"p_neu": 0.5}}, "clapping.p_neu = 0.5: unknown key; accepted: enabled"),
-     ({"train_batch_size": 4}, "no \"clapping\" among the keys ['train_batch_size']; accepted: a mapping"),
      ({"clapping": {"in_flight": 2}}, "clapping.in_flight = 2 with torch.distributed.pipelining"),
-     ({"clapping": {"links": "auto"}}, "accepted: no links")],
+     ({"clapping": {"links": "auto"}}, "clapping.links with torch.distributed.pipelining")],
 )  # fmt: skip
 def test_a_wrong_block_is_one_error_on_every_rank(two_ranks, config, message):
     assert_same_error(two_ranks.outcomes(start, [config, config]), "ValueError", message)
@@ -235,6 +234,17 @@ def test_what_only_one_rank_has_is_one_error_on_every_rank(two_ranks):
         assert_same_error(two_ranks.outcomes(start, [good, other]), "ValueError", message)
     outcomes = two_ranks.outcomes(start, [good, good], ClappingStage, "Schedule1F1B", (4, 8))
     assert_same_error(outcomes, "ValueError", "n_microbatches: 4 (rank 0); 8 (rank 1)")
+
+
+def without_a_block():
+    schedule, _ = make_schedule("Schedule1F1B")
+    pipeline = ClappingPipeline({"train_batch_size": 4}, schedule)
+    pipeline.step(models.batches())
+    return pipeline.config.enabled, pipeline.report(), pipeline.num_drawn
+
+
+def test_without_a_block_all_is_torchs_own(two_ranks):
+    assert two_ranks.run(without_a_block) == [(False, [], MICRO_BATCHES)] * 2
 
 
 def test_a_stock_stage_is_refused(two_ranks):
@@ -279,5 +289,5 @@ def with_torch(version):
 
 def test_an_untested_version_of_torch_is_refused(two_ranks):
     outcomes = two_ranks.outcomes(with_torch, "2.12.1+cpu")
-    assert_same_error(outcomes, "ImportError", "torch 2.12.1+cpu: clapping_ds.hosts.torch.pipeline")
+    assert_same_error(outcomes, "ImportError", "torch 2.12.1+cpu: clapping_ds.hosts.torch")
     assert "tested with torch 2.13" in outcomes[0].message

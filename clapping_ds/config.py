@@ -282,8 +282,8 @@ class ClappingConfig(BaseModel):
                 )
         if self.plan("activations").p_new == 1 and not any(p.holds_memory for p in self.plans.values()):
             raise ValueError(
-                f"lazy.p_new = 1 with strategy = {self.strategy!r}: no sample is seen again, no delta ever sent; "
-                "accepted: less than 1, or strategy = 'direct'"
+                f"lazy.p_new = 1 with strategy = {self.strategy!r}: no sample is seen again, no delta ever "
+                "sent; accepted: less than 1, or strategy = 'direct'"
             )
         return self
 

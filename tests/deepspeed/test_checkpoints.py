@@ -176,6 +176,37 @@ def test_counters_and_decided_links_are_in_the_checkpoint(two_ranks, tmp_path):
     assert two_ranks.run(counters, str(tmp_path)) == [True, True]
 
 
+def of_other_tuning(saving, loading, folder, num_steps):
+    """Before and after a load by another configuration: depth, codecs, whether links are to be measured."""
+    engine = models.make_engine(saving)
+    models.train(engine, num_steps)
+    engine.save_checkpoint(folder)
+    engine = models.make_engine(loading)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        engine.load_checkpoint(folder)
+    codecs = {channel.plan.delta.name for channel in engine._endpoint.channels.values()}
+    loaded = engine._endpoint.in_flight, codecs, engine._tuning.is_watching, "all fresh" in said.getvalue()
+    models.train(engine, 2)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading", "num_steps", "expected"),
+    [(INT2, {**INT2, "in_flight": 3}, 5, (3, {"int2"}, False, False)),
+     ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "links": "auto"}, 5, (1, {"int2"}, True, False)),
+     ({**INT2, "links": "auto"}, {**INT2, "links": "auto"}, 2, (0, {"int2"}, True, False)),
+     ({**INT2, "links": {"min_gain": 0.5}}, {**INT2, "in_flight": 0}, 5, (0, {"int2"}, False, True))],
+    ids=["explicit depth", "links to be measured", "not measured yet", "chosen links, no longer open"],
+)  # fmt: skip
+def test_a_load_changes_only_what_the_configuration_leaves_open(
+    two_ranks, tmp_path, saving, loading, num_steps, expected
+):
+    (first, second) = two_ranks.run(of_other_tuning, saving, loading, str(tmp_path), num_steps)
+    assert first == expected
+    assert second[:3] == expected[:3]
+
+
 def test_a_run_that_is_killed_ends_as_if_it_never_had_been(tmp_path):
     (report,) = killed.check(tmp_path, kills=1, victims=[1])
     assert "all equal" in report

@@ -6,14 +6,14 @@ Importing it changes nothing. The names below import their host when they are fi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clapping_ds.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from clapping_ds.config import ClappingConfig
     from clapping_ds.hosts.deepspeed.enable import enable, initialize
     from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
     from clapping_ds.hosts.torch.pipeline import ClappingPipeline
     from clapping_ds.hosts.torch.stage import ClappingStage
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "ClappingConfig": "clapping_ds.config",

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.link.groups import gather, rank
 from clapping_ds.report import say
+from clapping_ds.version import __version__
 
-PACKAGES = ("clapping_ds", "torch", "triton", "deepspeed", "megatron-core")
+PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
 Result = TypeVar("Result")
 
 
@@ -76,7 +77,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"clapping_ds": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

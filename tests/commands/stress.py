@@ -28,19 +28,19 @@ BLOCK = {
 def run(steps: int, delayed: bool) -> tuple[list[float], Any, int]:
     """Losses, memories and the most payloads that a wire held."""
     engine = models.make_engine(BLOCK, num_stages=4, ds={"gradient_accumulation_steps": 8})
-    stage = engine._endpoint
+    endpoint = engine._endpoint
     if delayed:
         for name in ("send", "receive_next"):
-            setattr(stage, name, _delayed(getattr(stage, name), stage, engine.global_rank))
+            setattr(endpoint, name, _delayed(getattr(endpoint, name), engine._endpoints, engine.global_rank))
     losses = models.train(engine, steps, length=16)
-    return losses, models.memories(engine), max(wire.most_payloads for wire in stage.wires.values())
+    return losses, models.memories(engine), max(wire.most_payloads for wire in endpoint.wires.values())
 
 
-def _delayed(call: Any, stage: Any, rank: int) -> Any:
+def _delayed(call: Any, endpoints: Any, rank: int) -> Any:
     """In every fourth step of a rank, drawn at random, each message waits up to 4 ms."""
 
     def wrapped(*args: Any) -> Any:
-        is_slow = random.Random(stage.step * 64 + rank).random() < 0.25
+        is_slow = random.Random(endpoints.step * 64 + rank).random() < 0.25
         if is_slow:
             time.sleep(random.random() * 0.004)
         return call(*args)

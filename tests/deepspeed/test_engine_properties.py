@@ -115,15 +115,14 @@ class EngineRun:
 
     def num_bytes(self, slot, fresh):
         """Of one message in each direction."""
-        config, total = self.engine.clapping, 0
+        total = 0
         length = self.engine._endpoint.sampler._held[slot][0].shape[1]
         spec = Spec(
             torch.Size((models.BATCH, length, models.WIDTH)), torch.float16 if self.is_fp16 else torch.float32
         )
-        for name in ("activations", "gradients"):
-            key, delta = config.key_codec(name), config.delta_codec(name)
-            codec = key if fresh or delta is None else delta
-            is_compressed = spec.shape.numel() >= self.block[name]["min_numel"]
+        for plan in self.engine.clapping.plans.values():
+            codec = plan.key if fresh else plan.delta
+            is_compressed = spec.shape.numel() >= plan.min_numel
             total += codec.nbytes(*spec) if is_compressed else padded(spec.nbytes)
         return total + (2 * 48 if self.block["verify"] else 0)
 

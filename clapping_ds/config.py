@@ -114,9 +114,7 @@ class LinksConfig(BaseModel):
 
     model_config = STRICT
 
-    ladder: list[CodecConfig] = Field(
-        default=[Quantizer(name="int8"), Quantizer(name="int4"), Quantizer(name="int2")], min_length=1
-    )
+    ladder: list[CodecConfig] = Field(default=[Quantizer(name="int8"), Eden(name="eden4")], min_length=1)
     """Codecs to choose from besides `none`, lightest compression first: in place of `codec` with the strategy
     `direct`, of `delta` with the others."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -340,10 +338,11 @@ class ClappingConfig(BaseModel):
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a file with a `"clapping"` block; other keys are not looked at."""
+    """The JSON schema of a file with a `"clapping"` block, in the draft that editors know; other keys are not
+    looked at."""
     block = ClappingConfig.model_json_schema()
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f'A JSON file with a "{BLOCK_NAME}" block',
         "type": "object",
         "properties": {BLOCK_NAME: {"$ref": "#/$defs/ClappingConfig"}},

@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "fc int2": block("fc", "int2"),
     "fu int4": block("fu", "int4"),
     "int8 key + int2 delta": block("key_delta", "int2", key="int8"),
-    "links: auto": {**block("direct", "int4"), "links": "auto"},
+    "links: auto": {**block("direct", "int4"), "links": {"ladder": ["int8", "int4", "int2"]}},
 }
 """All of ours with `in_flight` "auto", the default."""
 UNSHAPED = 0.0

@@ -114,11 +114,12 @@ class Decision(BaseModel):
         ]
         return table(rows)
 
-    def advice(self) -> str:
-        """What to do where no link needs what was configured."""
+    def advice(self, is_lazy: bool) -> str:
+        """What to do where no link needs what was configured. is_lazy: samples are replayed."""
         if any(not isinstance(choice.codec, Raw) for choice in self.choices):
             return ""
-        return '\nNo link needs compression: "enabled": false would save the price of lazy sampling.'
+        saving = ': "enabled": false would save the price of lazy sampling' if is_lazy else ""
+        return f"\nNo link needs compression{saving}."
 
     def write(self, path: str) -> None:
         Path(path).write_text(self.model_dump_json(indent=2) + "\n")

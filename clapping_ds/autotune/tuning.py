@@ -72,7 +72,7 @@ class Tuning:
         links = self.config.links
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
-        advice = "" if links is None else decision.advice()
+        advice = "" if links is None else decision.advice(is_lazy=self.config.sampling.p_new < 1)
         return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
 
     def _adopt(self, decision: Decision) -> None:

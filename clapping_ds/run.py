@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from clapping_ds import enable
+import clapping_ds
 
 USAGE = "usage: python -m clapping_ds.run script.py [arguments of the script]"
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     """The launcher's `--local_rank=N`, which stands before the script, is handed on behind it."""
     options = [*takewhile(lambda argument: argument.startswith("--local_rank"), arguments)]
     script = arguments[len(options) :]
-    enable()
+    clapping_ds.enable()
     run_script([*script[:1], *options, *script[1:]], USAGE)
 
 

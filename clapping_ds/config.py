@@ -125,9 +125,11 @@ class LinksConfig(BaseModel):
     """File of an earlier decision, used in place of measuring."""
 
     @model_validator(mode="after")
-    def _reads_or_writes(self) -> Self:
-        if self.read is not None and self.write is not None:
-            raise ValueError(f"write = {_shown(self.write)} together with read; accepted: one of them")
+    def _reads_or_decides(self) -> Self:
+        for field in ("write", "ladder", "min_gain") if self.read is not None else ():
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if value != default:
+                raise ValueError(f"{field} = {_shown(value)} together with read; accepted: one of them")
         return self
 
     @model_validator(mode="after")
@@ -164,9 +166,9 @@ class Plan:
     reused slot:   m <- m + D(v - m)
     """
 
-    key: Codec
+    key: AnyCodec
     """K."""
-    delta: Codec
+    delta: AnyCodec
     """D. Never used where all slots are fresh."""
     key_is_delta: bool
     """Whether another delta codec is another key codec as well."""
@@ -186,10 +188,20 @@ class Plan:
         deltas_need_it = self.p_new < 1 and not isinstance(self.delta, Raw)
         return deltas_need_it or (self.carries and not isinstance(self.key, Raw))
 
-    def with_codec(self, codec: Codec) -> "Plan":
+    def with_codec(self, codec: AnyCodec) -> "Plan":
         """The same with the codec that `links` chose; with `none` every message is raw."""
         key = codec if self.key_is_delta or isinstance(codec, Raw) else self.key
         return replace(self, key=key, delta=codec)
+
+    def describe(self) -> dict[str, Any]:
+        """What both ends of a link, and a run and the checkpoint that it loads, must have alike."""
+        return {
+            "key": self.key.model_dump(),
+            "delta": self.delta.model_dump(),
+            "carries": self.carries,
+            "min_numel": self.min_numel,
+            "memory": self.memory.model_dump(),
+        }
 
     def mean_bits_per_value(self, dtype: torch.dtype) -> float:
         """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta)."""
@@ -225,7 +237,7 @@ class ClappingConfig(BaseModel):
     """Not with `direct`. None: its defaults."""
     overlap: bool = True
     """Messages travel while the stages compute. False: sends block, as in the stock engine."""
-    in_flight: Annotated[int | Literal["auto"], BeforeValidator(_depth)] = "auto"
+    in_flight: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_depth)] = "auto"
     """Micro-batches that each link holds beyond stock 1F1B, to hide its latency and transfer time.
     `auto`: after the first steps, as many as the measured links need and memory allows."""
     links: Annotated[
@@ -278,7 +290,8 @@ class ClappingConfig(BaseModel):
                 raise ValueError(
                     f"{name}.base = {plan.base!r} with a key that is sent as it is; accepted: no base"
                 )
-        if self.plan("activations").p_new == 1 and not any(p.holds_memory for p in self.plans.values()):
+        holds_memory = any(plan.holds_memory for plan in self.plans.values())
+        if self.plan("activations").p_new == 1 and not holds_memory:
             raise ValueError(
                 f"lazy.p_new = 1 with strategy = {self.strategy!r}: no sample is seen again, no delta ever "
                 "sent; accepted: less than 1, or strategy = 'direct'"
@@ -341,6 +354,8 @@ def schema() -> dict[str, Any]:
     """The JSON schema of a file with a `"clapping"` block, in the draft that editors know; other keys are not
     looked at."""
     block = ClappingConfig.model_json_schema()
+    for codec in CODECS.values():  # the discriminator of the union, whatever its default in Python
+        block["$defs"][codec.__name__]["required"] = ["name"]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f'A JSON file with a "{BLOCK_NAME}" block',
@@ -375,7 +390,7 @@ def _explained(error: ValidationError) -> list[str]:
         elif detail["type"] == "union_tag_invalid":
             accepted = "unknown codec; accepted: " + ", ".join(CODECS)
         else:
-            accepted = "accepted: " + text.removeprefix("Input should be ")
+            accepted = "accepted: " + text.removeprefix("Input should be ").split(" or instance of ")[0]
         lines.append(
             f"{key}.{text}" if "accepted" in text else f"{key} = {_shown(detail['input'])}: {accepted}"
         )

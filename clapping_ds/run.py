@@ -14,22 +14,29 @@ import clapping_ds
 USAGE = "usage: python -m clapping_ds.run script.py [arguments of the script]"
 
 
-def run_script(arguments: Sequence[str], usage: str) -> None:
-    """Runs `arguments[0]` as `__main__`, as Python would with these arguments. Exits with `usage` if there is
-    no such file."""
-    if not arguments or not Path(arguments[0]).is_file():
-        raise SystemExit(f"script = {' '.join(arguments[:1])!r}: no such file; {usage}")
+def prepare_script(arguments: Sequence[str], usage: str) -> None:
+    """Sets arguments and path as Python does for the script `arguments[0]`: what is imported from now on is
+    found beside it first. Exits with `usage` if there is no such file."""
+    if not arguments:
+        raise SystemExit(usage)
+    if not Path(arguments[0]).is_file():
+        raise SystemExit(f"script = {arguments[0]!r}: no such file; {usage}")
     sys.argv = [*arguments]
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
-    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run_prepared_script() -> None:
+    """As `__main__`."""
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main(arguments: Sequence[str]) -> None:
     """The launcher's `--local_rank=N`, which stands before the script, is handed on behind it."""
     options = [*takewhile(lambda argument: argument.startswith("--local_rank"), arguments)]
     script = arguments[len(options) :]
+    prepare_script([*script[:1], *(options if script else []), *script[1:]], USAGE)
     clapping_ds.enable()
-    run_script([*script[:1], *options, *script[1:]], USAGE)
+    run_prepared_script()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 from clapping_ds.link.groups import rank
 from clapping_ds.report import table
-from clapping_ds.run import run_script
+from clapping_ds.run import prepare_script, run_prepared_script
 from clapping_ds.stage import state_file
 from patches import megatron_lm_checkpoints
 from patches.patch import Patch, check_version
@@ -164,9 +164,12 @@ def main(arguments: list[str]) -> None:
     place = arguments.index(OPTION)
     source = arguments[place + 1]
     arguments = arguments[:place] + arguments[place + 2 :]
-    compression = apply(source)
+    prepare_script(arguments, USAGE)
+    compression = apply(
+        source
+    )  # after it, so that the Megatron-Core beside the script is the one that is patched
     try:
-        run_script(arguments, USAGE)
+        run_prepared_script()
     finally:
         compression.print_sent()
 

@@ -6,7 +6,7 @@ pipeline when links take no time. Here every link holds `in_flight` more, so sta
 Gradients are added up in the same order, so losses are the same for every depth, bit for bit; what
 grows is memory, by the activations of one micro-batch for each additional forward.
 
-Messages are sent as soon as they are computed. That needs a transport whose sends do not block.
+Messages are sent as soon as they are computed. That needs sends that do not block.
 """
 
 from collections.abc import Iterator, Sequence

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from clapping_ds.autotune.decision import Candidate, Speed
-from clapping_ds.codecs import Codec, Context, Raw
+from clapping_ds.codecs import AnyCodec, Context, Raw
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
@@ -64,7 +64,7 @@ def candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> list[
     configured."""
     if links is None:
         return [_candidate(channel, plan)]
-    codecs: list[Codec] = [Raw(), *links.ladder]
+    codecs: list[AnyCodec] = [Raw(), *links.ladder]
     return [_candidate(channel, plan.with_codec(codec)) for codec in codecs]
 
 

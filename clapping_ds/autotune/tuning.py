@@ -41,11 +41,22 @@ class Tuning:
         if links is not None and links.read is not None:
             self._adopt(_read_by_first_rank(links.read, num_stages))
 
+    def restart(self) -> None:
+        """After a load: what is still to be measured is measured in the steps to come."""
+        self.passes = Passes(self.endpoints.device)
+        self.num_steps = 0
+
+    @property
+    def lacks_links(self) -> bool:
+        return self.config.links is not None and not self.endpoints.links_are_measured
+
+    @property
+    def lacks_depth(self) -> bool:
+        return self.config.in_flight == "auto" and not self.endpoints.depth_is_measured
+
     @property
     def is_watching(self) -> bool:
-        lacks_links = self.config.links is not None and not self.endpoints.links_are_measured
-        lacks_depth = self.config.in_flight == "auto" and not self.endpoints.depth_is_measured
-        return lacks_links or lacks_depth
+        return self.lacks_links or self.lacks_depth
 
     @contextmanager
     def watching(self, weighs: Iterable[torch.Tensor] | None = None) -> Iterator[None]:
@@ -76,12 +87,12 @@ class Tuning:
         return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
 
     def _adopt(self, decision: Decision) -> None:
-        """What the configuration leaves open."""
+        """What the configuration leaves open and no checkpoint has settled."""
         self.decision = decision
-        if self.config.in_flight == "auto":
+        if self.lacks_depth:
             self.stage.set_depth(decision.in_flight)
             self.endpoints.depth_is_measured = True
-        if self.config.links is not None:
+        if self.lacks_links:
             for end, channel in self.stage.channels.items():
                 codec = decision.codec(channel.link, channel.direction)
                 plan = self.config.plan(end.direction)

@@ -30,7 +30,11 @@ def power_of_two(number: int) -> int:
     return number
 
 
-GroupSize = Annotated[int, Field(ge=16, le=1024), AfterValidator(power_of_two)]
+GroupSize = Annotated[
+    int,
+    Field(ge=16, le=1024, json_schema_extra={"enum": [16, 32, 64, 128, 256, 512, 1024]}),
+    AfterValidator(power_of_two),
+]
 
 
 class Context(NamedTuple):

@@ -67,14 +67,14 @@ class GroupedCodec(BaseModel):
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         codes, scales, padding = self._sections(payload, value.numel())
-        family = self.family(value.is_cuda)
-        _implementation(value).encode_(family, self.scheme, value, codes, scales, context)
+        on_gpu = value.is_cuda
+        _implementation(on_gpu).encode_(self.family(on_gpu), self.scheme, value, codes, scales, context)
         padding.zero_()
 
     def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
         codes, scales, _ = self._sections(payload, out.numel())
-        family = self.family(out.is_cuda)
-        _implementation(out).decode_(family, self.scheme, codes, scales, out, context)
+        on_gpu = out.is_cuda
+        _implementation(on_gpu).decode_(self.family(on_gpu), self.scheme, codes, scales, out, context)
 
     def _sizes(self, num_values: int) -> tuple[int, int]:
         """Bytes of codes, and number of groups."""
@@ -92,9 +92,9 @@ class GroupedCodec(BaseModel):
         return payload[:codes_nbytes], payload[codes_nbytes:end].view(torch.bfloat16), payload[end:]
 
 
-def _implementation(tensor: torch.Tensor) -> ModuleType:
-    """Triton's for a tensor on a GPU, plain torch elsewhere."""
-    if tensor.is_cuda:
+def _implementation(on_gpu: bool) -> ModuleType:
+    """In Triton for tensors on a GPU, in plain torch for others."""
+    if on_gpu:
         from clapping_ds.codecs.kernels import grouped_kernel
 
         return grouped_kernel

@@ -25,7 +25,7 @@ class Spec(NamedTuple):
 
 
 class Wire(Protocol):
-    """What a channel needs of the transport."""
+    """What a channel needs of `wire`."""
 
     device: torch.device
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.codecs import Codec, Raw
+from clapping_ds.codecs import AnyCodec, Raw
 from clapping_ds.config import ClappingConfig, Plan
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.groups import Peer
@@ -172,7 +172,7 @@ class Endpoint:
     def state_dict(self) -> dict[str, Any]:
         """Held batches, memories, codecs and counters, between two steps."""
         channels = {
-            str(end): {"codecs": _codecs(channel.plan), **channel.state_dict()}
+            str(end): {"plan": channel.plan.describe(), **channel.state_dict()}
             for end, channel in self.channels.items()
         }
         return {"sampler": self.sampler.state_dict(), "channels": channels}
@@ -184,7 +184,7 @@ class Endpoint:
             return None
         found = {}
         for end in self.channels:
-            plans = [plan for plan in self._allowed(end) if _codecs(plan) == saved[str(end)]["codecs"]]
+            plans = [plan for plan in self._allowed(end) if plan.describe() == saved[str(end)]["plan"]]
             if not plans:
                 return None
             found[end] = plans[0]
@@ -209,7 +209,7 @@ class Endpoint:
         if links is None or links.read is not None:
             return [self.channels[end].plan]
         plan = self.config.plan(end.direction)
-        codecs: list[Codec] = [Raw(), *links.ladder]
+        codecs: list[AnyCodec] = [Raw(), *links.ladder]
         return [plan, *(plan.with_codec(codec) for codec in codecs)]
 
     def _channel(self, end: End, plan: Plan) -> Channel:
@@ -217,8 +217,3 @@ class Endpoint:
         config, link = self.config, end.link(self.stage_id)
         seed = random_word(config.seed, self.replica, link, end.direction == "gradients")
         return Channel(plan, link, end.direction, self.wires[end], seed, config.verify, config.compile)
-
-
-def _codecs(plan: Plan) -> list[dict[str, Any]]:
-    """What is saved of a plan: its key and delta codec."""
-    return [plan.key.model_dump(), plan.delta.model_dump()]  # type: ignore[attr-defined]

@@ -16,10 +16,13 @@ from clapping_ds.link.channel import Channel
 from clapping_ds.link.groups import all_agree, gather, make_peers, rank
 from clapping_ds.link.traffic import Traffic, total
 from clapping_ds.stage.endpoint import Endpoint
+from clapping_ds.stage.handshake import check_equal
 from clapping_ds.stage.sampling import Coin
 
 NextBatch = Callable[[], Any]
 
+FORMAT = 1
+"""Of a state: another is not read."""
 MISSING = "the checkpoint has no state of clapping_ds for every rank"
 DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
 
@@ -59,6 +62,8 @@ class Endpoints:
         ]
         sampling = config.sampling
         self.coin = Coin(sampling.p_new, sampling.refresh, config.seed)
+        if config.verify:
+            check_equal({"type of device, with verify": device.type})
         # State
         self.step = 0
         self.num_drawn = 0
@@ -85,8 +90,9 @@ class Endpoints:
         next_batches      for each stage, returns its data iterator's next batch; None: it reads no data
         measures_error    whether the relative error of this step's messages is measured
         needs_one_shape   whether batches of more than one shape are refused
-        Raises StopIteration on every rank if `next_batch` did on one, ValueError on every rank for shapes
-        that are refused. No message was sent then, and what was drawn is used when the step is tried again.
+        Raises StopIteration on every rank if `next_batch` did on one: no message was sent then, and what was
+        drawn is used when the step is tried again. Raises ValueError on every rank for shapes that are
+        refused: what was drawn is dropped.
         """
         fresh = self._tossed(num_slots)
         draws = list(zip(self.stages, next_batches, strict=True))
@@ -103,9 +109,14 @@ class Endpoints:
                 "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
             )
         if self.shapes_differ and needs_one_shape:
+            for stage in self.stages:
+                stage.sampler.drop_drawn()
+            self.num_drawn += sum(fresh)
+            self.shapes_differ = False
             raise ValueError(
-                f"step {self.step}: micro-batches differ in shape; accepted: the shape that the receive "
-                "buffers were made for in the first step (DataLoader(drop_last=True))"
+                f"step {self.step}: micro-batches differ in shape, the {sum(fresh)} drawn ones are dropped; "
+                "accepted: the shape that the receive buffers were made for in the first step "
+                "(DataLoader(drop_last=True))"
             )
         self.fresh = fresh
         for stage, next_batch in draws:
@@ -162,6 +173,7 @@ class Endpoints:
         """What this rank must save, in a file of its own, between two steps: position, held batches,
         memories, codec states, counters and measured links."""
         return {
+            "format": FORMAT,
             "written by": self._identity(),
             "step": self.step,
             "num_drawn": self.num_drawn,
@@ -181,9 +193,8 @@ class Endpoints:
 
         num_slots   micro-batches of the steps to come; None: any number, of which new ones are fresh
         """
+        state = self._checked(state)
         self.num_drawn = 0 if state is None else state["num_drawn"]
-        if state is not None and list(state["stages"]) != state["written by"]["stages"]:
-            state = None
         plans = None if state is None or not self._fits(state, num_slots) else self._saved_plans(state)
         is_there, fits = all_agree([state is not None, plans is not None], self.device)
         if state is None or plans is None or not fits:
@@ -191,19 +202,31 @@ class Endpoints:
             return DIFFERENT if is_there else MISSING
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
         self.loss_scale = state["loss_scale"]
-        self.links_are_measured = state["links_are_measured"]
-        self.depth_is_measured = self.config.in_flight == "auto" and state["depth_is_measured"]
         for stage, saved in zip(self.stages, plans, strict=True):
             stage.load_state_dict(state["stages"][stage.stage_id], saved)
-            if self.depth_is_measured:
-                stage.set_depth(state["in_flight"])
+        links_are_read = self.config.links is not None and self.config.links.read is not None
+        if not links_are_read:
+            self._adopt_measured(state)
         return None
+
+    def _adopt_measured(self, state: Mapping[str, Any]) -> None:
+        """What measurements had led to, and this configuration leaves open; what was not measured will be."""
+        self.links_are_measured = state["links_are_measured"]
+        self.depth_is_measured = self.config.in_flight == "auto" and state["depth_is_measured"]
+        for stage in self.stages if self.depth_is_measured else []:
+            stage.set_depth(state["in_flight"])
 
     def forget(self) -> None:
         """Forgets what is held: the next step is all fresh."""
         self.fresh = []
         for stage in self.stages:
             stage.forget()
+
+    def _checked(self, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The state, or None if it is of another format or lacks a stage of those that wrote it."""
+        if state is None or state.get("format") != FORMAT:
+            return None
+        return state if list(state["stages"]) == state["written by"]["stages"] else None
 
     def _fits(self, state: Mapping[str, Any], num_slots: int | None) -> bool:
         same_slots = num_slots is None or len(state["fresh"]) == num_slots
@@ -215,10 +238,11 @@ class Endpoints:
         return None if None in plans else plans
 
     def _identity(self) -> dict[str, Any]:
-        """What a state belongs to."""
-        block = {"strategy", "activations", "gradients", "lazy", "memory", "seed"}
+        """What a state belongs to: what the block means, however it is spelt."""
         return {
-            **self.config.model_dump(include=block),
+            "plans": {direction: plan.describe() for direction, plan in self.config.plans.items()},
+            "sampling": self.config.sampling.model_dump(),
+            "seed": self.config.seed,
             "stages": [stage.stage_id for stage in self.stages],
             "replica": self.replica,
         }

@@ -103,4 +103,7 @@ def refuse_tuning(config: ClappingConfig, host: str) -> None:
             "accepted: 'auto', or 0"
         )
     if config.links is not None:
-        raise ValueError(f"{BLOCK_NAME}.links with {host}, whose links are not measured; accepted: null")
+        links = config.links.model_dump(exclude_defaults=True)
+        raise ValueError(
+            f"{BLOCK_NAME}.links = {links} with {host}, whose links are not measured; accepted: null"
+        )

@@ -78,6 +78,10 @@ class LazySampler:
         self._drawn = list(drawn)
         self._next_slot = 0
 
+    def drop_drawn(self) -> None:
+        """Forgets what was drawn for a step that will not begin."""
+        self._drawn = []
+
     def next(self) -> Any:
         """The batch of the next slot of the step, safe to be changed by the caller."""
         batch = _clone(self._held[self._next_slot])

@@ -142,6 +142,8 @@ WRONG = [
     ({"links": {"ladder": ["int2", "int8"]}},
      "links.ladder = ['int2', 'int8'] with int8 (8.125 bits per value)"),
     ({"links": {"write": "\ud800"}}, r"clapping.links.write = '\ud800': accepted: the name of a file"),
+    ({"links": {"read": "a", "min_gain": 0.1}}, "links.min_gain = 0.1 together with read; accepted: one of"),
+    ({"links": {"read": "a", "ladder": ["eden3"]}}, "together with read; accepted: one of them"),
     ({"timeout_s": 1e-9}, "clapping.timeout_s = 1e-09: accepted: greater than or equal to 1"),
     ({"gradients": {"group_size": 64}},
      "clapping.gradients.group_size = 64: unknown key; accepted: codec, key"),

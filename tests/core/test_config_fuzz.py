@@ -4,14 +4,16 @@ import json
 import random
 import re
 
+import jsonschema
 import pytest
 import torch
 
 from clapping_ds import ClappingConfig
 from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK, bits_per_value
-from clapping_ds.config import DirectionConfig, LazyConfig, LinksConfig, MemoryConfig
+from clapping_ds.config import DirectionConfig, LazyConfig, LinksConfig, MemoryConfig, schema
 
 NUM_BLOCKS = 10_000
+SCHEMA = jsonschema.Draft7Validator(schema())
 DIRECTIONS = ("activations", "gradients")
 
 DEEP: list = []
@@ -202,6 +204,7 @@ def test_a_random_block_is_read_or_refused_in_one_clear_error(seed):
             continue
         num_read += 1
         assert_is_of_use(config)
+        assert not is_valid or SCHEMA.is_valid({"clapping": block}), block
         assert ClappingConfig.from_ds_config({"clapping": config.model_dump()}) == config
         written = json.loads(config.model_dump_json())
         assert ClappingConfig.from_ds_config({"clapping": written}) == config

@@ -6,6 +6,9 @@ import io
 import pytest
 import torch
 
+from clapping_ds.autotune.decision import Choice, Decision
+from clapping_ds.codecs import Quantizer
+from clapping_ds.config import DIRECTIONS
 from tests import models
 from tests.commands import killed
 from tests.models import INT2
@@ -112,6 +115,13 @@ def remove(folder):
     file.unlink()
 
 
+def write_another_format(folder):
+    from pathlib import Path
+
+    (file,) = Path(folder).rglob("clapping_rank_00001.pt")
+    torch.save({"step": 3, "fresh": [True] * 4, "num_drawn": 12}, file)
+
+
 OTHER_CODEC = {**INT2, "activations": {"delta": "int4"}}
 MORE_SLOTS = {"gradient_accumulation_steps": 6}
 DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
@@ -124,8 +134,10 @@ MISSING = "the checkpoint has no state of clapping_ds for every rank"
      ({"clapping": INT2}, {"clapping": INT2, "ds": MORE_SLOTS}, None, DIFFERENT),
      ({"clapping": None}, {"clapping": INT2}, None, MISSING),
      ({"clapping": INT2}, {"clapping": INT2}, remove, MISSING),
-     ({"clapping": INT2}, {"clapping": INT2}, truncate, MISSING)],
-    ids=["codec", "micro-batches", "stock", "a rank's file is missing", "a rank's file is broken"],
+     ({"clapping": INT2}, {"clapping": INT2}, truncate, MISSING),
+     ({"clapping": INT2}, {"clapping": INT2}, write_another_format, MISSING)],
+    ids=["codec", "micro-batches", "stock", "a rank's file is missing", "a rank's file is broken",
+         "a rank's file is of another format"],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_in_one_line_and_the_run_goes_on(
     two_ranks, tmp_path, saving, loading, spoils, reason
@@ -196,8 +208,10 @@ def of_other_tuning(saving, loading, folder, num_steps):
     [(INT2, {**INT2, "in_flight": 3}, 5, (3, {"int2"}, False, False)),
      ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "links": "auto"}, 5, (1, {"int2"}, True, False)),
      ({**INT2, "links": "auto"}, {**INT2, "links": "auto"}, 2, (0, {"int2"}, True, False)),
-     ({**INT2, "links": {"min_gain": 0.5}}, {**INT2, "in_flight": 0}, 5, (0, {"int2"}, False, True))],
-    ids=["explicit depth", "links to be measured", "not measured yet", "chosen links, no longer open"],
+     ({**INT2, "links": {"min_gain": 0.5}}, {**INT2, "in_flight": 0}, 5, (0, {"int2"}, False, True)),
+     ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "memory": {}}, 2, (1, {"int2"}, False, False))],
+    ids=["explicit depth", "links to be measured", "not measured yet", "chosen links, no longer open",
+         "the same, spelt otherwise"],
 )  # fmt: skip
 def test_a_load_changes_only_what_the_configuration_leaves_open(
     two_ranks, tmp_path, saving, loading, num_steps, expected
@@ -205,6 +219,19 @@ def test_a_load_changes_only_what_the_configuration_leaves_open(
     (first, second) = two_ranks.run(of_other_tuning, saving, loading, str(tmp_path), num_steps)
     assert first == expected
     assert second[:3] == expected[:3]
+
+
+def test_links_from_a_file_are_not_measured_after_a_load(two_ranks, tmp_path):
+    path = tmp_path / "links.json"
+    choices = [
+        Choice(link="0-1", direction=name, codec=Quantizer(name="int2"), mbit_per_s=1.0, latency_ms=1.0,
+               raw_ms=1.0, compressed_ms=1.0)
+        for name in DIRECTIONS
+    ]  # fmt: skip
+    Decision(num_stages=2, in_flight=2, stage_ms=1.0, choices=choices).write(str(path))
+    block = {**INT2, "links": {"read": str(path)}}
+    for loaded in two_ranks.run(of_other_tuning, INT2, block, str(tmp_path), 2):
+        assert loaded == (2, {"int2"}, False, False)
 
 
 def test_a_run_that_is_killed_ends_as_if_it_never_had_been(tmp_path):

@@ -1,11 +1,14 @@
 """`patches.megatron_lm`: the schedules, the checkpoints and the arguments of Megatron-LM's own scripts."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from inspect import Parameter, Signature
+from pathlib import Path
 
 import pytest
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -244,6 +247,28 @@ def test_a_script_is_run_with_its_own_arguments(tmp_path):
     )
     run_script([str(script), "--lr", "1", "--clapping-config", "clapping.json", "--bf16"])
     assert json.loads(result.read_text()) == [[str(script), "--lr", "1", "--bf16"], "__main__", True]
+
+
+def test_the_megatron_core_beside_the_script_is_the_one_that_is_patched(tmp_path):
+    """From another folder, as with `python -m patches.megatron_lm CHECKOUT/pretrain_gpt.py`."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    (checkout / "megatron" / "core").mkdir(parents=True)
+    elsewhere.mkdir()
+    (checkout / "megatron" / "core" / "__init__.py").write_text("__version__ = '0.7.7'")
+    (checkout / "pretrain.py").write_text("")
+    command = [
+        sys.executable,
+        "-m",
+        "patches.megatron_lm",
+        str(checkout / "pretrain.py"),
+        "--clapping-config",
+        "c",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "megatron-core 0.7.7 is not known to this patch" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import pytest
 import torch
@@ -126,6 +126,24 @@ def other_shapes(kind):
 @pytest.mark.parametrize("kind", ["short last batch", "other length"])
 def test_micro_batches_of_another_shape_are_one_error_on_every_rank(two_ranks, kind):
     assert_same_error(two_ranks.outcomes(other_shapes, kind), "ValueError", "micro-batches differ in shape")
+
+
+def good_after_bad():
+    """Losses of an all-fresh run in which a batch of another shape comes in between; the batches counted."""
+    run = Run("Schedule1F1B", NONE)
+    bad, losses = islice(models.batches(length=32), MICRO_BATCHES), []
+    for step in range(3):
+        if step == 1:
+            with pytest.raises(ValueError, match="the 4 drawn ones are dropped"):
+                run.pipeline.step(chain(islice(run.data, 2), bad))
+        losses.append(run.step())
+    return losses, run.pipeline.num_drawn
+
+
+def test_a_batch_of_another_shape_is_dropped_and_the_run_goes_on(two_ranks):
+    for losses, num_drawn in two_ranks.run(good_after_bad):
+        assert len(losses) == 3
+        assert num_drawn == 4 * MICRO_BATCHES
 
 
 # State

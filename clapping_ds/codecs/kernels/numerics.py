@@ -92,7 +92,7 @@ def store(p_x, b_x, m_x, EXACT: tl.constexpr = False):
 
 @triton.jit
 def store_both(memory, out, o_x, b_memory, m_x, m_finite, HAS_MEMORY: tl.constexpr):
-    """Keeps a updated memory, which is `rounded`, and hands it on, NaN where it is not finite."""
+    """Keeps an updated memory, which is `rounded`, and hands it on, NaN where it is not finite."""
     if HAS_MEMORY:
         store(memory + o_x, b_memory, m_x & m_finite, EXACT=True)
     IS_EXACT: tl.constexpr = memory.dtype.scalar.element_ty == out.dtype.scalar.element_ty

@@ -12,6 +12,7 @@ from typing import Any
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds import report
+from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import ClappingConfig
 from clapping_ds.hosts.deepspeed import survivors
 from clapping_ds.link.groups import wait_for_all
@@ -27,6 +28,7 @@ class CheckpointingEngine(PipelineEngine):
 
     clapping: ClappingConfig
     _endpoints: Endpoints
+    _tuning: Tuning
     micro_batches: int
 
     def save_checkpoint(
@@ -75,6 +77,7 @@ class CheckpointingEngine(PipelineEngine):
             if path is not None and self.clapping.checkpoint_memory:
                 state = state_file.read(Path(path).parent, self.device)
             reason = self._endpoints.load_state_dict(state, self.micro_batches)
+            self._tuning.restart()
             if reason is not None:
                 self._endpoints.num_drawn = (client_state or {}).get(NUM_DRAWN, 0)
                 if self.global_rank == 0:

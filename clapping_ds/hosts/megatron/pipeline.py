@@ -95,7 +95,7 @@ class MegatronPipeline:
             ranks,
             [*range(len(ranks))] * num_chunks,
             device,
-            replica=self.groups.dp_cp.rank(),
+            replica=self.groups.dp_cp.rank() if self.config.enabled else None,
             # Where each message's shape goes before it nothing is announced ahead, and no send may wait.
             most_pending=sys.maxsize if tells else None,
         )
@@ -193,7 +193,7 @@ class MegatronPipeline:
         self._sizes = () if state is None else state["sizes"]
         if not self.config.enabled:
             return None
-        return self.endpoints.load_state_dict(None if state is None else state["endpoints"])
+        return self.endpoints.load_state_dict(None if state is None else state.get("endpoints"))
 
     def sharded_state_dict(self, prefix: str = "clapping.") -> dict[str, Any]:
         """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank. To be

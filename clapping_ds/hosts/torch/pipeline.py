@@ -93,7 +93,7 @@ class ClappingPipeline:
             )
         finally:
             for stage in self.stages:
-                stage.clapping = None
+                stage.endpoint = None
         self.endpoints.end_step()
         return outputs
 
@@ -146,7 +146,7 @@ class ClappingPipeline:
         counts = gather(0 if state is None else state["num_drawn"])
         why = None
         if self.config.enabled:
-            held = None if state is None else state["endpoints"]
+            held = None if state is None else state.get("endpoints")
             why = self.endpoints.load_state_dict(held, self.num_slots)
         self.endpoints.num_drawn = max(counts)
         return why

@@ -40,26 +40,26 @@ if ".".join(map(str, Version(torch.__version__).release[:2])) not in TESTED:
 class ClappingStage(PipelineStage):
     """A `PipelineStage`, of the same arguments. Stock, but within `ClappingPipeline.step`."""
 
-    clapping: Endpoint | None = None
+    endpoint: Endpoint | None = None
     """This stage's channels, within a step. None: messages go torch's own way."""
 
     def begin_step(self, endpoint: Endpoint, orders: Mapping[End, Sequence[int]]) -> None:
         """Starts a step whose messages go through channels. orders: for each end that may receive, the
         micro-batches as the peer sends them."""
-        self.clapping = endpoint
+        self.endpoint = endpoint
         self._orders = orders
         self._due: dict[End, deque[int]] = {}
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         """As the stock stage's; none for what is announced to channels."""
-        if self.clapping is None:
+        if self.endpoint is None:
             return super().get_fwd_recv_ops(fwd_chunk_id)
-        self._announce(self.clapping)
+        self._announce(self.endpoint)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
         """As the stock stage's; none for what is announced to channels."""
-        return super().get_bwd_recv_ops(bwd_chunk_id) if self.clapping is None else []
+        return super().get_bwd_recv_ops(bwd_chunk_id) if self.endpoint is None else []
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """As the stock stage's, of which all is sent through the channel."""
@@ -71,23 +71,23 @@ class ClappingStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As the stock stage's, with the activations that the channel received."""
-        if self.clapping is not None:
-            self._announce(self.clapping)
-            self._receive(self.clapping, ACTIVATIONS_FROM_PREVIOUS, fwd_chunk_id)
+        if self.endpoint is not None:
+            self._announce(self.endpoint)
+            self._receive(self.endpoint, ACTIVATIONS_FROM_PREVIOUS, fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As the stock stage's, with the gradients that the channel received."""
-        if self.clapping is not None:
-            self._receive(self.clapping, GRADIENTS_FROM_NEXT, bwd_chunk_id)
+        if self.endpoint is not None:
+            self._receive(self.endpoint, GRADIENTS_FROM_NEXT, bwd_chunk_id)
         return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def _sent(self, end: End, slot: int, operations: list[Any]) -> list[Any]:
         """The stock stage's operations, or none once their tensors have gone another way."""
-        if self.clapping is None or not operations:
+        if self.endpoint is None or not operations:
             return operations
         values = [operation.tensor for operation in operations]
-        self.clapping.send(end, values, slot)
+        self.endpoint.send(end, values, slot)
         return []
 
     def _announce(self, endpoint: Endpoint) -> None:

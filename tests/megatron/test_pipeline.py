@@ -196,7 +196,7 @@ BAD_INPUT = {
     "one rank": (LAZY, None, "less than or equal to 1 (rank 1)"),
     "another": ([{"seed": 1}, {"seed": 2}], None, "clapping.seed: 1 (rank 0); 2 (rank 1)"),
     "in_flight": ({"in_flight": 2}, None, "clapping.in_flight = 2 with Megatron-Core"),
-    "links": ({"links": "auto"}, None, "clapping.links with Megatron-Core"),
+    "links": ({"links": "auto"}, None, "clapping.links = 'auto' with Megatron-Core"),
     "blocking": ({"overlap": False}, "lengths", "clapping.overlap = false with variable_seq_lengths"),
     "one iterator": ({}, "one iterator", "1 data iterators with 2 model chunks"),
     "same iterator": ({}, "same iterator", "the same object for several model chunks; accepted: an"),

@@ -236,7 +236,7 @@ def start(configs, stage_class=ClappingStage, name="Schedule1F1B", micro_batches
     ("config", "message"),
     [({"clapping": {"p_neu": 0.5}}, "clapping.p_neu = 0.5: unknown key; accepted: enabled"),
      ({"clapping": {"in_flight": 2}}, "clapping.in_flight = 2 with torch.distributed.pipelining"),
-     ({"clapping": {"links": "auto"}}, "clapping.links with torch.distributed.pipelining")],
+     ({"clapping": {"links": "auto"}}, "clapping.links = 'auto' with torch.distributed.pipelining")],
 )  # fmt: skip
 def test_a_wrong_block_is_one_error_on_every_rank(two_ranks, config, message):
     assert_same_error(two_ranks.outcomes(start, [config, config]), "ValueError", message)

@@ -22,7 +22,7 @@ BLOCK_NAME = "clapping"
 DIRECTIONS = ("activations", "gradients")
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     """One line of at most 200 characters, whatever it is."""
     try:
         text = repr(value)
@@ -31,7 +31,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _named(codec: Any) -> Any:
+def _name_codec(codec: Any) -> Any:
     """`"int4"` is short for `{"name": "int4"}`."""
     return {"name": codec} if isinstance(codec, str) else codec
 
@@ -39,7 +39,7 @@ def _named(codec: Any) -> Any:
 CodecConfig = Annotated[
     AnyCodec,
     Field(discriminator="name"),
-    BeforeValidator(_named, json_schema_input_type=Literal[tuple(CODECS)] | AnyCodec),
+    BeforeValidator(_name_codec, json_schema_input_type=Literal[tuple(CODECS)] | AnyCodec),
 ]
 
 
@@ -61,7 +61,7 @@ class DirectionConfig(BaseModel):
     """Floating tensors with fewer values travel raw."""
 
     @model_validator(mode="after")
-    def _blocks_fit(self) -> Self:
+    def _check_blocks(self) -> Self:
         for field in ("codec", "key", "delta"):
             _check_block(field, getattr(self, field), self.min_numel)
         return self
@@ -100,13 +100,13 @@ class MemoryConfig(BaseModel):
         return value_dtype if self.dtype == "same" else getattr(torch, self.dtype)
 
 
-def _file_name(name: str) -> str:
+def _check_file_name(name: str) -> str:
     if not name or "\0" in name or not name.isprintable():
         raise ValueError("the name of a file")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_file_name)]
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 
 
 class LinksConfig(BaseModel):
@@ -125,15 +125,15 @@ class LinksConfig(BaseModel):
     """File of an earlier decision, used in place of measuring."""
 
     @model_validator(mode="after")
-    def _reads_or_decides(self) -> Self:
+    def _check_files(self) -> Self:
         for field in ("write", "ladder", "min_gain") if self.read is not None else ():
             value, default = getattr(self, field), type(self).model_fields[field].default
             if value != default:
-                raise ValueError(f"{field} = {_shown(value)} together with read; accepted: one of them")
+                raise ValueError(f"{field} = {_show(value)} together with read; accepted: one of them")
         return self
 
     @model_validator(mode="after")
-    def _lightest_first(self) -> Self:
+    def _check_order(self) -> Self:
         bits = [(codec.name, bits_per_value(codec, torch.float32)) for codec in self.ladder]
         for (before, more), (after, fewer) in pairwise(bits):
             if fewer > more:
@@ -259,7 +259,7 @@ class ClappingConfig(BaseModel):
     their own kernels."""
 
     @model_validator(mode="after")
-    def _says_only_what_happens(self) -> Self:
+    def _check_members(self) -> Self:
         for name in DIRECTIONS:
             given = getattr(self, name)
             for field in ("codec", "key", "delta", "base"):
@@ -275,14 +275,14 @@ class ClappingConfig(BaseModel):
         for field in ("lazy", "memory") if self.strategy == "direct" else ():
             if getattr(self, field) is not None:
                 raise ValueError(
-                    f"{field} = {_shown(getattr(self, field).model_dump())} with strategy = 'direct', which "
+                    f"{field} = {_show(getattr(self, field).model_dump())} with strategy = 'direct', which "
                     "has no memory and makes every step fresh; accepted: null, or strategy = 'fu', 'fc' or "
                     "'key_delta'"
                 )
         return self
 
     @model_validator(mode="after")
-    def _memories_are_used(self) -> Self:
+    def _check_memories(self) -> Self:
         if self.strategy == "direct":
             return self
         for name, plan in self.plans.items():
@@ -299,16 +299,16 @@ class ClappingConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _ladder_fits(self) -> Self:
+    def _check_ladder(self) -> Self:
         for number, codec in enumerate(self.links.ladder if self.links else []):
             smallest = min(self.activations.min_numel, self.gradients.min_numel)
             _check_block(f"links.ladder.{number}", codec, smallest)
         return self
 
     @model_validator(mode="after")
-    def _depth_needs_overlap(self) -> Self:
+    def _check_overlap(self) -> Self:
         if not self.overlap and self.in_flight not in ("auto", 0):
-            raise ValueError(f"in_flight = {_shown(self.in_flight)} with overlap = false; accepted: 0")
+            raise ValueError(f"in_flight = {_show(self.in_flight)} with overlap = false; accepted: 0")
         return self
 
     @classmethod
@@ -322,7 +322,7 @@ class ClappingConfig(BaseModel):
         try:
             return cls.model_validate(ds_config[BLOCK_NAME])
         except ValidationError as error:
-            raise ValueError("\n".join(_explained(error))) from None
+            raise ValueError("\n".join(_explain(error))) from None
 
     @property
     def sampling(self) -> LazyConfig:
@@ -375,7 +375,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-def _explained(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError) -> list[str]:
     """A line per mistake: the key, its value, what is accepted."""
     lines = []
     for detail in error.errors():
@@ -392,7 +392,7 @@ def _explained(error: ValidationError) -> list[str]:
         else:
             accepted = "accepted: " + text.removeprefix("Input should be ").split(" or instance of ")[0]
         lines.append(
-            f"{key}.{text}" if "accepted" in text else f"{key} = {_shown(detail['input'])}: {accepted}"
+            f"{key}.{text}" if "accepted" in text else f"{key} = {_show(detail['input'])}: {accepted}"
         )
     return lines
 
@@ -401,7 +401,7 @@ def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
     """As the user wrote them: without pydantic's tag of a codec, and in one line."""
     for before, part in zip(("", *path), path, strict=False):
         if part not in CODECS or not (before in ("codec", "key", "delta") or isinstance(before, int)):
-            yield str(part) if isinstance(part, int) or part.isidentifier() else _shown(part)
+            yield str(part) if isinstance(part, int) or part.isidentifier() else _show(part)
 
 
 if __name__ == "__main__":

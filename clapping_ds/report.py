@@ -10,8 +10,8 @@ from clapping_ds.config import Plan
 from clapping_ds.link.channel import Channel
 
 
-def row(channel: Channel) -> dict[str, Any]:
-    """One channel's figures, for `table` and for the monitor."""
+def make_row(channel: Channel) -> dict[str, Any]:
+    """One channel's figures, for `format_table` and for the monitor."""
     traffic = channel.traffic
     return {
         "link": channel.link,
@@ -27,10 +27,10 @@ def row(channel: Channel) -> dict[str, Any]:
     }
 
 
-def events(channels: Iterable[Channel], samples: int) -> list[tuple[str, float, int]]:
+def make_events(channels: Iterable[Channel], samples: int) -> list[tuple[str, float, int]]:
     """The figures as events of DeepSpeed's monitor: (name, value, samples)."""
     found = []
-    for figures in map(row, channels):
+    for figures in map(make_row, channels):
         for name in ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes"):
             if figures[name] is not None:
                 tag = f"Train/Clapping/{figures['link']}/{figures['direction']}/{name}"
@@ -38,7 +38,7 @@ def events(channels: Iterable[Channel], samples: int) -> list[tuple[str, float, 
     return found
 
 
-def expectation(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
+def describe_cost(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
     """What the user's configuration will cost: mean bits per value and the saving, by direction.
 
     dtype   of the tensors that the stages send
@@ -56,13 +56,13 @@ def expectation(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
             "mean bits": mean,
             f"saving against {raw_bits} bit": f"{raw_bits / mean:.2f}x",
         })  # fmt: skip
-    return table(rows)
+    return format_table(rows)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with equal keys as an aligned text table."""
     header = list(rows[0])
-    cells = [[_cell(row[name]) for name in header] for row in rows]
+    cells = [[_format_cell(row[name]) for name in header] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = [header, ["-" * width for width in widths], *cells]
     return "\n".join(
@@ -71,7 +71,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

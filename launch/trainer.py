@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from clapping_ds.link.traffic import Traffic
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from launch.data import Windows, tokens
 from launch.gpt import GPTConfig, pipeline
 
@@ -80,7 +80,7 @@ class RunResult:
             for step, loss, sent in self.validations:
                 print(f"step {step}: validation loss {loss:.4f}, {sent / 1e6:.1f} MB sent")
             if self.report:
-                print(table(self.report))
+                print(format_table(self.report))
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clapping_ds.link.groups import rank
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from clapping_ds.run import prepare_script, run_prepared_script
 from clapping_ds.stage import state_file
 from patches import megatron_lm_checkpoints
@@ -90,7 +90,7 @@ class Compression:
         """On the first rank: what this rank sent. No communication: the script may have ended it."""
         rows = [] if self.pipeline is None else self.pipeline.clapping_sent()
         if self.is_first_rank and rows:
-            print(f"clapping, sent by rank 0:\n{table(rows)}", flush=True)
+            print(f"clapping, sent by rank 0:\n{format_table(rows)}", flush=True)
 
 
 def _arguments() -> Any:

@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.files import RESULTS, write_results
 from clapping_ds.codecs import Context, Quantizer
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 
 COMMIT = "95a0f2ec00e6cf520ed0c74c02f17d09def2f8d4"
 SHAPES = ((4, 512, 1024), (8, 128, 128))
@@ -267,7 +267,7 @@ def main() -> None:
     if commit != COMMIT:
         print(f"AC-SGD: expected commit {COMMIT}, found {commit}", file=sys.stderr)
     rows = compared(options.checkout, options.repeats)
-    print(table(rows))
+    print(format_table(rows))
     write_results(options.results / "ac_sgd", rows, {"AC-SGD commit": commit, "repeats": options.repeats})
     print(f"written to {options.results}: ac_sgd.csv, ac_sgd.json")
 

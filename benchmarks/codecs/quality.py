@@ -29,7 +29,7 @@ from benchmarks.codecs.peers import peers
 from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_results
 from clapping_ds.codecs import CODECS, AnyCodec, Context
 from clapping_ds.codecs.grouped import GroupedCodec
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 
 SCALES = ("unbiased", "least_squares")
 CONFIGURATIONS: list[dict[str, Any]] = [
@@ -229,13 +229,13 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> N
     """Writes codecs.csv, codecs.png and codecs.json, and prints the table."""
     write_results(folder / "codecs", rows, facts)
     plot(folder / "codecs.csv", folder / "codecs.png")
-    print(table([_shown(row, " error") for row in rows]))
-    print(table([_shown(row, " cosine") for row in rows]))
-    print(table([_shown(row, " GB/s", " of copy") for row in rows]))
+    print(format_table([_show(row, " error") for row in rows]))
+    print(format_table([_show(row, " cosine") for row in rows]))
+    print(format_table([_show(row, " GB/s", " of copy") for row in rows]))
     print(f"written to {folder}: codecs.csv, codecs.json, codecs.png")
 
 
-def _shown(row: dict[str, Any], *endings: str) -> dict[str, Any]:
+def _show(row: dict[str, Any], *endings: str) -> dict[str, Any]:
     """The codec, its bits and the figures whose names end so."""
     return {name: row[name] for name in row if name.endswith(("codec", "bits per value", *endings))}
 

@@ -32,7 +32,7 @@ from benchmarks.files import RESULTS, provenance, write_csv, write_json
 from benchmarks.kernels import speed
 from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
 from benchmarks.kernels.variants import Variant, variants
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 
 WIDE_BYTES = 16
 SMALL_BYTES_PER_VALUE = 1 / 16
@@ -156,7 +156,7 @@ def static_report(only: str, folder: Path) -> int:
         rows.append(row(code))
         print(f"{code.variant.label} {code.target.arch}: {rows[-1]['faults'] or 'ok'}", file=sys.stderr)
     shown = [{name: cell for name, cell in line.items() if name not in ("faults", "notes")} for line in rows]
-    print(table(shown))
+    print(format_table(shown))
     for line in rows:
         for text in filter(None, (line["faults"], line["notes"])):
             print(f"{line['kernel']} {line['target']}: {text}")
@@ -171,7 +171,7 @@ def speed_report(only: str, folder: Path) -> int:
         print("no CUDA device here: only --static works")
         return 2
     rows = speed.rows(only)
-    print(table(rows))
+    print(format_table(rows))
     if not only:
         write(rows, folder, "kernels_speed")
     return int(any(line["wrong"] for line in rows))

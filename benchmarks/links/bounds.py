@@ -3,7 +3,7 @@
 from itertools import accumulate, pairwise
 
 from benchmarks.links.timeline import Link, Stage, Step, work_s
-from clapping_ds.autotune.depth import hiding_depth
+from clapping_ds.autotune.depth import find_hiding_depth
 
 TOLERANCE = 0.05
 """As `clapping_ds.autotune.decision` has it."""
@@ -44,7 +44,7 @@ def automatic_depth(step: Step) -> int:
     stage_s = max(work_s(step, stage_id) for stage_id in range(num_links + 1)) / num_slots
     transfers_s = [max(sums) / num_slots / link.bytes_per_s for link in step.links]
     delays_s = [sum(sums) / num_slots / link.bytes_per_s + 2 * link.latency_s for link in step.links]
-    depth = hiding_depth(stage_s, max([stage_s, *transfers_s]), delays_s, TOLERANCE)
+    depth = find_hiding_depth(stage_s, max([stage_s, *transfers_s]), delays_s, TOLERANCE)
     return min(num_slots, depth)
 
 

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.links.timeline import Link, Stage, Step, slot_bytes
 from clapping_ds import ClappingConfig
-from clapping_ds.autotune.depth import num_warmup
+from clapping_ds.autotune.depth import count_warmup
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import Plan
 
@@ -186,7 +186,7 @@ class Case:
         layers = self.model.layers_per_stage(self.num_stages)
         found = []
         for stage_id, parameters in enumerate(self.model.parameters_per_stage(self.num_stages)):
-            stored = num_warmup(self.num_micro_batches, self.num_stages, stage_id, in_flight)
+            stored = count_warmup(self.num_micro_batches, self.num_stages, stage_id, in_flight)
             ends = 2 * ((stage_id > 0) + (stage_id < self.num_stages - 1)) if self.plan.holds_memory else 0
             messages = stored * layers[stage_id] + self.num_micro_batches * ends
             weights = BYTES_PER_PARAMETER * parameters / self.model.gpus_per_stage

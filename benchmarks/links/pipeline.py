@@ -34,7 +34,7 @@ from benchmarks.links.network import (
 )
 from benchmarks.links.rows import Compute, compared, plot, shown, timing, traffic
 from benchmarks.training.compare import STOCK, block
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from launch.gpt import GPTConfig
 
 RUNS: dict[str, dict[str, Any] | None] = {
@@ -230,7 +230,7 @@ def main() -> None:
     with open_network() as network:
         for new in grid(network, size):
             rows += new
-            print(table([shown(row) for row in new]), flush=True)
+            print(format_table([shown(row) for row in new]), flush=True)
     report(rows, size, options.results)
 
 

@@ -29,8 +29,8 @@ from benchmarks.links.cases import (
     Model,
 )
 from benchmarks.links.timeline import Step, Timeline, simulate
-from clapping_ds.autotune.depth import num_warmup
-from clapping_ds.report import table
+from clapping_ds.autotune.depth import count_warmup
+from clapping_ds.report import format_table
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256)
 REPLICAS = (1, 8)
@@ -87,7 +87,7 @@ def _figures(case: Case, step: Step, tried: dict[int, Timeline], replicas: int) 
         "bits_per_value": case.mean_bits,
         "micro_batches": case.num_micro_batches,
         "in_flight": in_flight,
-        "stored": num_warmup(case.num_micro_batches, case.num_stages, 0, in_flight),
+        "stored": count_warmup(case.num_micro_batches, case.num_stages, 0, in_flight),
         "memory_gb": memory_bytes / 1e9,
         "fits": memory_bytes <= GPU_MEMORY_BYTES,
         "step_s": step_s,
@@ -183,7 +183,7 @@ def printed(rows: Sequence[Row]) -> str:
             "over overlap": f"{gains[0]:.2f} to {gains[-1]:.2f}",
         })  # fmt: skip
     without = [{name: value for name, value in row.items() if name not in hidden} for row in shown]
-    return f"{table(without)}\n\n{table(counts)}"
+    return f"{format_table(without)}\n\n{format_table(counts)}"
 
 
 def report(folder: Path) -> None:

@@ -31,7 +31,7 @@ from benchmarks.files import RESULTS, read_csv, write_csv
 from benchmarks.links import plan
 from benchmarks.links.bounds import bound_s
 from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from clapping_ds.stage.sampling import Coin
 
 MOST_WRONG = 0.10
@@ -50,7 +50,7 @@ def measured_step(row: Mapping[str, str]) -> Step:
     )
     buffer_bytes = float(row.get("buffer_bytes") or SOCKET_BUFFER_BYTES)
     link = Link(float(row["bandwidth_bytes_per_s"]), float(row["latency_s"]), buffer_bytes)
-    fresh = Coin(float(row["fresh_share"]), "cycle", seed=0).fresh(1, int(row["micro_batches"]))
+    fresh = Coin(float(row["fresh_share"]), "cycle", seed=0).toss(1, int(row["micro_batches"]))
     messages = tuple(float(row["key_bytes"] if is_fresh else row["delta_bytes"]) for is_fresh in fresh)
     return Step(stages, (link,) * (num_stages - 1), messages, messages, float(row["overhead_s"]))
 
@@ -80,7 +80,7 @@ def check(folder: Path) -> bool:
         return True
     rows = [check_row(row) for row in read_csv(source)]
     write_csv(folder / "simulate_check.csv", rows)
-    print(table(rows))
+    print(format_table(rows))
     wrong = [row["run"] for row in rows if abs(row["predicted/measured"] - 1) > MOST_WRONG]
     print(f"{len(rows) - len(wrong)} of {len(rows)} within {MOST_WRONG:.0%}", *wrong, sep="\n  off: ")
     return not wrong

@@ -130,7 +130,7 @@ def our_operations(
     num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int
 ) -> Iterator[Operation]:
     """`clapping_ds.autotune.depth` with the messages around it."""
-    for name, slot in depth.order(num_micro_batches, num_stages, stage_id, in_flight):
+    for name, slot in depth.order_work(num_micro_batches, num_stages, stage_id, in_flight):
         is_forward = name == "forward"
         direction = "activations" if is_forward else "gradients"
         from_previous, from_next = stage_id > 0, stage_id < num_stages - 1

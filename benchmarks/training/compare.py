@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import clapping_ds
 from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_csv, write_results
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from launch.pretrain_gpt import start_distributed
 from launch.trainer import RunConfig, RunResult, train
 
@@ -140,7 +140,7 @@ def report(results: dict[str, RunResult], run: RunConfig, folder: Path) -> None:
     write_results(folder / "comparison", rows, {"steps": run.steps, "seed": run.seed, "gpt": vars(run.gpt)})
     write_csv(folder / "curves.csv", curves(results, raw_bytes, run.steps))
     plot(folder / "curves.csv", folder / "comparison.png")
-    print(table(rows))
+    print(format_table(rows))
     print(f"written to {folder}: comparison.csv, curves.csv, comparison.png, comparison.json")
 
 

@@ -20,7 +20,7 @@ from torch.distributed.run import main as torchrun
 
 from benchmarks.files import RESULTS, write_results
 from benchmarks.training.compare import block, raw_bytes_of, row
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 from launch.trainer import RunResult
 
 STOCK = "stock Megatron-Core"
@@ -75,7 +75,7 @@ def report(results: dict[str, RunResult], run: dict[str, Any], folder: Path) -> 
     raw_bytes = raw_bytes_of(results)
     rows = [row(name, result, raw_bytes) for name, result in results.items()]
     write_results(folder / "megatron", rows, {"megatron-core": version("megatron-core"), "run": run})
-    print(table(rows))
+    print(format_table(rows))
     print(f"written to {folder}: megatron.csv, megatron.json")
 
 

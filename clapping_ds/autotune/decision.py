@@ -17,11 +17,11 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from clapping_ds.autotune.depth import hiding_depth, num_warmup
+from clapping_ds.autotune.depth import count_warmup, find_hiding_depth
 from clapping_ds.codecs import AnyCodec, Raw
 from clapping_ds.codecs.base import STRICT
 from clapping_ds.config import ClappingConfig, CodecConfig, LazyConfig
-from clapping_ds.report import table
+from clapping_ds.report import format_table
 
 
 class Speed(NamedTuple):
@@ -112,7 +112,7 @@ class Decision(BaseModel):
             }
             for choice in self.choices
         ]
-        return table(rows)
+        return format_table(rows)
 
     def advice(self, is_lazy: bool) -> str:
         """What to do where no link needs what was configured. is_lazy: samples are replayed."""
@@ -145,25 +145,25 @@ def decide(measured: Sequence[Measured], config: ClappingConfig, num_micro_batch
     """The decision for a pipeline, from what the ranks of all its replicas measured."""
     compute_s = max(rank.compute_s for rank in measured)
     num_stages = 1 + max(rank.stage_id for rank in measured)
-    directions = _slowest(direction for rank in measured for direction in rank.sent)
+    directions = _merge_replicas(direction for rank in measured for direction in rank.sent)
     chosen = [_choose(direction, config, compute_s, num_micro_batches) for direction in directions]
     in_flight = config.in_flight
     if in_flight == "auto":
         in_flight = 0
         if config.overlap:
             depth = _depth(directions, chosen, config, compute_s, num_stages)
-            in_flight = _affordable(min(depth, num_micro_batches), measured, num_stages, num_micro_batches)
+            in_flight = _limit_depth(min(depth, num_micro_batches), measured, num_stages, num_micro_batches)
     choices = [
         _choice(direction, candidate, config) for direction, candidate in zip(directions, chosen, strict=True)
     ]
     return Decision(num_stages=num_stages, in_flight=in_flight, stage_ms=compute_s * 1e3, choices=choices)
 
 
-def memory_notice(decision: Decision, measured: Sequence[Measured], num_micro_batches: int) -> str:
+def describe_memory(decision: Decision, measured: Sequence[Measured], num_micro_batches: int) -> str:
     """What the depth costs, in words."""
     first = max((rank for rank in measured if rank.stage_id == 0), key=lambda rank: rank.stored_bytes)
-    stock = num_warmup(num_micro_batches, decision.num_stages, 0, 0)
-    ours = num_warmup(num_micro_batches, decision.num_stages, 0, decision.in_flight)
+    stock = count_warmup(num_micro_batches, decision.num_stages, 0, 0)
+    ours = count_warmup(num_micro_batches, decision.num_stages, 0, decision.in_flight)
     more_mib = (ours - stock) * first.stored_bytes / 2**20
     return (
         f"in_flight = {decision.in_flight}: stage 0 stores up to {ours} micro-batches instead of {stock}, "
@@ -176,7 +176,7 @@ def first_stage(link: str) -> int:
     return int(link.split("-")[0])
 
 
-def _slowest(directions: Iterable[Direction]) -> list[Direction]:
+def _merge_replicas(directions: Iterable[Direction]) -> list[Direction]:
     """One entry per link and direction: of its replicas, the slowest link and the slowest codecs."""
     merged: dict[tuple[str, str], Direction] = {}
     for new in directions:
@@ -224,15 +224,15 @@ def _step_s(
     if sampling.refresh == "step":
         of_keys, of_deltas = (with_messages_of(n) for n in (candidate.key_bytes, candidate.delta_bytes))
         return sampling.p_new * of_keys + (1 - sampling.p_new) * of_deltas
-    return with_messages_of(mean_bytes(candidate, sampling))
+    return with_messages_of(average_bytes(candidate, sampling))
 
 
-def mean_bytes(candidate: Candidate, sampling: LazyConfig) -> float:
+def average_bytes(candidate: Candidate, sampling: LazyConfig) -> float:
     """Of a message, fresh or not."""
     return sampling.p_new * candidate.key_bytes + (1 - sampling.p_new) * candidate.delta_bytes
 
 
-def _largest_bytes(candidate: Candidate, sampling: LazyConfig) -> int:
+def _find_largest_bytes(candidate: Candidate, sampling: LazyConfig) -> int:
     return candidate.key_bytes if sampling.p_new == 1 else max(candidate.key_bytes, candidate.delta_bytes)
 
 
@@ -247,17 +247,19 @@ def _depth(
     largest: a key may come at any time."""
     period_s, delays_s = compute_s, [0.0] * (num_stages - 1)
     for direction, candidate in zip(directions, chosen, strict=True):
-        period_s = max(period_s, mean_bytes(candidate, config.sampling) / direction.speed.bytes_per_s)
-        largest_s = _largest_bytes(candidate, config.sampling) / direction.speed.bytes_per_s
+        period_s = max(period_s, average_bytes(candidate, config.sampling) / direction.speed.bytes_per_s)
+        largest_s = _find_largest_bytes(candidate, config.sampling) / direction.speed.bytes_per_s
         delays_s[first_stage(direction.link)] += largest_s + direction.speed.latency_s + candidate.codec_s
-    return hiding_depth(compute_s, period_s, delays_s, tolerance=0.05)
+    return find_hiding_depth(compute_s, period_s, delays_s, tolerance=0.05)
 
 
-def _affordable(in_flight: int, measured: Sequence[Measured], num_stages: int, num_micro_batches: int) -> int:
+def _limit_depth(
+    in_flight: int, measured: Sequence[Measured], num_stages: int, num_micro_batches: int
+) -> int:
     """The largest depth up to `in_flight` whose additional activations fit into half of what is free."""
 
     def fits(depth: int, rank: Measured) -> bool:
-        stock, ours = (num_warmup(num_micro_batches, num_stages, rank.stage_id, d) for d in (0, depth))
+        stock, ours = (count_warmup(num_micro_batches, num_stages, rank.stage_id, d) for d in (0, depth))
         return rank.free_bytes is None or (ours - stock) * rank.stored_bytes <= rank.free_bytes / 2
 
     return max(depth for depth in range(in_flight + 1) if all(fits(depth, rank) for rank in measured))
@@ -272,5 +274,5 @@ def _choice(direction: Direction, candidate: Candidate, config: ClappingConfig) 
         mbit_per_s=direction.speed.bytes_per_s * 8 / 1e6,
         latency_ms=direction.speed.latency_s * 1e3,
         raw_ms=direction.raw_bytes / bytes_per_ms,
-        compressed_ms=mean_bytes(candidate, config.sampling) / bytes_per_ms,
+        compressed_ms=average_bytes(candidate, config.sampling) / bytes_per_ms,
     )

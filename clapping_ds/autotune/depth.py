@@ -16,14 +16,14 @@ from typing import Literal
 Work = tuple[Literal["forward", "backward"], int]
 
 
-def num_warmup(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> int:
+def count_warmup(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> int:
     """Forwards before the first backward: how many micro-batches a stage stores at most."""
     return min(num_micro_batches, 1 + (num_stages - 1 - stage_id) * (1 + in_flight))
 
 
-def order(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> Iterator[Work]:
+def order_work(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> Iterator[Work]:
     """What a stage computes, in order: every micro-batch forward and backward, both ascending."""
-    warmup = num_warmup(num_micro_batches, num_stages, stage_id, in_flight)
+    warmup = count_warmup(num_micro_batches, num_stages, stage_id, in_flight)
     for micro_batch in range(warmup):
         yield "forward", micro_batch
     for micro_batch in range(num_micro_batches):
@@ -32,7 +32,7 @@ def order(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int
             yield "forward", micro_batch + warmup
 
 
-def hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], tolerance: float) -> int:
+def find_hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], tolerance: float) -> int:
     """The smallest `in_flight` with which the links' delays do not hold up the pipeline.
 
     compute_s   forward and backward of one micro-batch on the slowest stage

@@ -33,9 +33,9 @@ class Passes:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Around every pass of a step that is timed. Waits for the device before and after."""
-        start = _now_s(self.device)
+        start = _read_clock_s(self.device)
         yield
-        self._step_s += _now_s(self.device) - start
+        self._step_s += _read_clock_s(self.device) - start
 
     def end_step(self, num_micro_batches: int) -> None:
         if self._step_s:
@@ -59,7 +59,7 @@ class Passes:
         self.stored_bytes = max(self.stored_bytes, sum(stored.values()))
 
 
-def candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> list[Candidate]:
+def list_candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> list[Candidate]:
     """What the last message of a channel would cost with each codec that the channel may get. plan: as
     configured."""
     if links is None:
@@ -90,10 +90,10 @@ def _codec_s(plan: Plan, spec: Spec, channel: Channel) -> float:
     context = Context(memory, memory is not None, 0, state, channel.compiles)
 
     def once() -> float:
-        start = _now_s(device)
+        start = _read_clock_s(device)
         codec.encode_(value, payload, context)
         codec.decode_(payload, value, context)
-        return _now_s(device) - start
+        return _read_clock_s(device) - start
 
     once()  # kernels are compiled
     return min(once() for _ in range(3))
@@ -154,7 +154,7 @@ def _get(wire: Wire, num_bytes: int) -> torch.Tensor:
     return start
 
 
-def _now_s(device: torch.device) -> float:
+def _read_clock_s(device: torch.device) -> float:
     """Once the device has done what was asked of it so far."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

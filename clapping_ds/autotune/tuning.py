@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from clapping_ds.autotune.decision import Decision, Direction, Measured, Speed, decide, memory_notice
-from clapping_ds.autotune.measurement import Passes, candidates, probe
+from clapping_ds.autotune.decision import Decision, Direction, Measured, Speed, decide, describe_memory
+from clapping_ds.autotune.measurement import Passes, list_candidates, probe
 from clapping_ds.link.groups import gather, rank
 from clapping_ds.link.wire import Wire
 from clapping_ds.stage.endpoint import (
@@ -84,7 +84,7 @@ class Tuning:
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
         advice = "" if links is None else decision.advice(is_lazy=self.config.sampling.p_new < 1)
-        return f"{decision.describe()}\n{memory_notice(decision, measured, num_micro_batches)}{advice}"
+        return f"{decision.describe()}\n{describe_memory(decision, measured, num_micro_batches)}{advice}"
 
     def _adopt(self, decision: Decision) -> None:
         """What the configuration leaves open and no checkpoint has settled."""
@@ -105,7 +105,7 @@ class Tuning:
         for end, speed in speeds.items():
             channel = self.stage.channels[end]
             raw_bytes = sum(spec.nbytes for spec in channel.specs)
-            options = candidates(channel, self.config.plan(end.direction), self.config.links)
+            options = list_candidates(channel, self.config.plan(end.direction), self.config.links)
             sent.append(Direction(channel.link, channel.direction, raw_bytes, speed, options))
         return Measured(
             self.stage.stage_id, self.passes.per_micro_batch_s, self.passes.stored_bytes, free_bytes, sent

@@ -18,7 +18,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def padded(num_bytes: int) -> int:
+def pad_nbytes(num_bytes: int) -> int:
     """`num_bytes` rounded up to whole sections, so that each section starts 16-byte aligned."""
     return ceil_div(num_bytes, SECTION_ALIGNMENT_BYTES) * SECTION_ALIGNMENT_BYTES
 

@@ -3,16 +3,16 @@
 A family of such codecs (`quant`, `eden`, `float8`) is a pair of small functions, given twice, for Triton
 in `kernels` and in plain torch in `reference`:
 
-    encoded(y, count, noise, CONSTANTS)    codes, and the scale of each group of `count` values
-    level(code, CONSTANTS)                 what a code stands for, in units of the scale
+    encode_groups(y, count, noise, CONSTANTS)   codes, and the scale of each group of `count` values
+    decode_level(code, CONSTANTS)               what a code stands for, in units of the scale
 
 For the groups x = fp32(v - base) of a tensor:
 
     u = x * 2^-e          e: exponent of the group's largest magnitude, so that 1 <= max|u| < 2
     y = u, or H(s * u)    with random signs s and the Hadamard matrix H of the group (unnormalised)
-    code, scale = encoded(y)
+    code, scale = encode_groups(y)
     h = scale * 2^e       (with H: over the size S of the group), stored in bfloat16
-    D = level(code) * h   or s * H(level(code) * h)
+    D = decode_level(code) * h, or s * H(decode_level(code) * h)
     m <- base + D
 
 A level has at most 8 significant bits and so has h: their product is exact in fp32, additions have a
@@ -33,7 +33,7 @@ from typing import ClassVar
 import torch
 from pydantic import BaseModel
 
-from clapping_ds.codecs.base import STRICT, Context, GroupSize, ceil_div, padded
+from clapping_ds.codecs.base import STRICT, Context, GroupSize, ceil_div, pad_nbytes
 from clapping_ds.codecs.reference import grouped_reference
 from clapping_ds.codecs.reference.grouped_reference import Scheme
 
@@ -54,13 +54,13 @@ class GroupedCodec(BaseModel):
 
     @staticmethod
     def family(on_gpu: bool) -> ModuleType:
-        """The module with this family's `encoded` and `level`: for Triton, or in plain torch."""
+        """The module with this family's `encode_groups` and `decode_level`: for Triton, or in plain torch."""
         raise NotImplementedError
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Codes of whole words, 2 bytes per group, padded to 16."""
         codes_nbytes, num_groups = self._sizes(torch.Size(shape).numel())
-        return padded(codes_nbytes + 2 * num_groups)
+        return pad_nbytes(codes_nbytes + 2 * num_groups)
 
     def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
         return None

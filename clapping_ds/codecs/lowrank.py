@@ -23,9 +23,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import BaseModel, Field
 
-from clapping_ds.codecs.base import STRICT, Context, padded
+from clapping_ds.codecs.base import STRICT, Context, pad_nbytes
 from clapping_ds.codecs.reference import lowrank_reference
-from clapping_ds.codecs.reference.numerics_reference import differences
+from clapping_ds.codecs.reference.numerics_reference import subtract_base
 
 LARGEST = 2.0**96
 SMALLEST = 2.0**-100
@@ -44,7 +44,7 @@ class LowRank(BaseModel):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """2 * rank * (N + D), padded to 16."""
         rank, num_rows, num_columns = self._sizes(shape)
-        return padded(2 * rank * (num_rows + num_columns))
+        return pad_nbytes(2 * rank * (num_rows + num_columns))
 
     def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """bfloat16 [r, D]: the right factor that the first message starts from."""
@@ -55,7 +55,7 @@ class LowRank(BaseModel):
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         left_RN, right_RD, padding = self._sections(payload, value.shape)
         assert context.state is not None
-        x_ND, _, finite_N = differences(value, context.base, left_RN.shape[1], right_RD.shape[1])
+        x_ND, _, finite_N = subtract_base(value, context.base, left_RN.shape[1], right_RD.shape[1])
         factor(x_ND, finite_N, context.state, left_RN, right_RD)
         self._apply_(left_RN, right_RD, value, None, context)
         padding.zero_()

@@ -44,7 +44,7 @@ class Quantizer(GroupedCodec):
     where rounding is stochastic. `sign` always takes the mean."""
 
     @model_validator(mode="after")
-    def _options_fit(self) -> Self:
+    def _check_options(self) -> Self:
         if self.name == "sign":
             for field in ("rotate", "stochastic", "scale"):
                 if getattr(self, field):

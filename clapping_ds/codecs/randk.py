@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, Field
 
-from clapping_ds.codecs.base import STRICT, Context, ceil_div, check_block, padded, power_of_two
+from clapping_ds.codecs.base import STRICT, Context, ceil_div, check_block, pad_nbytes, power_of_two
 from clapping_ds.codecs.reference import randk_reference
 from clapping_ds.codecs.reference.randk_reference import Selection
 
@@ -51,7 +51,7 @@ class RandK(BaseModel):
         Raises ValueError for a tensor smaller than one block.
         """
         check_block(self.name, self.block, shape)
-        return padded(self._num_bytes(torch.Size(shape).numel()))
+        return pad_nbytes(self._num_bytes(torch.Size(shape).numel()))
 
     def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
         return None

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel
 
-from clapping_ds.codecs.base import STRICT, Context, padded
+from clapping_ds.codecs.base import STRICT, Context, pad_nbytes
 from clapping_ds.codecs.reference import raw_reference
 
 
@@ -27,7 +27,7 @@ class Raw(BaseModel):
     name: Literal["none"] = "none"
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return padded(torch.Size(shape).numel() * dtype.itemsize)
+        return pad_nbytes(torch.Size(shape).numel() * dtype.itemsize)
 
     def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
         return None

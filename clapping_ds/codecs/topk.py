@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, Field
 
-from clapping_ds.codecs.base import STRICT, Context, ceil_div, check_block, padded, power_of_two
+from clapping_ds.codecs.base import STRICT, Context, ceil_div, check_block, pad_nbytes, power_of_two
 from clapping_ds.codecs.reference import topk_reference
 from clapping_ds.codecs.reference.topk_reference import Sections, Selection
 
@@ -54,7 +54,7 @@ class TopK(BaseModel):
         """
         num_values = torch.Size(shape).numel()
         check_block(self.name, self.block, shape)
-        return padded(self._ends(num_values)[2])
+        return pad_nbytes(self._ends(num_values)[2])
 
     def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
         return None

@@ -21,7 +21,7 @@ from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Context, Raw
 from clapping_ds.config import Plan
 from clapping_ds.link import verification
 from clapping_ds.link.message import Held, Message, Part, Spec, Wire
-from clapping_ds.link.seeds import random_word
+from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.link.verification import Header, VerificationError
 
@@ -145,11 +145,11 @@ class Channel:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
         self.traffic = Traffic(**state["traffic"])
         self.held = {
-            slot: {index: self._loaded(saved) for index, saved in tensors.items()}
+            slot: {index: self._load_held(saved) for index, saved in tensors.items()}
             for slot, tensors in state["held"].items()
         }
 
-    def _loaded(self, saved: dict[str, Any]) -> Held:
+    def _load_held(self, saved: dict[str, Any]) -> Held:
         held = self._new(Spec(*saved["spec"]))
         for name in ("memory", "key_state", "delta_state"):
             if saved[name] is not None:
@@ -160,7 +160,7 @@ class Channel:
         with _on_device(part.context, value.device) as context:
             part.codec.encode_(value, section, context)
             if self.measures_error and part.codec is not RAW:
-                received = _reconstruction(part.codec, value, section, context)
+                received = _reconstruct(part.codec, value, section, context)
                 self.traffic.count_error(value, received)
 
     @contextmanager
@@ -209,7 +209,7 @@ class Channel:
         context = Context(
             memory=held.memory,
             carry=held.memory is not None and (is_delta or plan.carries),
-            seed=random_word(self.seed, self.step, slot, index),
+            seed=draw_word(self.seed, self.step, slot, index),
             state=held.delta_state if is_delta else held.key_state,
             compiles=self.compiles,
         )
@@ -242,9 +242,7 @@ def _on_device(context: Context, device: torch.device) -> Iterator[Context]:
         context.memory.copy_(visiting)
 
 
-def _reconstruction(
-    codec: Codec, value: torch.Tensor, section: torch.Tensor, context: Context
-) -> torch.Tensor:
+def _reconstruct(codec: Codec, value: torch.Tensor, section: torch.Tensor, context: Context) -> torch.Tensor:
     """What the receiver will compute with."""
     if isinstance(codec, Raw):
         return value

@@ -33,14 +33,14 @@ def make_peers(
         following = stage + 1
         for ranks in pipelines if places[stage] != places[following] else []:
             ends = ranks[places[stage]], ranks[places[following]]
-            groups = direction_groups(ends, device, timeout_s)
+            groups = make_direction_groups(ends, device, timeout_s)
             if rank() in ends:
                 peers[stage, following] = Peer(ends[1], *groups)
                 peers[following, stage] = Peer(ends[0], *groups)
     return peers
 
 
-def direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: float) -> tuple[Any, Any]:
+def make_direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: float) -> tuple[Any, Any]:
     """A process group from the first to the second of two global ranks, and one back. A collective of all
     ranks, also of those at neither end.
 
@@ -54,7 +54,7 @@ def direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: flo
     there, back = (dist.new_group(list(ends), timedelta(seconds=timeout_s)) for _ in range(2))
     if rank() in ends:
         for group, (source, target) in ((there, ends), (back, ends[::-1])):
-            byte = torch.zeros(1, dtype=torch.uint8, device=carrier_of(group, device))
+            byte = torch.zeros(1, dtype=torch.uint8, device=find_carrier(group, device))
             if rank() == source:
                 dist.send(byte, dst=target, group=group)
             else:
@@ -62,7 +62,7 @@ def direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: flo
     return there, back
 
 
-def carrier_of(group: Any, device: torch.device) -> torch.device:
+def find_carrier(group: Any, device: torch.device) -> torch.device:
     """Where a process group reads and writes bytes."""
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
 
@@ -72,12 +72,12 @@ def rank() -> int:
     return dist.get_rank()
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """Number of all ranks."""
     return dist.get_world_size()
 
 
-def group_ranks(group: Any) -> list[int]:
+def get_group_ranks(group: Any) -> list[int]:
     """The global ranks of a process group, in its order. None: the default group."""
     return dist.get_process_group_ranks(group)
 
@@ -96,6 +96,6 @@ def all_agree(answers: Sequence[bool], device: torch.device) -> list[bool]:
 
 def gather(item: Any) -> list[Any]:
     """What every rank passed, in the order of ranks. A collective of all ranks."""
-    items: list[Any] = [None] * world_size()
+    items: list[Any] = [None] * get_world_size()
     dist.all_gather_object(items, item)
     return items

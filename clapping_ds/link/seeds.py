@@ -11,7 +11,7 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def random_word(seed: int, *counters: int) -> int:
+def draw_word(seed: int, *counters: int) -> int:
     """A 64-bit number that depends on nothing but the arguments."""
     word = seed
     for counter in counters:

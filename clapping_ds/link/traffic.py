@@ -54,7 +54,7 @@ class Traffic:
         return (self.error_square / self.value_square) ** 0.5 if self.value_square else None
 
 
-def total(traffics: Iterable[Traffic]) -> Traffic:
+def add_up(traffics: Iterable[Traffic]) -> Traffic:
     """The sum of several channels' counters."""
     parts = list(traffics)
     return Traffic(**{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Traffic)})

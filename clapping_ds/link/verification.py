@@ -11,10 +11,10 @@ from zlib import crc32
 
 import torch
 
-from clapping_ds.codecs.base import padded
+from clapping_ds.codecs.base import pad_nbytes
 
 MAGIC = 0x636C617070696E67  # "clapping"
-NBYTES = padded(6 * 8)
+NBYTES = pad_nbytes(6 * 8)
 
 
 class VerificationError(RuntimeError):

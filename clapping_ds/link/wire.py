@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import carrier_of
+from clapping_ds.link.groups import find_carrier
 
 
 class Pending(NamedTuple):
@@ -45,7 +45,7 @@ class Wire:
         self.group = group
         self.most_pending = most_pending
         self.overlaps = overlaps
-        self.carrier = carrier_of(group, device)
+        self.carrier = find_carrier(group, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # State
         self.payloads = Buffers(device)

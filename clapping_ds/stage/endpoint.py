@@ -17,7 +17,7 @@ from clapping_ds.config import ClappingConfig, Plan
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.groups import Peer
 from clapping_ds.link.message import Spec
-from clapping_ds.link.seeds import random_word
+from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.wire import Wire
 from clapping_ds.stage.sampling import LazySampler
 
@@ -177,7 +177,7 @@ class Endpoint:
         }
         return {"sampler": self.sampler.state_dict(), "channels": channels}
 
-    def saved_plans(self, state: Mapping[str, Any]) -> dict[End, Plan] | None:
+    def match_plans(self, state: Mapping[str, Any]) -> dict[End, Plan] | None:
         """The plans that a state's channels had; None if this configuration does not allow them."""
         saved = state["channels"]
         if set(saved) != {str(end) for end in self.channels}:
@@ -215,5 +215,5 @@ class Endpoint:
     def _channel(self, end: End, plan: Plan) -> Channel:
         """A new end of a channel, with its wire."""
         config, link = self.config, end.link(self.stage_id)
-        seed = random_word(config.seed, self.replica, link, end.direction == "gradients")
+        seed = draw_word(config.seed, self.replica, link, end.direction == "gradients")
         return Channel(plan, link, end.direction, self.wires[end], seed, config.verify, config.compile)

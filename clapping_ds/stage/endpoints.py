@@ -14,7 +14,7 @@ from clapping_ds import report
 from clapping_ds.config import ClappingConfig
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.groups import all_agree, gather, make_peers, rank
-from clapping_ds.link.traffic import Traffic, total
+from clapping_ds.link.traffic import Traffic, add_up
 from clapping_ds.stage.endpoint import Endpoint
 from clapping_ds.stage.handshake import check_equal
 from clapping_ds.stage.sampling import Coin
@@ -94,12 +94,12 @@ class Endpoints:
         drawn is used when the step is tried again. Raises ValueError on every rank for shapes that are
         refused: what was drawn is dropped.
         """
-        fresh = self._tossed(num_slots)
+        fresh = self._toss(num_slots)
         draws = list(zip(self.stages, next_batches, strict=True))
         drawn = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
         has_data = all(drawn)
         if any(fresh):
-            is_one_shape = all(len(stage.sampler.shapes()) <= 1 for stage in self.stages)
+            is_one_shape = all(len(stage.sampler.list_shapes()) <= 1 for stage in self.stages)
             has_data, is_one_shape = all_agree([has_data, is_one_shape], self.device)
             self.shapes_differ = not is_one_shape
         if not has_data:
@@ -122,9 +122,9 @@ class Endpoints:
         for stage, next_batch in draws:
             stage.begin_step(self.step, fresh, next_batch is not None, measures_error)
 
-    def _tossed(self, num_slots: int) -> list[bool]:
+    def _toss(self, num_slots: int) -> list[bool]:
         """For each slot of the coming step, whether it is fresh."""
-        fresh = self.coin.fresh(self.step, num_slots)
+        fresh = self.coin.toss(self.step, num_slots)
         return [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
 
     def end_step(self) -> None:
@@ -146,7 +146,7 @@ class Endpoints:
     def announce(self, dtype: torch.dtype) -> None:
         """Prints, on the first rank, what the configuration will cost. dtype: of what the stages send."""
         if self.config.enabled and rank() == 0:
-            report.say(report.expectation(self.config.plans, dtype))
+            report.say(report.describe_cost(self.config.plans, dtype))
 
     @property
     def channels(self) -> Iterator[Channel]:
@@ -154,13 +154,13 @@ class Endpoints:
 
     def traffic(self) -> Traffic:
         """This rank's counters, both directions of its links together. No communication."""
-        return total(channel.traffic for channel in self.channels)
+        return add_up(channel.traffic for channel in self.channels)
 
     def sent(self) -> list[dict[str, Any]]:
         """A row for each channel through which this rank sends, with counters and memory. No
         communication."""
         ends = [(stage, end) for stage in self.stages for end in stage.channels if end.sends]
-        return [report.row(stage.channels[end]) for stage, end in ends]
+        return [report.make_row(stage.channels[end]) for stage, end in ends]
 
     def report(self) -> list[dict[str, Any]]:
         """The rows of `sent` of all ranks: one per channel and replica; the receiving end has the same. A
@@ -174,7 +174,7 @@ class Endpoints:
         memories, codec states, counters and measured links."""
         return {
             "format": FORMAT,
-            "written by": self._identity(),
+            "written by": self._identify(),
             "step": self.step,
             "num_drawn": self.num_drawn,
             "fresh": self.fresh,
@@ -195,7 +195,7 @@ class Endpoints:
         """
         state = self._checked(state)
         self.num_drawn = 0 if state is None else state["num_drawn"]
-        plans = None if state is None or not self._fits(state, num_slots) else self._saved_plans(state)
+        plans = None if state is None or not self._fits(state, num_slots) else self._match_plans(state)
         is_there, fits = all_agree([state is not None, plans is not None], self.device)
         if state is None or plans is None or not fits:
             self.forget()
@@ -230,14 +230,14 @@ class Endpoints:
 
     def _fits(self, state: Mapping[str, Any], num_slots: int | None) -> bool:
         same_slots = num_slots is None or len(state["fresh"]) == num_slots
-        return same_slots and state["written by"] == self._identity()
+        return same_slots and state["written by"] == self._identify()
 
-    def _saved_plans(self, state: Mapping[str, Any]) -> list[Any] | None:
+    def _match_plans(self, state: Mapping[str, Any]) -> list[Any] | None:
         """The plans of each stage's channels; None if one is not allowed here."""
-        plans = [stage.saved_plans(state["stages"][stage.stage_id]) for stage in self.stages]
+        plans = [stage.match_plans(state["stages"][stage.stage_id]) for stage in self.stages]
         return None if None in plans else plans
 
-    def _identity(self) -> dict[str, Any]:
+    def _identify(self) -> dict[str, Any]:
         """What a state belongs to: what the block means, however it is spelt."""
         return {
             "plans": {direction: plan.describe() for direction, plan in self.config.plans.items()},

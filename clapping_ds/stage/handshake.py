@@ -15,22 +15,22 @@ PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
 Result = TypeVar("Result")
 
 
-def agreed_config(ds_config: Mapping[str, Any], facts: Mapping[str, Any]) -> ClappingConfig:
+def agree_on_config(ds_config: Mapping[str, Any], facts: Mapping[str, Any]) -> ClappingConfig:
     """The configuration that every rank read; without a block, one that is not enabled, on every host. A
     collective of all ranks.
 
     facts   what else must be the same everywhere, by the name that an error shall have for it
     Raises ValueError on every rank, with the same text, if one rank's block is wrong or if ranks differ.
     """
-    config = on_every_rank(lambda: ClappingConfig.from_ds_config(ds_config))
-    check_equal({**dict(_flat(BLOCK_NAME, config.model_dump())), **_versions(), **facts})
+    config = check_on_every_rank(lambda: ClappingConfig.from_ds_config(ds_config))
+    check_equal({**dict(_flatten(BLOCK_NAME, config.model_dump())), **_list_versions(), **facts})
     if not config.enabled and rank() == 0:
         why = '"enabled": false' if BLOCK_NAME in ds_config else f'no "{BLOCK_NAME}" block'
         say(f"nothing is compressed ({why})")
     return config
 
 
-def on_every_rank(check: Callable[[], Result]) -> Result:
+def check_on_every_rank(check: Callable[[], Result]) -> Result:
     """What `check` returns. If it raises ValueError or OSError on any rank, every rank raises ValueError,
     with the same text. A collective of all ranks."""
     result, mistake = None, None
@@ -68,15 +68,15 @@ def _grouped(texts: Sequence[str | None]) -> list[str]:
     return lines
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}", inner)
+            yield from _flatten(f"{prefix}.{key}", inner)
     else:
         yield prefix, value
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     found = {"clapping_ds": __version__}
     for package in PACKAGES:
         try:
@@ -103,7 +103,7 @@ def refuse_tuning(config: ClappingConfig, host: str) -> None:
             "accepted: 'auto', or 0"
         )
     if config.links is not None:
-        links = config.links.model_dump(exclude_defaults=True)
+        links = config.links.model_dump(exclude_defaults=True) or "auto"
         raise ValueError(
-            f"{BLOCK_NAME}.links = {links} with {host}, whose links are not measured; accepted: null"
+            f"{BLOCK_NAME}.links = {links!r} with {host}, whose links are not measured; accepted: null"
         )

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clapping_ds.link.seeds import random_word
+from clapping_ds.link.seeds import draw_word
 
 
-def uniform(seed: int, step: int, slot: int) -> float:
+def draw_uniform(seed: int, step: int, slot: int) -> float:
     """A number in [0, 1) that depends on nothing but the arguments."""
-    return (random_word(seed, step, slot) >> 11) / (1 << 53)
+    return (draw_word(seed, step, slot) >> 11) / (1 << 53)
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Coin:
     refresh: Literal["step", "slot", "cycle"]
     seed: int
 
-    def fresh(self, step: int, num_slots: int) -> list[bool]:
+    def toss(self, step: int, num_slots: int) -> list[bool]:
         """For each slot 0 .. num_slots - 1, whether its sample is new in this step."""
         if step == 0:
             return [True] * num_slots
         if self.refresh == "step":
-            return [uniform(self.seed, step, 0) < self.p_new] * num_slots
+            return [draw_uniform(self.seed, step, 0) < self.p_new] * num_slots
         if self.refresh == "slot":
-            return [uniform(self.seed, step, slot) < self.p_new for slot in range(num_slots)]
+            return [draw_uniform(self.seed, step, slot) < self.p_new for slot in range(num_slots)]
         per_step = Fraction(repr(self.p_new)) * num_slots
         turns = range(floor((step - 1) * per_step), floor(step * per_step))
         stride = round(min(1 / self.p_new, num_slots))
@@ -95,14 +95,14 @@ class LazySampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._held, self._drawn = state["held"], []
 
-    def shapes(self) -> set[tuple[Any, ...]]:
+    def list_shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
-        return {_shapes(batch) for batch in (*self._held, *self._drawn)}
+        return {_list_shapes(batch) for batch in (*self._held, *self._drawn)}
 
 
 def _clone(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
 
 
-def _shapes(batch: Any) -> tuple[Any, ...]:
+def _list_shapes(batch: Any) -> tuple[Any, ...]:
     return tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))

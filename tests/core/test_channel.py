@@ -104,7 +104,7 @@ def test_memories_stay_equal(delta, key, base, dtype, memory):
     coin = Coin(0.5, "slot", seed=1)
     for step in range(6):
         ends.begin_step(step, 2)
-        for slot, fresh in enumerate(coin.fresh(step, 2)):
+        for slot, fresh in enumerate(coin.toss(step, 2)):
             received = ends.pass_on(slot, fresh, value_of(10 * step + slot, dtype=dtype))
             memory = ends.receiver.held[slot][0].memory
             sent_as_is = (key if fresh else delta) == "none"
@@ -138,7 +138,7 @@ def test_bytes_equal_the_formula(strategy, refresh):
     member = "codec" if strategy == "direct" else "delta"
     ends = Ends(strategy=strategy, activations={member: "int2"}, **lazy)
     coin = Coin(ends.config.sampling.p_new, ends.config.sampling.refresh, ends.config.seed)
-    tosses = [fresh for step in range(20) for fresh in enumerate(coin.fresh(step, 4))]
+    tosses = [fresh for step in range(20) for fresh in enumerate(coin.toss(step, 4))]
     for slot, fresh in tosses:
         ends.pass_on(slot, fresh, value_of(slot))
     num_fresh = sum(fresh for _, fresh in tosses)

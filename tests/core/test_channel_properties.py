@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clapping_ds import report
-from clapping_ds.codecs.base import padded
+from clapping_ds.codecs.base import pad_nbytes
 from clapping_ds.link.message import Spec
 from tests import models
 from tests.core.random_blocks import blocks, reproducible
@@ -124,7 +124,7 @@ class ChannelRun:
         """Reading changes nothing."""
         before = state_bits(self.both)
         for end in self.both:
-            report.row(end)
+            report.make_row(end)
             end.state_dict()
         assert state_bits(self.both) == before
 
@@ -198,7 +198,7 @@ class ChannelRun:
         known.sent = {(s, i): spec for (s, i), spec in known.sent.items() if s != slot or i < len(specs)}
         header = 48 if self.block["verify"] else 0
         sections = (
-            padded(spec.nbytes) if codec is None else codec.nbytes(*spec)
+            pad_nbytes(spec.nbytes) if codec is None else codec.nbytes(*spec)
             for spec, codec in zip(specs, plan, strict=True)
         )
         known.num_bytes += header + sum(sections)

@@ -13,7 +13,7 @@ from clapping_ds.autotune.decision import (
     Measured,
     Speed,
     decide,
-    memory_notice,
+    describe_memory,
 )
 from clapping_ds.codecs import Quantizer, Raw
 
@@ -115,7 +115,7 @@ def test_depth_stays_within_half_of_the_free_memory():
     slow = pipeline([0.1], latency_s=3.0, stored_bytes=100, free_bytes=600)
     decision = decide(slow, config(), 16)
     assert decision.in_flight == 3
-    assert "stage 0 stores up to 5 micro-batches instead of 2, 0.0 MiB more" in memory_notice(
+    assert "stage 0 stores up to 5 micro-batches instead of 2, 0.0 MiB more" in describe_memory(
         decision, slow, 16
     )
 

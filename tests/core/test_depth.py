@@ -5,7 +5,7 @@ import random
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from clapping_ds.autotune.depth import hiding_depth, num_warmup, order
+from clapping_ds.autotune.depth import count_warmup, find_hiding_depth, order_work
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 
 SHAPES = [(m, s) for m in (1, 2, 3, 8, 16) for s in (2, 3, 4, 8)]
@@ -28,7 +28,7 @@ def test_depth_zero_is_the_stock_order(num_micro_batches, num_stages):
 @pytest.mark.parametrize("in_flight", [0, 1, 3, 16])
 def test_every_micro_batch_goes_forward_then_backward_in_order(num_micro_batches, num_stages, in_flight):
     for stage in range(num_stages):
-        work = list(order(num_micro_batches, num_stages, stage, in_flight))
+        work = list(order_work(num_micro_batches, num_stages, stage, in_flight))
         for kind in ("forward", "backward"):
             assert [number for each, number in work if each == kind] == list(range(num_micro_batches))
         stored = most = 0
@@ -36,7 +36,7 @@ def test_every_micro_batch_goes_forward_then_backward_in_order(num_micro_batches
             stored += 1 if kind == "forward" else -1
             assert stored >= 0
             most = max(most, stored)
-        assert most == num_warmup(num_micro_batches, num_stages, stage, in_flight)
+        assert most == count_warmup(num_micro_batches, num_stages, stage, in_flight)
         schedule = InFlightSchedule(num_micro_batches, num_stages, stage, in_flight)
         assert schedule.num_pipe_buffers() == max(2, most)
 
@@ -54,12 +54,12 @@ def test_buffers_are_never_taken_twice():
 
 
 def test_depth_that_hides_a_link():
-    assert hiding_depth(1.0, 1.0, [0.0], 0) == 0
-    assert hiding_depth(1.0, 1.0, [0.01], 0.05) == 0
-    assert hiding_depth(1.0, 1.0, [0.8], 0) == 1
-    assert hiding_depth(1.0, 1.0, [2.5], 0) == 3
-    assert hiding_depth(1.0, 8.0, [16.0], 0) == 1
-    assert hiding_depth(1.0, 1.0, [0.0, 2.0, 0.0], 0) == 1, "shared with the links beside it"
+    assert find_hiding_depth(1.0, 1.0, [0.0], 0) == 0
+    assert find_hiding_depth(1.0, 1.0, [0.01], 0.05) == 0
+    assert find_hiding_depth(1.0, 1.0, [0.8], 0) == 1
+    assert find_hiding_depth(1.0, 1.0, [2.5], 0) == 3
+    assert find_hiding_depth(1.0, 8.0, [16.0], 0) == 1
+    assert find_hiding_depth(1.0, 1.0, [0.0, 2.0, 0.0], 0) == 1, "shared with the links beside it"
 
 
 def test_depth_hides_random_links():
@@ -67,8 +67,8 @@ def test_depth_hides_random_links():
     generator = random.Random(0)
     for _ in range(200):
         delays_s = [generator.expovariate(1) for _ in range(generator.randint(1, 7))]
-        depth = hiding_depth(1.0, 1.0, delays_s, 0)
+        depth = find_hiding_depth(1.0, 1.0, delays_s, 0)
         num_stages = len(delays_s) + 1
         for stage in range(num_stages):
             needed = num_stages - stage + sum(delays_s[stage:])
-            assert num_warmup(10**6, num_stages, stage, depth) >= needed
+            assert count_warmup(10**6, num_stages, stage, depth) >= needed

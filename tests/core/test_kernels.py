@@ -93,7 +93,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets CPU tensors take the GPU's path."""
     for kernel, twin in TWINS.items():
-        for name in ("encode_", "decode_", "encoded", "level", "apply_", "copy_"):
+        for name in ("encode_", "decode_", "encode_groups", "decode_level", "apply_", "copy_"):
             if hasattr(twin, name):
                 monkeypatch.setattr(twin, name, getattr(kernel, name))
 

@@ -5,7 +5,7 @@ import torch
 
 from clapping_ds import ClappingConfig, report
 from clapping_ds.link.channel import Channel
-from clapping_ds.link.traffic import Traffic, total
+from clapping_ds.link.traffic import Traffic, add_up
 from tests.core.test_channel import SHAPE, QueueWire, value_of
 
 
@@ -15,7 +15,7 @@ def config_of(**block):
 
 def test_expectation_says_what_fu_can_save():
     config = config_of(strategy="fu", activations={"delta": "int4"}, gradients={"delta": "sign"})
-    lines = report.expectation(config.plans, torch.bfloat16).splitlines()
+    lines = report.describe_cost(config.plans, torch.bfloat16).splitlines()
     assert lines[0].split()[-4:] == ["saving", "against", "16", "bit"]
     assert [line.split()[-1] for line in lines[2:]] == ["1.59x", "1.87x"]  # 16 / 10.0625, 16 / 8.5625
 
@@ -32,20 +32,20 @@ def test_relative_error_is_measured_when_asked(block, fresh, bound):
     """int4 of a Gaussian: max|x| of 128 is below 4 sigma, so the error is below 4 / 15 sigma."""
     channel = Channel(config_of(**block).plan("activations"), 0, "activations", QueueWire())
     channel.send(0, fresh, [value_of(0)])
-    assert report.row(channel)["relative_error"] is None
+    assert report.make_row(channel)["relative_error"] is None
     channel.measures_error = True
     channel.send(0, fresh, [value_of(1)])
-    error = report.row(channel)["relative_error"]
+    error = report.make_row(channel)["relative_error"]
     assert 0 <= error <= bound
     assert (error == 0) == (bound == 0)
     channel.send(0, fresh, [torch.full(SHAPE, float("nan"))])
-    assert report.row(channel)["relative_error"] == error
+    assert report.make_row(channel)["relative_error"] == error
 
 
 def test_events_are_the_figures_by_link_and_direction():
     channel = Channel(config_of(strategy="fc").plan("gradients"), 0, "gradients", QueueWire())
     channel.send(0, True, [value_of(0)])
-    events = {name: value for name, value, samples in report.events([channel], 32) if samples == 32}
+    events = {name: value for name, value, samples in report.make_events([channel], 32) if samples == 32}
     assert events["Train/Clapping/0-1/gradients/fresh_share"] == 1
     assert events["Train/Clapping/0-1/gradients/memory_bytes"] == 3 * 40 * 64 * 4
     assert (
@@ -55,10 +55,10 @@ def test_events_are_the_figures_by_link_and_direction():
 
 def test_total_adds_the_counters():
     parts = [Traffic(num_messages=2, payload_bytes=10), Traffic(num_messages=3)]
-    whole = total(parts)
+    whole = add_up(parts)
     assert (whole.num_messages, whole.payload_bytes) == (5, 10)
 
 
 def test_table_is_aligned():
-    table = report.table([{"a": 1, "long name": 0.123456}, {"a": None, "long name": "x"}])
+    table = report.format_table([{"a": 1, "long name": 0.123456}, {"a": None, "long name": "x"}])
     assert table.splitlines() == ["a  long name", "-  ---------", "1  0.1235", "-  x"]

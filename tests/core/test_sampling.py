@@ -3,39 +3,39 @@
 import pytest
 import torch
 
-from clapping_ds.stage.sampling import Coin, LazySampler, uniform
+from clapping_ds.stage.sampling import Coin, LazySampler, draw_uniform
 
 
 @pytest.mark.parametrize("refresh", ["step", "slot", "cycle"])
 def test_step_0_is_all_fresh(refresh):
-    assert Coin(0.1, refresh, seed=5).fresh(0, 6) == [True] * 6
+    assert Coin(0.1, refresh, seed=5).toss(0, 6) == [True] * 6
 
 
 def test_coin_depends_on_its_arguments_alone():
     """A change of these numbers would change every resumed run."""
-    assert [round(uniform(1234, step, 0), 6) for step in range(3)] == [0.617552, 0.66225, 0.896686]
-    assert Coin(0.5, "slot", 1).fresh(7, 8) == Coin(0.5, "slot", 1).fresh(7, 8)
-    assert uniform(1, 2, 3) != uniform(1, 3, 2) != uniform(2, 1, 3)
+    assert [round(draw_uniform(1234, step, 0), 6) for step in range(3)] == [0.617552, 0.66225, 0.896686]
+    assert Coin(0.5, "slot", 1).toss(7, 8) == Coin(0.5, "slot", 1).toss(7, 8)
+    assert draw_uniform(1, 2, 3) != draw_uniform(1, 3, 2) != draw_uniform(2, 1, 3)
 
 
 @pytest.mark.parametrize("refresh", ["step", "slot"])
 def test_mean_is_p_new(refresh):
     """Within 4 standard errors of 8,000 tosses, or of 2,000 where a step shares one."""
     coin = Coin(0.3, refresh, seed=11)
-    tosses = [fresh for step in range(1, 2001) for fresh in coin.fresh(step, 4)]
+    tosses = [fresh for step in range(1, 2001) for fresh in coin.toss(step, 4)]
     independent = len(tosses) / (4 if refresh == "step" else 1)
     assert abs(sum(tosses) / len(tosses) - 0.3) < 4 * (0.3 * 0.7 / independent) ** 0.5
 
 
 def test_step_tosses_one_coin():
     coin = Coin(0.5, "step", seed=2)
-    assert all(len(set(coin.fresh(step, 5))) == 1 for step in range(50))
+    assert all(len(set(coin.toss(step, 5))) == 1 for step in range(50))
 
 
 @pytest.mark.parametrize(("p_new", "num_slots", "per_step"), [(0.5, 4, 2), (0.25, 8, 2), (1.0, 3, 3)])
 def test_cycle_is_round_robin(p_new, num_slots, per_step):
     coin = Coin(p_new, "cycle", seed=0)
-    steps = [coin.fresh(step, num_slots) for step in range(1, 41)]
+    steps = [coin.toss(step, num_slots) for step in range(1, 41)]
     assert all(sum(fresh) == per_step for fresh in steps)
     assert {sum(column) for column in zip(*steps, strict=True)} == {40 * per_step // num_slots}
 
@@ -43,13 +43,13 @@ def test_cycle_is_round_robin(p_new, num_slots, per_step):
 def test_cycle_spreads_the_fresh_slots():
     coin = Coin(0.5, "cycle", seed=0)
     even = [True, False] * 3
-    assert [coin.fresh(step, 6) for step in (1, 2, 3)] == [even, even[::-1], even]
-    assert Coin(1e-9, "cycle", seed=0).fresh(10**9, 3) == [False, False, True]
+    assert [coin.toss(step, 6) for step in (1, 2, 3)] == [even, even[::-1], even]
+    assert Coin(1e-9, "cycle", seed=0).toss(10**9, 3) == [False, False, True]
 
 
 def test_cycle_keeps_the_mean_where_it_is_no_whole_number():
     coin = Coin(0.3, "cycle", seed=0)
-    assert sum(sum(coin.fresh(step, 5)) for step in range(1, 21)) == 30
+    assert sum(sum(coin.toss(step, 5)) for step in range(1, 21)) == 30
 
 
 def batch(number):

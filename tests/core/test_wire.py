@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import all_agree, direction_groups, gather, group_ranks, make_peers
+from clapping_ds.link.groups import all_agree, gather, get_group_ranks, make_direction_groups, make_peers
 from clapping_ds.link.wire import Buffers, Wire
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_messages_arrive_whole_and_in_order_in_few_buffers(two_ranks, num_ahead,
 
 def send_without_a_receiver():
     """A send returns before the peer knows of it; both directions at once."""
-    groups = direction_groups((0, 1), CPU, timeout_s=60)
+    groups = make_direction_groups((0, 1), CPU, timeout_s=60)
     outgoing, incoming = (Wire(1 - dist.get_rank(), CPU, groups[i ^ dist.get_rank()]) for i in range(2))
     outgoing.send(outgoing.new_payload(1 << 20).fill_(dist.get_rank()))
     incoming.expect(1 << 20)
@@ -66,7 +66,7 @@ def peers_of_links():
     peers = make_peers([[0, 2], [1, 3]], [0, 1, 0], CPU, timeout_s=60)
     groups = {id(group): group for peer in peers.values() for group in peer[1:]}
     ranks = {between: peer.rank for between, peer in peers.items()}
-    return ranks, sorted(group_ranks(group) for group in groups.values())
+    return ranks, sorted(get_group_ranks(group) for group in groups.values())
 
 
 def test_every_direction_of_every_link_has_a_group_of_its_own(four_ranks):

@@ -10,7 +10,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
-from clapping_ds.hosts.deepspeed.shapes import listed
+from clapping_ds.hosts.deepspeed.shapes import to_tuple
 from tests import models
 from tests.models import VOCABULARY, WIDTH, Embed, Mix
 
@@ -131,9 +131,9 @@ class Helped(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def forward(self, inputs: Any) -> Any:
-        zero = 0 * self.nothing + sum(0 * x.sum() for x in listed(inputs) if x.requires_grad)
+        zero = 0 * self.nothing + sum(0 * x.sum() for x in to_tuple(inputs) if x.requires_grad)
         outputs = self.layer(inputs)
-        helped = [x.contiguous() for x in listed(outputs)]
+        helped = [x.contiguous() for x in to_tuple(outputs)]
         largest = max(range(len(helped)), key=lambda index: helped[index].numel())
         helped[largest] = helped[largest] + zero
         for x in helped:

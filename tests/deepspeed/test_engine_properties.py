@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from clapping_ds.codecs.base import padded
+from clapping_ds.codecs.base import pad_nbytes
 from clapping_ds.link.groups import all_agree
 from clapping_ds.link.message import Spec
 from clapping_ds.stage.sampling import Coin
@@ -108,7 +108,7 @@ class EngineRun:
         except StopIteration as error:
             return str(error)
         config = self.engine.clapping
-        tosses = Coin(config.sampling.p_new, config.sampling.refresh, config.seed).fresh(step, self.number)
+        tosses = Coin(config.sampling.p_new, config.sampling.refresh, config.seed).toss(step, self.number)
         for slot, is_fresh in enumerate(tosses):
             self.expected_bytes += self.num_bytes(slot, is_fresh or slot >= before)
         return loss
@@ -123,7 +123,7 @@ class EngineRun:
         for plan in self.engine.clapping.plans.values():
             codec = plan.key if fresh else plan.delta
             is_compressed = spec.shape.numel() >= plan.min_numel
-            total += codec.nbytes(*spec) if is_compressed else padded(spec.nbytes)
+            total += codec.nbytes(*spec) if is_compressed else pad_nbytes(spec.nbytes)
         return total + (2 * 48 if self.block["verify"] else 0)
 
     def overflow(self):

@@ -11,7 +11,7 @@ SIGN_BIT = tl.constexpr(0x80)
 
 
 @triton.jit
-def encoded(
+def encode_groups(
     b_y, b_count, b_noise,
     CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -21,11 +21,11 @@ def encoded(
     DROPPED: tl.constexpr = 23 - MANTISSA
     SMALLEST_NORMAL_BITS: tl.constexpr = (128 - BIAS) << 23
     b_scale = tl.max(tl.abs(b_y), 1) * (1.0 / CONSTANTS.largest)
-    b_scale = num.from_bf16_bits(num.bf16_bits(b_scale))
+    b_scale = num.from_bf16_bits(num.to_bf16_bits(b_scale))
     b_inverse = tl.where(b_scale > 0, tl.div_rn(1.0, tl.where(b_scale > 0, b_scale, 1.0)), 0.0)
-    b_float = num.saturated(b_y * b_inverse[:, None], CONSTANTS.largest)
+    b_float = num.saturate(b_y * b_inverse[:, None], CONSTANTS.largest)
 
-    b_bits = num.magnitude_bits(b_float)
+    b_bits = num.to_magnitude_bits(b_float)
     b_rounded = (b_bits + ((1 << (DROPPED - 1)) - 1) + ((b_bits >> DROPPED) & 1)) >> DROPPED
     b_normal = b_rounded - ((127 - BIAS) << MANTISSA)
     # In units of the smallest subnormal, plus 2^23: an fp32 whose low bits are the rounded integer.
@@ -36,7 +36,7 @@ def encoded(
 
 
 @triton.jit
-def level(b_code, CONSTANTS: tl.constexpr):
+def decode_level(b_code, CONSTANTS: tl.constexpr):
     MANTISSA: tl.constexpr = CONSTANTS.mantissa_bits
     BIAS: tl.constexpr = CONSTANTS.bias
     b_magnitude = b_code & (SIGN_BIT - 1)

@@ -1,6 +1,6 @@
 """One fused kernel to encode and one to decode for all codecs with one scale per group: `codecs.grouped`.
 
-ENCODED and LEVEL are the two functions of a family (`quant_kernel`, `eden_kernel`, `float8_kernel`).
+ENCODE_GROUPS and DECODE_LEVEL are the functions of a family: `quant_kernel`, `eden_kernel`, `float8_kernel`.
 """
 
 from types import ModuleType
@@ -27,7 +27,7 @@ LARGEST_EXPONENT = tl.constexpr(239)
 
 
 @triton.jit
-def tile_of(segment, num_rows, num_values, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+def locate_tile(segment, num_rows, num_values, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
     """This program's groups of a segment: number of the first, offset of its first value, which groups
     exist, offsets of values from there, and which values exist. Only the scalars need 64 bits."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_G
@@ -43,7 +43,7 @@ def tile_of(segment, num_rows, num_values, GROUP: tl.constexpr, BLOCK_G: tl.cons
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def encode_kernel(
     value, memory, codes, scales, num_values, seed_low, seed_high,
-    ENCODED: tl.constexpr, LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
+    ENCODE_GROUPS: tl.constexpr, DECODE_LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
     BITS: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, STOCHASTIC: tl.constexpr, UNROLL: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
@@ -53,43 +53,43 @@ def encode_kernel(
     o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for segment in tl.range(0, SEGMENTS, loop_unroll_factor=UNROLL):
-        group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
+        group, first, m_group, o_value, m_value = locate_tile(segment, num_rows, num_values, GROUP, BLOCK_G)
         b_value = num.load(value + first + o_value, m_value)
         b_base = num.load(memory + first + o_value, m_value) if CARRY else tl.zeros_like(b_value)
         b_x = b_value - b_base
-        b_peak = tl.max(num.magnitude_bits(b_x), 1)
+        b_peak = tl.max(num.to_magnitude_bits(b_x), 1)
         b_finite = num.are_finite(b_peak)
-        b_y = num.saturated(tl.where(b_finite[:, None], b_x, 0.0), LARGEST)
+        b_y = num.saturate(tl.where(b_finite[:, None], b_x, 0.0), LARGEST)
 
         b_exponent = tl.minimum(b_peak >> 23, LARGEST_EXPONENT)
         m_tiny = (b_exponent < SMALLEST_EXPONENT) | ~b_finite
         b_down = tl.where(m_tiny, 0, (254 - b_exponent) << 23).to(tl.float32, bitcast=True)
         b_up = tl.where(m_tiny, 0, b_exponent << 23).to(tl.float32, bitcast=True)
         b_y = b_y * b_down[:, None]
-        b_key = rotation.group_keys(group + o_group, seed_low, seed_high)
+        b_key = rotation.make_group_keys(group + o_group, seed_low, seed_high)
         b_count = tl.minimum(tl.maximum(num_values - first - o_group * GROUP, 1), GROUP).to(tl.float32)
         if ROTATE:
-            b_y = rotation.with_signs(b_y, b_key, BLOCK_G, GROUP)
-            b_y = rotation.hadamard(b_y, BLOCK_G, GROUP, LEVELS)
+            b_y = rotation.flip_signs(b_y, b_key, BLOCK_G, GROUP)
+            b_y = rotation.apply_hadamard(b_y, BLOCK_G, GROUP, LEVELS)
             b_count = tl.full((BLOCK_G,), GROUP, tl.float32)
             b_up = b_up * (1.0 / GROUP)
-        b_noise = rotation.noise(b_key, GROUP) if STOCHASTIC else b_y
-        b_code, b_scale = ENCODED(b_y, b_count, b_noise, CONSTANTS, BLOCK_G, GROUP, LEVELS)
-        b_scale_bits = num.bf16_bits(b_scale * b_up)
+        b_noise = rotation.draw_noise(b_key, GROUP) if STOCHASTIC else b_y
+        b_code, b_scale = ENCODE_GROUPS(b_y, b_count, b_noise, CONSTANTS, BLOCK_G, GROUP, LEVELS)
+        b_scale_bits = num.to_bf16_bits(b_scale * b_up)
 
         if HAS_MEMORY:
-            b_sent = LEVEL(b_code, CONSTANTS) * num.from_bf16_bits(b_scale_bits)[:, None]
+            b_sent = DECODE_LEVEL(b_code, CONSTANTS) * num.from_bf16_bits(b_scale_bits)[:, None]
             if ROTATE:
-                b_sent = rotation.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
-                b_sent = rotation.with_signs(b_sent, b_key, BLOCK_G, GROUP)
-            b_memory = num.saturated(b_base + b_sent if CARRY else b_sent, LIMIT)
+                b_sent = rotation.apply_hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
+                b_sent = rotation.flip_signs(b_sent, b_key, BLOCK_G, GROUP)
+            b_memory = num.saturate(b_base + b_sent if CARRY else b_sent, LIMIT)
             num.store(memory + first + o_value, b_memory, m_value & b_finite[:, None])
         b_word |= b_code << (segment * BITS)
         b_scale_bits = tl.where(b_finite, b_scale_bits, num.NAN_BFLOAT16_BITS)
         tl.store(scales + group + o_group, b_scale_bits.to(tl.int16), m_group)
 
     for row in tl.static_range(BITS * SEGMENTS // 8):
-        _, first, _, o_code, m_code = tile_of(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
+        _, first, _, o_code, m_code = locate_tile(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
         b_byte = ((b_word >> (8 * row)) & 0xFF).to(tl.uint8)
         tl.store(codes + first + o_code, b_byte, m_code)
 
@@ -97,7 +97,7 @@ def encode_kernel(
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def decode_kernel(
     codes, scales, memory, out, num_values, seed_low, seed_high,
-    LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
+    DECODE_LEVEL: tl.constexpr, CONSTANTS: tl.constexpr,
     BITS: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_G: tl.constexpr, ROTATE: tl.constexpr, UNROLL: tl.constexpr,
     CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, LIMIT: tl.constexpr,
@@ -107,32 +107,32 @@ def decode_kernel(
     o_group = tl.arange(0, BLOCK_G)
     b_word = tl.zeros((BLOCK_G, GROUP), tl.int32)
     for row in tl.static_range(BITS * SEGMENTS // 8):
-        _, first, _, o_code, m_code = tile_of(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
+        _, first, _, o_code, m_code = locate_tile(row, num_rows, (row + 1) * num_rows * GROUP, GROUP, BLOCK_G)
         b_byte = tl.load(codes + first + o_code, m_code, other=0)
         b_word |= b_byte.to(tl.int32) << (8 * row)
 
     for segment in tl.range(0, SEGMENTS, loop_unroll_factor=UNROLL):
-        group, first, m_group, o_value, m_value = tile_of(segment, num_rows, num_values, GROUP, BLOCK_G)
+        group, first, m_group, o_value, m_value = locate_tile(segment, num_rows, num_values, GROUP, BLOCK_G)
         b_scale = num.from_bf16_bits(tl.load(scales + group + o_group, m_group, other=0))
         m_finite = (b_scale == b_scale)[:, None]
         b_code = (b_word >> (segment * BITS)) & ((1 << BITS) - 1)
-        b_sent = LEVEL(b_code, CONSTANTS) * b_scale[:, None]
+        b_sent = DECODE_LEVEL(b_code, CONSTANTS) * b_scale[:, None]
         if ROTATE:
-            b_key = rotation.group_keys(group + o_group, seed_low, seed_high)
-            b_sent = rotation.hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
-            b_sent = rotation.with_signs(b_sent, b_key, BLOCK_G, GROUP)
+            b_key = rotation.make_group_keys(group + o_group, seed_low, seed_high)
+            b_sent = rotation.apply_hadamard(b_sent, BLOCK_G, GROUP, LEVELS)
+            b_sent = rotation.flip_signs(b_sent, b_key, BLOCK_G, GROUP)
         if CARRY:
             b_sent = num.load(memory + first + o_value, m_value) + b_sent
-        b_memory = num.rounded(memory, num.saturated(b_sent, LIMIT))
+        b_memory = num.round_to_dtype(memory, num.saturate(b_sent, LIMIT))
         num.store_both(memory + first, out + first, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
 
 
-def launch_options(family: ModuleType, scheme: Scheme, num_values: int) -> tuple[tuple[int], dict[str, Any]]:
+def choose_launch(family: ModuleType, scheme: Scheme, num_values: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the constants and options that both kernels take."""
     block_groups = TILE // scheme.group_size
     num_rows = triton.cdiv(triton.cdiv(num_values, scheme.group_size), scheme.num_segments)
     constants = {
-        "LEVEL": family.level,
+        "DECODE_LEVEL": family.decode_level,
         "CONSTANTS": scheme.constants,
         "BITS": scheme.bits,
         "SEGMENTS": scheme.num_segments,
@@ -141,7 +141,7 @@ def launch_options(family: ModuleType, scheme: Scheme, num_values: int) -> tuple
         "BLOCK_G": block_groups,
         "ROTATE": scheme.rotates,
         "UNROLL": 1 if scheme.num_segments > MOST_UNROLLED else 2,
-        "num_warps": num.num_warps(TILE),
+        "num_warps": num.choose_num_warps(TILE),
         "enable_fp_fusion": False,
     }
     return (triton.cdiv(num_rows, block_groups),), constants
@@ -156,11 +156,11 @@ def encode_(
     context: Context,
 ) -> None:
     """As `grouped_reference.encode_`, in one pass on the GPU."""
-    grid, constants = launch_options(family, scheme, value.numel())
-    memory, of_memory = num.memory_arguments(value, context)
+    grid, constants = choose_launch(family, scheme, value.numel())
+    memory, of_memory = num.make_memory_arguments(value, context)
     encode_kernel[grid](
-        value, memory, codes, scales.view(torch.int16), value.numel(), *rotation.halves(context.seed),
-        **constants, **of_memory, ENCODED=family.encoded, STOCHASTIC=scheme.draws_noise,
+        value, memory, codes, scales.view(torch.int16), value.numel(), *rotation.split_seed(context.seed),
+        **constants, **of_memory, ENCODE_GROUPS=family.encode_groups, STOCHASTIC=scheme.draws_noise,
     )  # fmt: skip
 
 
@@ -173,9 +173,9 @@ def decode_(
     context: Context,
 ) -> None:
     """As `grouped_reference.decode_`, in one pass on the GPU."""
-    grid, constants = launch_options(family, scheme, out.numel())
-    memory, of_memory = num.memory_arguments(out, context)
+    grid, constants = choose_launch(family, scheme, out.numel())
+    memory, of_memory = num.make_memory_arguments(out, context)
     decode_kernel[grid](
-        codes, scales.view(torch.int16), memory, out, out.numel(), *rotation.halves(context.seed),
+        codes, scales.view(torch.int16), memory, out, out.numel(), *rotation.split_seed(context.seed),
         **constants, **of_memory,
     )  # fmt: skip

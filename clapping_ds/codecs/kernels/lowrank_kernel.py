@@ -30,8 +30,8 @@ def apply_kernel(
     m_value = m_row[:, None] & m_column[None, :]
     m_finite = (b_first == b_first)[:, None]
     b_base = num.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
-    b_memory = num.updated(b_base, tl.where(m_finite, b_sent, 0.0), LIMIT)
-    b_memory = num.rounded(memory, b_memory)
+    b_memory = num.update(b_base, tl.where(m_finite, b_sent, 0.0), LIMIT)
+    b_memory = num.round_to_dtype(memory, b_memory)
     if HAS_OUT:
         num.store_both(memory, out, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
     else:
@@ -47,9 +47,9 @@ def apply_(
 ) -> None:
     """As `lowrank_reference.apply_`, in one pass on the GPU."""
     (rank, num_rows), num_columns = left_RN.shape, right_RD.shape[1]
-    memory, of_memory = num.memory_arguments(like, context)
+    memory, of_memory = num.make_memory_arguments(like, context)
     apply_kernel[(triton.cdiv(num_rows, BLOCK_N), triton.cdiv(num_columns, BLOCK_D))](
         left_RN, right_RD, memory, like if out is None else out, num_rows, num_columns, RANK=rank,
-        BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num.num_warps(BLOCK_N * BLOCK_D),
+        BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num.choose_num_warps(BLOCK_N * BLOCK_D),
         **of_memory, HAS_OUT=out is not None,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 One memory is held at both ends of a link, so its update must give the same bits in the encode
 kernel, in the decode kernel, on either vendor's GPU and in plain torch. Two rules make that so:
 
-* `updated` adds a product that is exact in fp32, so that fusing it into a multiply-add changes nothing;
+* `update` adds a product that is exact in fp32, so that fusing it into a multiply-add changes nothing;
 * bfloat16 is converted with integer arithmetic, round to nearest even, which is what torch does.
   (Triton's interpreter truncates.)
 """
@@ -29,11 +29,11 @@ TWO_TO_23 = tl.constexpr(8388608.0)
 ONE_AND_A_HALF_TIMES_TWO_TO_23 = tl.constexpr(12582912.0)
 
 
-def num_warps(values_per_program: int) -> int:
+def choose_num_warps(values_per_program: int) -> int:
     return max(1, values_per_program // VALUES_PER_THREAD // WARP_SIZE)
 
 
-def memory_arguments(tensor: torch.Tensor, context: Context) -> tuple[torch.Tensor, dict[str, Any]]:
+def make_memory_arguments(tensor: torch.Tensor, context: Context) -> tuple[torch.Tensor, dict[str, Any]]:
     """What a kernel takes as `memory` (without one a stand-in that is not read), and its constants CARRY,
     HAS_MEMORY and LIMIT. tensor: the value to encode, or the output of decoding."""
     memory = context.memory
@@ -46,7 +46,7 @@ def memory_arguments(tensor: torch.Tensor, context: Context) -> tuple[torch.Tens
 
 
 @triton.jit
-def bf16_bits(b_x):
+def to_bf16_bits(b_x):
     """int32 tensor: the 16 bits of fp32 `b_x` (not NaN) rounded to bfloat16, nearest even."""
     b_bits = b_x.to(tl.int32, bitcast=True)
     return ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16) & 0xFFFF
@@ -59,7 +59,7 @@ def from_bf16_bits(b_bits):
 
 
 @triton.jit
-def as_float(b_raw):
+def to_float(b_raw):
     """fp32 tensor of fp32, fp16 or bf16 values."""
     if b_raw.dtype == tl.bfloat16:
         b_x = from_bf16_bits(b_raw.to(tl.int16, bitcast=True))
@@ -71,7 +71,7 @@ def as_float(b_raw):
 @triton.jit
 def load(p_x, m_x):
     """fp32 tensor read from fp32, fp16 or bf16; 0 where the mask `m_x` is off."""
-    return as_float(tl.load(p_x, m_x, other=0.0))
+    return to_float(tl.load(p_x, m_x, other=0.0))
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def store(p_x, b_x, m_x, EXACT: tl.constexpr = False):
         if EXACT:
             b_bits = b_x.to(tl.int32, bitcast=True) >> 16
         else:
-            b_bits = tl.where(b_x != b_x, NAN_BFLOAT16_BITS, bf16_bits(b_x))
+            b_bits = tl.where(b_x != b_x, NAN_BFLOAT16_BITS, to_bf16_bits(b_x))
         tl.store(p_x.to(tl.pointer_type(tl.int16), bitcast=True), b_bits.to(tl.int16), m_x)
     else:
         tl.store(p_x, b_x.to(p_x.dtype.scalar.element_ty), m_x)
@@ -92,7 +92,7 @@ def store(p_x, b_x, m_x, EXACT: tl.constexpr = False):
 
 @triton.jit
 def store_both(memory, out, o_x, b_memory, m_x, m_finite, HAS_MEMORY: tl.constexpr):
-    """Keeps an updated memory, which is `rounded`, and hands it on, NaN where it is not finite."""
+    """Keeps an updated memory, rounded already, and hands it on, NaN where it is not finite."""
     if HAS_MEMORY:
         store(memory + o_x, b_memory, m_x & m_finite, EXACT=True)
     IS_EXACT: tl.constexpr = memory.dtype.scalar.element_ty == out.dtype.scalar.element_ty
@@ -100,45 +100,45 @@ def store_both(memory, out, o_x, b_memory, m_x, m_finite, HAS_MEMORY: tl.constex
 
 
 @triton.jit
-def rounded(p_x, b_x):
+def round_to_dtype(p_x, b_x):
     """Finite fp32 `b_x` after rounding to the dtype behind `p_x`."""
     if p_x.dtype.scalar.element_ty == tl.bfloat16:
-        b_rounded = from_bf16_bits(bf16_bits(b_x))
+        b_rounded = from_bf16_bits(to_bf16_bits(b_x))
     else:
         b_rounded = b_x.to(p_x.dtype.scalar.element_ty).to(tl.float32)
     return b_rounded
 
 
 @triton.jit
-def saturated(b_x, LIMIT: tl.constexpr):
+def saturate(b_x, LIMIT: tl.constexpr):
     return tl.minimum(tl.maximum(b_x, -LIMIT), LIMIT)
 
 
 @triton.jit
-def updated(b_base, b_sent, LIMIT: tl.constexpr):
+def update(b_base, b_sent, LIMIT: tl.constexpr):
     """m <- base + sent, saturated at `LIMIT`. `b_sent` is exact in fp32 (see the module)."""
-    return saturated(b_base + b_sent, LIMIT)
+    return saturate(b_base + b_sent, LIMIT)
 
 
 @triton.jit
-def magnitude_bits(b_x):
+def to_magnitude_bits(b_x):
     """int32 tensor that orders fp32 values by magnitude: their bits without the sign."""
     return b_x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK
 
 
 @triton.jit
 def are_finite(b_magnitude_bits):
-    """Whether values with these `magnitude_bits` are finite."""
+    """Whether values with these magnitude bits are finite."""
     return b_magnitude_bits < INFINITY_BITS
 
 
 @triton.jit
-def nearest(b_x):
+def round_to_nearest(b_x):
     """The nearest integer of fp32 `b_x` below 2^22, ties to even. Faster than the GPU's own rounding."""
     return (b_x + ONE_AND_A_HALF_TIMES_TWO_TO_23) - ONE_AND_A_HALF_TIMES_TWO_TO_23
 
 
 @triton.jit
-def as_integer(b_x):
+def to_integer(b_x):
     """int32 of fp32 `b_x`, a whole number in 0 .. 2^23 - 1. Faster than the GPU's own conversion."""
     return (b_x + TWO_TO_23).to(tl.int32, bitcast=True) & 0x7FFFFF

@@ -4,24 +4,24 @@ import triton
 import triton.language as tl
 
 from clapping_ds.codecs.kernels import numerics as num
-from clapping_ds.codecs.kernels.rotation import tree_sum
+from clapping_ds.codecs.kernels.rotation import sum_pairwise
 
 
 @triton.jit
-def level(b_code, CONSTANTS: tl.constexpr):
+def decode_level(b_code, CONSTANTS: tl.constexpr):
     return (2 * b_code - ((1 << CONSTANTS.bits) - 1)).to(tl.float32)
 
 
 @triton.jit
-def levels(b_y, b_half, b_offset, TOP: tl.constexpr):
+def round_to_levels(b_y, b_half, b_offset, TOP: tl.constexpr):
     """fp32: odd multiples of `b_half` near y, the nearest ones where the offset is -1/2."""
     b_inverse = tl.where(b_half > 0, tl.div_rn(0.5, tl.where(b_half > 0, b_half, 1.0)), 0.0)
-    b_level = 2.0 * num.nearest(b_y * b_inverse[:, None] + b_offset) + 1.0
-    return num.saturated(b_level, TOP)
+    b_level = 2.0 * num.round_to_nearest(b_y * b_inverse[:, None] + b_offset) + 1.0
+    return num.saturate(b_level, TOP)
 
 
 @triton.jit
-def encoded(
+def encode_groups(
     b_y, b_count, b_noise,
     CONSTANTS: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -31,18 +31,18 @@ def encoded(
     if CONSTANTS.scale == "maximum":
         b_half = b_largest
     else:
-        b_half = tl.div_rn(tree_sum(tl.abs(b_y), BLOCK_G, GROUP, LEVELS), b_count)
+        b_half = tl.div_rn(sum_pairwise(tl.abs(b_y), BLOCK_G, GROUP, LEVELS), b_count)
         if CONSTANTS.scale == "least_squares":
-            b_level = levels(b_y, tl.minimum(b_half * CONSTANTS.start, b_largest), -0.5, TOP)
+            b_level = round_to_levels(b_y, tl.minimum(b_half * CONSTANTS.start, b_largest), -0.5, TOP)
             # Padding has levels of 1 or -1.
-            b_square = tree_sum(b_level * b_level, BLOCK_G, GROUP, LEVELS) - (GROUP - b_count)
-            b_half = tl.div_rn(tree_sum(b_y * b_level, BLOCK_G, GROUP, LEVELS), b_square)
+            b_square = sum_pairwise(b_level * b_level, BLOCK_G, GROUP, LEVELS) - (GROUP - b_count)
+            b_half = tl.div_rn(sum_pairwise(b_y * b_level, BLOCK_G, GROUP, LEVELS), b_square)
     if CONSTANTS.is_stochastic:
         b_half_bits = (b_half.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
         b_offset = b_noise
     else:
-        b_half_bits = num.bf16_bits(b_half)
+        b_half_bits = num.to_bf16_bits(b_half)
         b_offset = -0.5
     b_half = num.from_bf16_bits(b_half_bits)
-    b_level = levels(b_y, b_half, b_offset, TOP)
-    return num.as_integer((b_level + TOP) * 0.5), b_half
+    b_level = round_to_levels(b_y, b_half, b_offset, TOP)
+    return num.to_integer((b_level + TOP) * 0.5), b_half

@@ -21,9 +21,9 @@ def copy_kernel(
     m_value = o_value < num_values
     b_raw = tl.load(source + o_value, m_value, other=0.0)
     tl.store(target + o_value, b_raw, m_value)
-    b_value = num.as_float(b_raw)
-    b_finite = num.are_finite(tl.max(num.magnitude_bits(b_value), 1))
-    b_memory = num.saturated(tl.where(b_finite[:, None], b_value, 0.0), LIMIT)
+    b_value = num.to_float(b_raw)
+    b_finite = num.are_finite(tl.max(num.to_magnitude_bits(b_value), 1))
+    b_memory = num.saturate(tl.where(b_finite[:, None], b_value, 0.0), LIMIT)
     num.store(memory + o_value, b_memory, m_value & b_finite[:, None])
 
 
@@ -32,5 +32,5 @@ def copy_(source: torch.Tensor, target: torch.Tensor, memory: torch.Tensor) -> N
     num_values = source.numel()
     copy_kernel[(triton.cdiv(num_values, BLOCK),)](
         source, target, memory, num_values, LIMIT=limit(source, memory),
-        BLOCK=BLOCK, RUN=RUN, num_warps=num.num_warps(BLOCK),
+        BLOCK=BLOCK, RUN=RUN, num_warps=num.choose_num_warps(BLOCK),
     )  # fmt: skip

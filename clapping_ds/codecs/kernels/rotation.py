@@ -19,7 +19,7 @@ ONE_BITS = tl.constexpr(0x3F800000)
 
 
 @triton.jit
-def mixed(b_word):
+def mix(b_word):
     """A bijection of uint32 that flips about half of the bits for every bit of its argument."""
     b_word ^= b_word >> 16
     b_word *= FIRST_FACTOR
@@ -29,26 +29,26 @@ def mixed(b_word):
 
 
 @triton.jit
-def group_keys(o_group, seed_low, seed_high):
+def make_group_keys(o_group, seed_low, seed_high):
     """A key for each group number (int64) and message; the seed comes as two signed halves."""
     b_low = (o_group & LOW_HALF).to(tl.uint32)
     b_high = (o_group >> 32).to(tl.uint32)
-    b_key = mixed(b_low + seed_low.to(tl.uint32))
-    return mixed((b_key ^ seed_high.to(tl.uint32)) + b_high)
+    b_key = mix(b_low + seed_low.to(tl.uint32))
+    return mix((b_key ^ seed_high.to(tl.uint32)) + b_high)
 
 
 @triton.jit
-def words(b_key, COUNT: tl.constexpr):
+def draw_words(b_key, COUNT: tl.constexpr):
     """uint32 [groups, COUNT] random words."""
     o_word = tl.arange(1, COUNT + 1).to(tl.uint32)
-    return mixed(b_key[:, None] + (o_word * WORD_STRIDE)[None, :])
+    return mix(b_key[:, None] + (o_word * WORD_STRIDE)[None, :])
 
 
 @triton.jit
-def with_signs(b_x, b_key, BLOCK_G: tl.constexpr, GROUP: tl.constexpr):
+def flip_signs(b_x, b_key, BLOCK_G: tl.constexpr, GROUP: tl.constexpr):
     """`b_x` with the sign of every value changed at random. Its own inverse."""
     WIDTH: tl.constexpr = GROUP if GROUP < 32 else 32
-    b_word = words(b_key, GROUP // WIDTH)
+    b_word = draw_words(b_key, GROUP // WIDTH)
     o_bit = (31 - tl.arange(0, WIDTH)).to(tl.uint32)
     b_sign = (b_word[:, :, None] << o_bit[None, None, :]) & SIGN_BIT
     b_bits = b_x.to(tl.uint32, bitcast=True) ^ tl.reshape(b_sign, [BLOCK_G, GROUP])
@@ -56,14 +56,14 @@ def with_signs(b_x, b_key, BLOCK_G: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def noise(b_key, GROUP: tl.constexpr):
+def draw_noise(b_key, GROUP: tl.constexpr):
     """fp32 [groups, GROUP], uniform in [-1, 0), multiples of 2^-23."""
-    b_word = words(mixed(b_key ^ NOISE_SALT), GROUP)
+    b_word = draw_words(mix(b_key ^ NOISE_SALT), GROUP)
     return ((b_word >> 9) | ONE_BITS).to(tl.float32, bitcast=True) - 2.0
 
 
 @triton.jit
-def hadamard(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr):
+def apply_hadamard(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr):
     """Each group times the Hadamard matrix: pairs (a, b) at distance 1, 2, 4 ... become (a + b, a - b).
 
     A value's partner is the integer sum of both bit patterns less its own, and the product with 1 or -1
@@ -80,17 +80,17 @@ def hadamard(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constex
 
 
 @triton.jit
-def tree_sum(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr):
+def sum_pairwise(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr):
     """fp32 [groups]: sums of neighbours, then of neighbouring sums, and so on."""
     for level in tl.static_range(LEVELS):
         b_x = tl.sum(tl.reshape(b_x, [BLOCK_G, GROUP >> (level + 1), 2]), 2)
     return tl.reshape(b_x, [BLOCK_G])
 
 
-def halves(seed: int) -> tuple[int, int]:
+def split_seed(seed: int) -> tuple[int, int]:
     """The low and the high 32 bits of a seed as signed numbers, which Triton passes as int32."""
-    return _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF)
+    return _to_signed(seed & 0xFFFFFFFF), _to_signed(seed >> 32 & 0xFFFFFFFF)
 
 
-def _signed(half: int) -> int:
+def _to_signed(half: int) -> int:
     return half - ((half >> 31) << 32)

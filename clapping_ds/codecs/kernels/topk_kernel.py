@@ -22,7 +22,7 @@ VALUES_PER_WARP = 32 * num.WARP_SIZE
 
 
 @triton.jit
-def selected(b_rank, K: tl.constexpr):
+def select_largest(b_rank, K: tl.constexpr):
     """Which of a block are the k of highest rank (int32 below 2^15), and their places among these."""
     b_cut = tl.zeros((1,), tl.int32)
     for bit in tl.static_range(TOP_BIT, -1, -1):
@@ -53,28 +53,28 @@ def encode_kernel(
     b_value = num.load(value + o_value, m_value)
     b_base = num.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_value)
     b_x = b_value - b_base
-    b_finite = num.are_finite(tl.max(num.magnitude_bits(b_x), 0, keep_dims=True))
-    b_x = num.saturated(tl.where(b_finite, b_x, 0.0), num.LARGEST_BFLOAT16)
-    m_kept, o_kept = selected(num.bf16_bits(tl.abs(b_x)), K)
+    b_finite = num.are_finite(tl.max(num.to_magnitude_bits(b_x), 0, keep_dims=True))
+    b_x = num.saturate(tl.where(b_finite, b_x, 0.0), num.LARGEST_BFLOAT16)
+    m_kept, o_kept = select_largest(num.to_bf16_bits(tl.abs(b_x)), K)
 
     if INT8:
-        b_scale_bits = num.bf16_bits(tl.max(tl.abs(b_x), 0, keep_dims=True) * (1.0 / 127))
+        b_scale_bits = num.to_bf16_bits(tl.max(tl.abs(b_x), 0, keep_dims=True) * (1.0 / 127))
         b_scale = num.from_bf16_bits(b_scale_bits)
         m_scale = b_scale >= SMALLEST_SCALE
         b_inverse = tl.where(m_scale, tl.div_rn(1.0, tl.where(m_scale, b_scale, 1.0)), 0.0)
-        b_code = num.saturated(tl.floor(b_x * b_inverse + 0.5), 127.0)
+        b_code = num.saturate(tl.floor(b_x * b_inverse + 0.5), 127.0)
         b_sent = b_code * b_scale
         tl.store(values + pid * K + o_kept, b_code.to(tl.int8), m_kept)
         b_flagged = tl.where(b_finite, b_scale_bits, num.NAN_BFLOAT16_BITS).to(tl.int16)
         tl.store(scales + pid + tl.arange(0, 1), b_flagged)
     else:
-        b_bits = num.bf16_bits(b_x)
+        b_bits = num.to_bf16_bits(b_x)
         b_sent = num.from_bf16_bits(b_bits)
         b_bits = tl.where((o_kept == 0) & ~b_finite, num.NAN_BFLOAT16_BITS, b_bits)
         tl.store(values + pid * K + o_kept, b_bits.to(tl.int16), m_kept)
     tl.store(indexes + pid * K + o_kept, o_in_block.to(tl.int16), m_kept)
     if HAS_MEMORY:
-        b_memory = num.updated(b_base, tl.where(m_kept, b_sent, 0.0), LIMIT)
+        b_memory = num.update(b_base, tl.where(m_kept, b_sent, 0.0), LIMIT)
         num.store(memory + o_value, b_memory, m_value & b_finite)
 
 
@@ -103,11 +103,11 @@ def decode_kernel(
     o_value = pid * BLOCK + tl.arange(0, BLOCK)
     m_value = o_value < num_values
     b_base = num.load(memory + o_value, m_value) if CARRY else tl.zeros((BLOCK,), tl.float32)
-    b_memory = num.rounded(memory, num.updated(b_base, b_sent, LIMIT))
+    b_memory = num.round_to_dtype(memory, num.update(b_base, b_sent, LIMIT))
     num.store_both(memory, out, o_value, b_memory, m_value, b_finite, HAS_MEMORY)
 
 
-def launch_options(selection: Selection, num_values: int) -> tuple[tuple[int], dict[str, Any]]:
+def choose_launch(selection: Selection, num_values: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the constants and options that both kernels take."""
     constants = {"K": selection.k, "BLOCK": selection.block, "INT8": selection.is_int8}
     options = {"num_warps": max(1, selection.block // VALUES_PER_WARP), "enable_fp_fusion": False}
@@ -116,8 +116,8 @@ def launch_options(selection: Selection, num_values: int) -> tuple[tuple[int], d
 
 def encode_(selection: Selection, value: torch.Tensor, sections: Sections, context: Context) -> None:
     """As `topk_reference.encode_`, in one pass on the GPU."""
-    grid, constants = launch_options(selection, value.numel())
-    memory, of_memory = num.memory_arguments(value, context)
+    grid, constants = choose_launch(selection, value.numel())
+    memory, of_memory = num.make_memory_arguments(value, context)
     encode_kernel[grid](
         value, memory, *_pointers(sections), value.numel(), **constants, **of_memory,
     )  # fmt: skip
@@ -125,8 +125,8 @@ def encode_(selection: Selection, value: torch.Tensor, sections: Sections, conte
 
 def decode_(selection: Selection, sections: Sections, out: torch.Tensor, context: Context) -> None:
     """As `topk_reference.decode_`, in one pass on the GPU."""
-    grid, constants = launch_options(selection, out.numel())
-    memory, of_memory = num.memory_arguments(out, context)
+    grid, constants = choose_launch(selection, out.numel())
+    memory, of_memory = num.make_memory_arguments(out, context)
     decode_kernel[grid](
         *_pointers(sections), memory, out, out.numel(), **constants, **of_memory,
         K_POWER=triton.next_power_of_2(selection.k),

@@ -19,7 +19,7 @@ class Constants(NamedTuple):
         return torch.float8_e4m3fn if self.mantissa_bits == 3 else torch.float8_e5m2
 
 
-def encoded(
+def encode_groups(
     y_GS: torch.Tensor, count_G: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
 ) -> tuple[torch.Tensor, torch.Tensor]:
     largest = constants.largest
@@ -29,5 +29,5 @@ def encoded(
     return float_GS.view(torch.uint8), scale_G
 
 
-def level(code_GS: torch.Tensor, constants: Constants) -> torch.Tensor:
+def decode_level(code_GS: torch.Tensor, constants: Constants) -> torch.Tensor:
     return code_GS.view(constants.dtype).float()

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from clapping_ds.codecs.base import Context
 from clapping_ds.codecs.reference import rotation_reference as rotation
-from clapping_ds.codecs.reference.numerics_reference import tiles, untile_
+from clapping_ds.codecs.reference.numerics_reference import to_tiles, untile_
 
 LARGEST = 2.0**112
 SMALLEST_EXPONENT = 27
@@ -22,8 +22,8 @@ class Scheme(NamedTuple):
     """How the groups of a tensor are coded.
 
     A family is a module with two functions:
-    encoded(y_GS, count_G, noise_GS, constants) -> (uint8 code_GS, fp32 scale_G, exact in bfloat16)
-    level(code_GS, constants) -> fp32 level_GS, at most 8 significant bits
+    encode_groups(y_GS, count_G, noise_GS, constants) -> (uint8 code_GS, fp32 scale_G, exact in bfloat16)
+    decode_level(code_GS, constants) -> fp32 level_GS, at most 8 significant bits
     """
 
     bits: int
@@ -51,11 +51,11 @@ def encode_(
     context: Context,
 ) -> None:
     """Writes codes and scales of value - base, and updates the memory as the receiver will."""
-    num_groups, size = _num_groups(scheme, codes), scheme.group_size
-    arithmetic = compiled_arithmetic(family, scheme) if context.compiles else Arithmetic(family, scheme)
-    key_G, count_G = _keys_and_counts(scheme, num_groups, value, context.seed)
-    value_GS = tiles(value, num_groups, size)
-    memory_GS = None if context.memory is None else tiles(context.memory, num_groups, size)
+    num_groups, size = _count_groups(scheme, codes), scheme.group_size
+    arithmetic = compile_arithmetic(family, scheme) if context.compiles else Arithmetic(family, scheme)
+    key_G, count_G = _draw_keys_and_counts(scheme, num_groups, value, context.seed)
+    value_GS = to_tiles(value, num_groups, size)
+    memory_GS = None if context.memory is None else to_tiles(context.memory, num_groups, size)
     base_GS = memory_GS if context.carry else None
     code_GS, scale_G = arithmetic.code(value_GS, base_GS, key_G, count_G)
     _pack_(scheme, code_GS, codes)
@@ -74,13 +74,13 @@ def decode_(
     context: Context,
 ) -> None:
     """Updates the memory by what codes and scales say; `out` gets the result, NaN where not finite."""
-    num_groups, size = _num_groups(scheme, codes), scheme.group_size
-    arithmetic = compiled_arithmetic(family, scheme) if context.compiles else Arithmetic(family, scheme)
-    key_G, _ = _keys_and_counts(scheme, num_groups, out, context.seed)
+    num_groups, size = _count_groups(scheme, codes), scheme.group_size
+    arithmetic = compile_arithmetic(family, scheme) if context.compiles else Arithmetic(family, scheme)
+    key_G, _ = _draw_keys_and_counts(scheme, num_groups, out, context.seed)
     scale_G = pad(scales.view(torch.int16).to(torch.int32) << 16, (0, num_groups - scales.numel()))
-    memory_GS = None if context.memory is None else tiles(context.memory, num_groups, size)
-    out_GS = tiles(out, num_groups, size)
-    code_GS = _unpacked(scheme, codes)
+    memory_GS = None if context.memory is None else to_tiles(context.memory, num_groups, size)
+    out_GS = to_tiles(out, num_groups, size)
+    code_GS = _unpack(scheme, codes)
     arithmetic.apply_(
         code_GS, scale_G.view(torch.float32), key_G, memory_GS, out_GS, out.dtype, context.carry
     )
@@ -93,8 +93,8 @@ class Arithmetic:
     """What is done with the groups of a tensor: pure arithmetic, so that it can also be compiled."""
 
     def __init__(self, family: ModuleType, scheme: Scheme) -> None:
-        self.encoded = family.encoded
-        self.level = family.level
+        self.encode_groups = family.encode_groups
+        self.decode_level = family.decode_level
         self.constants = scheme.constants
         self.rotates = scheme.rotates
         self.draws_noise = scheme.draws_noise
@@ -118,11 +118,11 @@ class Arithmetic:
         up_G = torch.where(is_coded_G, exponent_G << 23, 0).view(torch.float32)
         y_GS = x_GS * down_G[:, None]
         if self.rotates:
-            y_GS = rotation.hadamard(rotation.with_signs(y_GS, key_G))
+            y_GS = rotation.apply_hadamard(rotation.flip_signs(y_GS, key_G))
             count_G = torch.full_like(count_G, size)
             up_G = up_G * (1.0 / size)
-        noise_GS = rotation.noise(key_G, size) if self.draws_noise else y_GS
-        code_GS, scale_G = self.encoded(y_GS, count_G, noise_GS, self.constants)
+        noise_GS = rotation.draw_noise(key_G, size) if self.draws_noise else y_GS
+        code_GS, scale_G = self.encode_groups(y_GS, count_G, noise_GS, self.constants)
         return code_GS, (scale_G * up_G).where(finite_G, torch.nan)
 
     def apply_(
@@ -137,9 +137,9 @@ class Arithmetic:
     ) -> None:
         """Updates the memory by what codes and scales say and hands it out; `dtype` is the message's."""
         finite_G1 = scale_G.isfinite()[:, None]
-        sent_GS = self.level(code_GS, self.constants) * scale_G[:, None]
+        sent_GS = self.decode_level(code_GS, self.constants) * scale_G[:, None]
         if self.rotates:
-            sent_GS = rotation.with_signs(rotation.hadamard(sent_GS), key_G)
+            sent_GS = rotation.flip_signs(rotation.apply_hadamard(sent_GS), key_G)
         kept_dtype = dtype if memory_GS is None else memory_GS.dtype
         bound = min(torch.finfo(dtype).max, torch.finfo(kept_dtype).max)
         if memory_GS is not None and carry:
@@ -152,7 +152,7 @@ class Arithmetic:
 
 
 @cache
-def compiled_arithmetic(family: ModuleType, scheme: Scheme) -> Arithmetic:
+def compile_arithmetic(family: ModuleType, scheme: Scheme) -> Arithmetic:
     """The same through torch's C++ compiler; where there is none, as they are, with a warning."""
     from clapping_ds.codecs.reference.compiled import Compiled  # with torch's compiler: a second
 
@@ -162,22 +162,22 @@ def compiled_arithmetic(family: ModuleType, scheme: Scheme) -> Arithmetic:
     return arithmetic
 
 
-def _num_groups(scheme: Scheme, codes: torch.Tensor) -> int:
+def _count_groups(scheme: Scheme, codes: torch.Tensor) -> int:
     """Groups with room in the codes: a multiple of the number of segments."""
     return codes.numel() * 8 // (scheme.bits * scheme.group_size)
 
 
-def _keys_and_counts(
+def _draw_keys_and_counts(
     scheme: Scheme, num_groups: int, value: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of the groups, and how many values (at least 1) each has."""
     group_G = torch.arange(num_groups, device=value.device)
     count_G = (value.numel() - group_G * scheme.group_size).clamp(1, scheme.group_size).float()
     is_random = scheme.rotates or scheme.draws_noise
-    return rotation.group_keys(group_G, seed) if is_random else group_G, count_G
+    return rotation.make_group_keys(group_G, seed) if is_random else group_G, count_G
 
 
-def _places(scheme: Scheme) -> list[tuple[int, int, int]]:
+def _list_places(scheme: Scheme) -> list[tuple[int, int, int]]:
     """(segment, row, shift): bits of a segment's code that are in a byte row, shifted left so far."""
     found = []
     for segment in range(scheme.num_segments):
@@ -193,8 +193,8 @@ def _pack_(scheme: Scheme, code_GS: torch.Tensor, codes: torch.Tensor) -> None:
     code_PW = code_GS.view(scheme.num_segments, -1)
     byte_RW = codes.view(-1, code_PW.shape[1])
     written = set()
-    for segment, row, shift in _places(scheme):
-        code_W = _shifted(code_PW[segment], shift)
+    for segment, row, shift in _list_places(scheme):
+        code_W = _shift(code_PW[segment], shift)
         if row in written:
             byte_RW[row].bitwise_or_(code_W)
         else:
@@ -202,13 +202,13 @@ def _pack_(scheme: Scheme, code_GS: torch.Tensor, codes: torch.Tensor) -> None:
             written.add(row)
 
 
-def _unpacked(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
+def _unpack(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
     """uint8 [G, S], the inverse of `_pack_`."""
     byte_RW = codes.view(scheme.bits * scheme.num_segments // 8, -1)
     code_PW = torch.empty(scheme.num_segments, byte_RW.shape[1], dtype=torch.uint8, device=codes.device)
     written = set()
-    for segment, row, shift in _places(scheme):
-        code_W = _shifted(byte_RW[row], -shift)
+    for segment, row, shift in _list_places(scheme):
+        code_W = _shift(byte_RW[row], -shift)
         if segment in written:
             code_PW[segment].bitwise_or_(code_W)
         else:
@@ -219,6 +219,6 @@ def _unpacked(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
     return code_PW.view(-1, scheme.group_size)
 
 
-def _shifted(byte_W: torch.Tensor, left: int) -> torch.Tensor:
+def _shift(byte_W: torch.Tensor, left: int) -> torch.Tensor:
     """uint8, shifted left, or right where negative; bits that leave the byte are lost."""
     return byte_W << left if left > 0 else byte_W >> -left if left < 0 else byte_W

@@ -3,7 +3,7 @@
 import torch
 
 from clapping_ds.codecs.base import Context, limit
-from clapping_ds.codecs.reference.numerics_reference import base_like, deliver_, keep_, updated
+from clapping_ds.codecs.reference.numerics_reference import deliver_, keep_, load_base_like, update
 
 
 def apply_(
@@ -27,4 +27,4 @@ def apply_(
     else:
         memory = context.memory
         assert memory is not None
-        keep_(memory, updated(base_like(sent_ND, context), sent_ND, limit(like, memory)), finite_N)
+        keep_(memory, update(load_base_like(sent_ND, context), sent_ND, limit(like, memory)), finite_N)

@@ -9,7 +9,7 @@ LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 NAN_BFLOAT16_BITS = 0x7FC0
 
 
-def tiles(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
+def to_tiles(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
     """[G, S] of the contiguous tensor in its own dtype: a view where it fills the groups, else a copy
     padded with zeros, which `untile_` writes back."""
     flat = tensor.view(-1)
@@ -23,24 +23,24 @@ def untile_(tensor: torch.Tensor, tiles_GS: torch.Tensor) -> None:
         tensor.view(-1).copy_(tiles_GS.view(-1)[: tensor.numel()])
 
 
-def grouped(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
+def to_groups(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
     """fp32 [G, S] of the flattened tensor, padded with zeros."""
     flat = tensor.reshape(-1).float()
     return pad(flat, (0, num_groups * size - flat.numel())).view(num_groups, size)
 
 
-def differences(
+def subtract_base(
     value: torch.Tensor, base: torch.Tensor | None, num_groups: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x_GS = value - base with non-finite groups zeroed, base_GS, and which groups are finite."""
-    value_GS = grouped(value, num_groups, size)
-    base_GS = torch.zeros_like(value_GS) if base is None else grouped(base, num_groups, size)
+    value_GS = to_groups(value, num_groups, size)
+    base_GS = torch.zeros_like(value_GS) if base is None else to_groups(base, num_groups, size)
     x_GS = value_GS - base_GS
     finite_G = x_GS.isfinite().all(1)
     return x_GS.where(finite_G[:, None], 0.0), base_GS, finite_G
 
 
-def updated(base_GS: torch.Tensor, sent_GS: torch.Tensor, bound: float) -> torch.Tensor:
+def update(base_GS: torch.Tensor, sent_GS: torch.Tensor, bound: float) -> torch.Tensor:
     """fp32 [G, S]: base + sent, saturated at `bound`."""
     return (base_GS + sent_GS).clamp(-bound, bound)
 
@@ -53,16 +53,16 @@ def keep_(memory: torch.Tensor, memory_GS: torch.Tensor, finite_G: torch.Tensor)
     flat.copy_(rounded.where(finite_GS.reshape(-1)[: flat.numel()], flat))
 
 
-def base_like(sent_GS: torch.Tensor, context: Context) -> torch.Tensor:
+def load_base_like(sent_GS: torch.Tensor, context: Context) -> torch.Tensor:
     """fp32 [G, S]: what `sent_GS` is the difference to; zeros where that is nothing."""
-    return torch.zeros_like(sent_GS) if context.base is None else grouped(context.base, *sent_GS.shape)
+    return torch.zeros_like(sent_GS) if context.base is None else to_groups(context.base, *sent_GS.shape)
 
 
 def deliver_(out: torch.Tensor, sent_GS: torch.Tensor, finite_G: torch.Tensor, context: Context) -> None:
     """Updates the memory by what was sent and hands the result to the receiving stage; groups that are not
     finite arrive as NaN and leave the memory as it was."""
     memory = context.memory
-    memory_GS = updated(base_like(sent_GS, context), sent_GS, limit(out, memory))
+    memory_GS = update(load_base_like(sent_GS, context), sent_GS, limit(out, memory))
     if memory is not None:
         keep_(memory, memory_GS, finite_G)
         memory_GS = memory_GS.to(memory.dtype)

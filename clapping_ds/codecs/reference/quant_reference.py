@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from clapping_ds.codecs.reference.rotation_reference import tree_sum
+from clapping_ds.codecs.reference.rotation_reference import sum_pairwise
 
 
 class Constants(NamedTuple):
@@ -18,7 +18,7 @@ class Constants(NamedTuple):
     is_stochastic: bool
 
 
-def encoded(
+def encode_groups(
     y_GS: torch.Tensor, count_G: torch.Tensor, noise_GS: torch.Tensor, constants: Constants
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bits, scale, start, is_stochastic = constants
@@ -27,24 +27,24 @@ def encoded(
     if scale == "maximum":
         half_G = largest_G
     else:
-        half_G = tree_sum(y_GS.abs()) / count_G
+        half_G = sum_pairwise(y_GS.abs()) / count_G
         if scale == "least_squares":
-            half_G = _fitted(y_GS, count_G, torch.minimum(half_G * start, largest_G), top)
-    half_G = _rounded_up(half_G) if is_stochastic else half_G.bfloat16().float()
-    level_GS = _levels(y_GS, half_G, noise_GS if is_stochastic else -0.5, top)
+            half_G = _fit(y_GS, count_G, torch.minimum(half_G * start, largest_G), top)
+    half_G = _round_up(half_G) if is_stochastic else half_G.bfloat16().float()
+    level_GS = _round_to_levels(y_GS, half_G, noise_GS if is_stochastic else -0.5, top)
     return ((level_GS + top) * 0.5).to(torch.uint8), half_G
 
 
-def level(code_GS: torch.Tensor, constants: Constants) -> torch.Tensor:
+def decode_level(code_GS: torch.Tensor, constants: Constants) -> torch.Tensor:
     return 2.0 * code_GS.float() - ((1 << constants.bits) - 1)
 
 
-def _rounded_up(half_G: torch.Tensor) -> torch.Tensor:
+def _round_up(half_G: torch.Tensor) -> torch.Tensor:
     """fp32, exact in bfloat16, not below half_G."""
     return ((half_G.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _levels(
+def _round_to_levels(
     y_GS: torch.Tensor, half_G: torch.Tensor, offset_GS: torch.Tensor | float, top: int
 ) -> torch.Tensor:
     """fp32 [G, S]: odd multiples of half_G near y_GS, the nearest ones where the offset is -1/2."""
@@ -52,8 +52,8 @@ def _levels(
     return (2.0 * (y_GS * inverse_G[:, None] + offset_GS).round() + 1.0).clamp(-top, top)
 
 
-def _fitted(y_GS: torch.Tensor, count_G: torch.Tensor, half_G: torch.Tensor, top: int) -> torch.Tensor:
+def _fit(y_GS: torch.Tensor, count_G: torch.Tensor, half_G: torch.Tensor, top: int) -> torch.Tensor:
     """fp32 [G]: the half step that fits the levels of y_GS at half_G best. Padding has levels of 1 or -1."""
-    level_GS = _levels(y_GS, half_G, -0.5, top)
-    square_G = tree_sum(level_GS * level_GS) - (y_GS.shape[1] - count_G)
-    return tree_sum(y_GS * level_GS) / square_G
+    level_GS = _round_to_levels(y_GS, half_G, -0.5, top)
+    square_G = sum_pairwise(level_GS * level_GS) - (y_GS.shape[1] - count_G)
+    return sum_pairwise(y_GS * level_GS) / square_G

@@ -5,8 +5,8 @@ draw the same ones and nothing crosses the wire. The 32-bit hash is two rounds o
 xor-shift (Wellons and Ettinger's search for low bias; constants below 2^31, so that torch can multiply
 in int64). uint32 numbers are held in int64.
 
-`hadamard` is unnormalised: applied twice it multiplies by the size of the group. All its additions,
-and those of `tree_sum`, have a fixed order, so that every implementation gives the same bits.
+`apply_hadamard` is unnormalised: applied twice it multiplies by the size of the group. All its additions,
+and those of `sum_pairwise`, have a fixed order, so that every implementation gives the same bits.
 """
 
 import torch
@@ -18,7 +18,7 @@ WORD_STRIDE = 0x61C88647
 NOISE_SALT = 0x2545F491
 
 
-def mixed(word: torch.Tensor) -> torch.Tensor:
+def mix(word: torch.Tensor) -> torch.Tensor:
     word = word ^ (word >> 16)
     word = (word * FIRST_FACTOR) & MASK
     word = word ^ (word >> 15)
@@ -26,33 +26,33 @@ def mixed(word: torch.Tensor) -> torch.Tensor:
     return word ^ (word >> 15)
 
 
-def group_keys(group_G: torch.Tensor, seed: int) -> torch.Tensor:
+def make_group_keys(group_G: torch.Tensor, seed: int) -> torch.Tensor:
     """A key for each group number (int64) and message."""
     low, high = seed & MASK, (seed >> 32) & MASK
-    key_G = mixed(((group_G & MASK) + low) & MASK)
-    return mixed(((key_G ^ high) + (group_G >> 32)) & MASK)
+    key_G = mix(((group_G & MASK) + low) & MASK)
+    return mix(((key_G ^ high) + (group_G >> 32)) & MASK)
 
 
-def words(key_G: torch.Tensor, count: int) -> torch.Tensor:
+def draw_words(key_G: torch.Tensor, count: int) -> torch.Tensor:
     """[G, count] random words."""
     word_W = torch.arange(1, count + 1, device=key_G.device) * WORD_STRIDE
-    return mixed((key_G[:, None] + word_W) & MASK)
+    return mix((key_G[:, None] + word_W) & MASK)
 
 
-def with_signs(x_GS: torch.Tensor, key_G: torch.Tensor) -> torch.Tensor:
+def flip_signs(x_GS: torch.Tensor, key_G: torch.Tensor) -> torch.Tensor:
     """`x_GS` with the sign of every value changed at random. Its own inverse."""
     width = min(32, x_GS.shape[1])
-    word_GW = words(key_G, x_GS.shape[1] // width)
+    word_GW = draw_words(key_G, x_GS.shape[1] // width)
     bit_GWB = (word_GW[:, :, None] >> torch.arange(width, device=x_GS.device)) & 1
     return torch.where(bit_GWB.view(x_GS.shape) == 1, -x_GS, x_GS)
 
 
-def noise(key_G: torch.Tensor, size: int) -> torch.Tensor:
+def draw_noise(key_G: torch.Tensor, size: int) -> torch.Tensor:
     """fp32 [G, size], uniform in [-1, 0), multiples of 2^-23."""
-    return (words(mixed(key_G ^ NOISE_SALT), size) >> 9).float() * 2.0**-23 - 1.0
+    return (draw_words(mix(key_G ^ NOISE_SALT), size) >> 9).float() * 2.0**-23 - 1.0
 
 
-def hadamard(x_GS: torch.Tensor) -> torch.Tensor:
+def apply_hadamard(x_GS: torch.Tensor) -> torch.Tensor:
     """Each group times the unnormalised Hadamard matrix."""
     num_groups, size = x_GS.shape
     distance = 1
@@ -64,7 +64,7 @@ def hadamard(x_GS: torch.Tensor) -> torch.Tensor:
     return x_GS
 
 
-def tree_sum(x_GS: torch.Tensor) -> torch.Tensor:
+def sum_pairwise(x_GS: torch.Tensor) -> torch.Tensor:
     """fp32 [G]: sums of neighbours, then of neighbouring sums, and so on."""
     while x_GS.shape[1] > 1:
         x_GS = x_GS[:, 0::2] + x_GS[:, 1::2]

@@ -9,9 +9,9 @@ from clapping_ds.codecs.reference.numerics_reference import (
     LARGEST_BFLOAT16,
     NAN_BFLOAT16_BITS,
     deliver_,
-    differences,
     keep_,
-    updated,
+    subtract_base,
+    update,
 )
 
 SMALLEST_SCALE = 2.0**-100
@@ -37,9 +37,9 @@ class Sections(NamedTuple):
 def encode_(selection: Selection, value: torch.Tensor, sections: Sections, context: Context) -> None:
     """Writes the k largest of each block of value - base, and updates the memory by them."""
     num_blocks = sections.indexes.numel() // selection.k
-    x_GS, base_GS, finite_G = differences(value, context.base, num_blocks, selection.block)
+    x_GS, base_GS, finite_G = subtract_base(value, context.base, num_blocks, selection.block)
     x_GS = x_GS.clamp(-LARGEST_BFLOAT16, LARGEST_BFLOAT16)
-    index_GK = _largest(x_GS, selection.k)
+    index_GK = _find_largest(x_GS, selection.k)
     kept_GK = x_GS.gather(1, index_GK)
     sections.indexes.copy_(index_GK.view(-1))
     if selection.is_int8:
@@ -57,7 +57,7 @@ def encode_(selection: Selection, value: torch.Tensor, sections: Sections, conte
         kept_GK = kept_GK.bfloat16().float()
     if context.memory is not None:
         sent_GS = torch.zeros_like(x_GS).scatter_(1, index_GK, kept_GK)
-        keep_(context.memory, updated(base_GS, sent_GS, limit(value, context.memory)), finite_G)
+        keep_(context.memory, update(base_GS, sent_GS, limit(value, context.memory)), finite_G)
 
 
 def decode_(selection: Selection, sections: Sections, out: torch.Tensor, context: Context) -> None:
@@ -74,7 +74,7 @@ def decode_(selection: Selection, sections: Sections, out: torch.Tensor, context
     deliver_(out, sent_GS, finite_G, context)
 
 
-def _largest(x_GS: torch.Tensor, k: int) -> torch.Tensor:
+def _find_largest(x_GS: torch.Tensor, k: int) -> torch.Tensor:
     """int64 [G, K]: indexes of the k largest magnitudes in bfloat16, ascending; of equals the first."""
     rank_GS = x_GS.abs().bfloat16().view(torch.int16).to(torch.int64)
     size = x_GS.shape[1]

@@ -30,8 +30,8 @@ from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import BLOCK_NAME
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
-from clapping_ds.hosts.deepspeed.shapes import Shapes, contiguous, listed
-from clapping_ds.link.groups import group_ranks
+from clapping_ds.hosts.deepspeed.shapes import Shapes, make_contiguous, to_tuple
+from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.link.message import Spec
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.stage.endpoint import (
@@ -41,7 +41,7 @@ from clapping_ds.stage.endpoint import (
     GRADIENTS_TO_PREVIOUS,
 )
 from clapping_ds.stage.endpoints import Endpoints
-from clapping_ds.stage.handshake import agreed_config, refuse_without_links
+from clapping_ds.stage.handshake import agree_on_config, refuse_without_links
 
 
 class ClappingPipelineEngine(CheckpointingEngine):
@@ -57,7 +57,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
             "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
         }
-        self.clapping = agreed_config(ds_config._param_dict, facts)
+        self.clapping = agree_on_config(ds_config._param_dict, facts)
         num_stages = kwargs["model"].num_stages
         refuse_without_links(self.clapping, f"PipelineModule(num_stages={num_stages})", num_stages)
         super().__init__(has_bool_tensors, *args, **kwargs)
@@ -84,7 +84,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
             schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
         }
-        ranks = group_ranks(self.grid.get_pipe_parallel_group())
+        ranks = get_group_ranks(self.grid.get_pipe_parallel_group())
         replica = self.grid.get_data_parallel_id()
         self._endpoints = Endpoints(self.clapping, ranks, range(self.num_stages), self.device, replica)
         (self._endpoint,) = self._endpoints.stages
@@ -122,7 +122,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         self._endpoints.end_step()
         self._tuning.end_step(self.micro_batches)
         if reports and self.monitor.enabled and self.global_rank == 0:
-            self.monitor.write_events(report.events(self._endpoints.channels, self.global_samples))
+            self.monitor.write_events(report.make_events(self._endpoints.channels, self.global_samples))
         return loss
 
     def _loss_scale(self) -> float:
@@ -151,20 +151,20 @@ class ClappingPipelineEngine(CheckpointingEngine):
     def _send_activations(self, buffer_id: int) -> None:
         if not self.module.training:
             outputs = self.pipe_buffers["outputs"]
-            outputs[buffer_id] = contiguous(outputs[buffer_id])
+            outputs[buffer_id] = make_contiguous(outputs[buffer_id])
             return super()._exec_send_activations(buffer_id)
         with self._timed(PIPE_SEND_OUTPUT_TIMER):
             outputs = self.pipe_buffers["outputs"][buffer_id]
             if self.has_attention_mask or self.has_bool_tensors:
                 outputs = (*outputs[:-1], outputs[-1].bool())
             self._shapes.tell(outputs)
-            self._endpoint.send(ACTIVATIONS_TO_NEXT, listed(outputs))
+            self._endpoint.send(ACTIVATIONS_TO_NEXT, to_tuple(outputs))
 
     def _receive_activations(self, buffer_id: int) -> None:
         if not self.module.training:
             return super()._exec_recv_activations(buffer_id)
         with self._timed(PIPE_RECV_INPUT_TIMER):
-            specs = self._shapes.told()
+            specs = self._shapes.hear()
             looks_ahead = not self._shapes.are_told_each_time()
             values = self._endpoint.receive_next(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead)
             for value in values:
@@ -175,14 +175,14 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def _send_gradients(self, buffer_id: int) -> None:
         with self._timed(PIPE_SEND_GRAD_TIMER):
-            inputs = [x for x in listed(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
+            inputs = [x for x in to_tuple(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
             gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
             self._endpoint.send(GRADIENTS_TO_PREVIOUS, gradients)
             self.pipe_buffers["inputs"][buffer_id] = None
 
     def _receive_gradients(self, buffer_id: int) -> None:
         with self._timed(PIPE_RECV_GRAD_TIMER):
-            outputs = [x for x in listed(self.pipe_buffers["outputs"][buffer_id]) if x.is_floating_point()]
+            outputs = [x for x in to_tuple(self.pipe_buffers["outputs"][buffer_id]) if x.is_floating_point()]
             looks_ahead = not self._shapes.are_told_each_time()
             specs = [Spec.of(output) for output in outputs]
             gradients = self._endpoint.receive_next(GRADIENTS_FROM_NEXT, specs, looks_ahead)

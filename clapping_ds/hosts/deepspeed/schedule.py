@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from clapping_ds.autotune.depth import num_warmup, order
+from clapping_ds.autotune.depth import count_warmup, order_work
 
 
 class InFlightSchedule(PipeSchedule):
@@ -29,10 +29,10 @@ class InFlightSchedule(PipeSchedule):
 
     def num_pipe_buffers(self) -> int:
         """Micro-batches whose activations are stored at the same time; the engine wants at least two."""
-        return max(2, num_warmup(self.micro_batches, self.stages, self.stage_id, self.in_flight))
+        return max(2, count_warmup(self.micro_batches, self.stages, self.stage_id, self.in_flight))
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        for kind, micro_batch in order(self.micro_batches, self.stages, self.stage_id, self.in_flight):
+        for kind, micro_batch in order_work(self.micro_batches, self.stages, self.stage_id, self.in_flight):
             buffer = self._buffer_idx(micro_batch)
             yield self._forward(buffer) if kind == "forward" else self._backward(buffer)
         yield [ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]

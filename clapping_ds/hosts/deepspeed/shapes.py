@@ -9,13 +9,13 @@ from clapping_ds.link.message import Spec
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def listed(tensors: Tensors) -> tuple[torch.Tensor, ...]:
+def to_tuple(tensors: Tensors) -> tuple[torch.Tensor, ...]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
 
 
-def contiguous(tensors: Tensors) -> Tensors:
+def make_contiguous(tensors: Tensors) -> Tensors:
     """What the stock engine can send: no backend takes a view with gaps."""
-    copies = tuple(tensor.contiguous() for tensor in listed(tensors))
+    copies = tuple(tensor.contiguous() for tensor in to_tuple(tensors))
     return copies[0] if isinstance(tensors, torch.Tensor) else copies
 
 
@@ -36,7 +36,7 @@ class Shapes:
 
     def tell(self, outputs: Tensors) -> None:
         """Before activations are sent. Raises ValueError if their shapes are known and other than now."""
-        specs = [Spec.of(output) for output in listed(outputs)]
+        specs = [Spec.of(output) for output in to_tuple(outputs)]
         if self.sent is None or self.are_told_each_time():
             self.engine._send_tensor_meta(outputs, self.engine.next_stage)
         elif specs != self.sent:
@@ -47,12 +47,12 @@ class Shapes:
             )
         self.sent = specs
 
-    def told(self) -> list[Spec]:
+    def hear(self) -> list[Spec]:
         """Before activations are received."""
         if self.received is None or self.are_told_each_time():
             buffers = self.engine._recv_tensor_meta(self.engine.prev_stage)
             self.receives_tuple = isinstance(buffers, tuple)
-            self.received = [Spec.of(buffer) for buffer in listed(buffers)]
+            self.received = [Spec.of(buffer) for buffer in to_tuple(buffers)]
         return self.received
 
     def known(self, specs: list[Spec] | None) -> list[Spec]:

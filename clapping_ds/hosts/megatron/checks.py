@@ -8,9 +8,9 @@ from typing import Any
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
 from clapping_ds.stage.handshake import (
-    agreed_config,
+    agree_on_config,
     check_equal,
-    on_every_rank,
+    check_on_every_rank,
     refuse_tuning,
     refuse_without_links,
 )
@@ -18,13 +18,13 @@ from clapping_ds.stage.handshake import (
 Source = Mapping[str, Any] | str | Path
 
 
-def agreed(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
+def agree(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
     """The configuration, if every rank has a valid one and all are equal. A collective of all ranks.
 
     Raises ValueError on every rank, with the same text: for a file that is missing or no JSON object, a wrong
     block, configurations or pipelines that differ, and what cannot be done with Megatron-Core.
     """
-    block = on_every_rank(lambda: _read(source))
+    block = check_on_every_rank(lambda: _read(source))
     facts = {
         "pipeline_model_parallel_size": num_ranks,
         "virtual_pipeline_model_parallel_size": model_config.virtual_pipeline_model_parallel_size,
@@ -33,7 +33,7 @@ def agreed(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
         "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
         "megatron.core.__version__": VERSION,
     }
-    config = agreed_config(block, facts)
+    config = agree_on_config(block, facts)
     if config.enabled:
         _check(config, model_config, num_ranks)
     return config
@@ -79,7 +79,7 @@ def check_first_call(
 ) -> None:
     """As `check_call`, and that `facts` are the same everywhere; the same ValueError on every rank. A
     collective of all ranks."""
-    on_every_rank(lambda: check_call(data_iterators, num_chunks, options))
+    check_on_every_rank(lambda: check_call(data_iterators, num_chunks, options))
     # Both ends of a link must know the loss scale, though only the last stage uses it.
     check_equal({**facts, "has a grad_scale_func": model_config.grad_scale_func is not None})
 

@@ -68,7 +68,7 @@ class Chunks:
 
     def begin_step(self, chunk_ids: Sequence[int]) -> None:
         """chunk_ids: the chunk of every forward pass of this rank, in order."""
-        found = orders(chunk_ids, len(self.stages), self.rank, self.num_ranks)
+        found = order_messages(chunk_ids, len(self.stages), self.rank, self.num_ranks)
         self._turns = {end: iter(order) for end, order in found.items()}
         self._last.clear()
         self._num_waiting.clear()
@@ -119,7 +119,9 @@ class Chunks:
         return stage.receive_next(end, [Spec(shape, self.dtype)], looks_ahead=False)[0]
 
 
-def orders(chunk_ids: Sequence[int], num_chunks: int, rank: int, num_ranks: int) -> dict[End, list[int]]:
+def order_messages(
+    chunk_ids: Sequence[int], num_chunks: int, rank: int, num_ranks: int
+) -> dict[End, list[int]]:
     """For each end, the chunk of each message of a step, in order. chunk_ids: see `Chunks.begin_step`.
 
     What the last rank sends on, the first rank receives for its next chunk, in the order in which the last

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from clapping_ds.hosts.megatron.checks import Source, agreed, check_call, check_first_call, tells_shapes
+from clapping_ds.hosts.megatron.checks import Source, agree, check_call, check_first_call, tells_shapes
 from clapping_ds.hosts.megatron.chunks import Chunks
 from clapping_ds.hosts.megatron.communicator import ClappingCommunicator
 from clapping_ds.hosts.megatron.core import (
@@ -22,7 +22,7 @@ from clapping_ds.hosts.megatron.core import (
     get_model_config,
     get_schedule_table,
 )
-from clapping_ds.link.groups import gather, group_ranks, rank, world_size
+from clapping_ds.link.groups import gather, get_group_ranks, get_world_size, rank
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.stage.endpoint import Endpoint
 from clapping_ds.stage.endpoints import Endpoints
@@ -50,7 +50,7 @@ class LazyIterator:
         return self.stage.sampler.next()
 
 
-def loss_scale(model_config: Any, device: torch.device) -> float:
+def find_loss_scale(model_config: Any, device: torch.device) -> float:
     """What the losses of the coming step are multiplied by: with fp16, not 1."""
     scaled = model_config.grad_scale_func
     return 1.0 if scaled is None else float(scaled(torch.ones((), device=device)))
@@ -79,7 +79,7 @@ class MegatronPipeline:
         if device is None:
             is_gpu = torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-        self.config = agreed(config, model_config, self.groups.pp.size())
+        self.config = agree(config, model_config, self.groups.pp.size())
         self.measures_error = False
         """Whether the relative error of messages is measured; costs a pass over each."""
         # State
@@ -87,7 +87,7 @@ class MegatronPipeline:
         """Samples drawn by all data-parallel replicas: a resumed run's data starts after as many."""
         self._was_called = False
         self._sizes: tuple[Any, ...] = ()
-        ranks, place = group_ranks(self.groups.pp), self.groups.pp.rank()
+        ranks, place = get_group_ranks(self.groups.pp), self.groups.pp.rank()
         num_chunks = model_config.virtual_pipeline_model_parallel_size or 1
         dtype, tells = model_config.pipeline_dtype, tells_shapes(model_config)
         self.endpoints = Endpoints(
@@ -157,7 +157,7 @@ class MegatronPipeline:
         if sizes != self._sizes and not self.chunks.tells_shapes:
             self.endpoints.forget()
         self._sizes = sizes
-        self.endpoints.rescale_gradients(loss_scale(model_config, self.endpoints.device))
+        self.endpoints.rescale_gradients(find_loss_scale(model_config, self.endpoints.device))
         draws = [None if iterator is None else iterator.__next__ for iterator in data_iterators]
         self.endpoints.begin_step(num_micro_batches, draws, self.measures_error)
         group_size = model_config.microbatch_group_size_per_vp_stage
@@ -199,7 +199,7 @@ class MegatronPipeline:
         """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank. To be
         left out of what is loaded where the number of ranks is another."""
         key = f"{prefix}state"
-        return {key: ShardedObject(key, self.state_dict(), (world_size(),), (rank(),))}
+        return {key: ShardedObject(key, self.state_dict(), (get_world_size(),), (rank(),))}
 
     # Figures
 

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_map
 
 from clapping_ds.config import ClappingConfig
 from clapping_ds.hosts.torch.stage import ClappingStage
-from clapping_ds.link.groups import gather, group_ranks
+from clapping_ds.link.groups import gather, get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
-from clapping_ds.stage.handshake import agreed_config, refuse_tuning, refuse_without_links
+from clapping_ds.stage.handshake import agree_on_config, refuse_tuning, refuse_without_links
 from clapping_ds.stage.sampling import LazySampler
 
 # What a schedule calls a message: the end that gets it, the stage that has this end, what uses it there.
@@ -56,14 +56,14 @@ class ClappingPipeline:
         self.schedule = schedule
         self.stages: Sequence[ClappingStage] = getattr(schedule, "_stages", None) or [schedule._stage]
         self.num_slots: int = schedule._n_microbatches
-        self.config = agreed_config(config, _facts(schedule, self.stages[0]))
+        self.config = agree_on_config(config, _list_facts(schedule, self.stages[0]))
         _check(self.config, schedule, self.stages)
-        self.orders = _orders(schedule, self.stages[0].num_stages, self.num_slots)
+        self.orders = _order_messages(schedule, self.stages[0].num_stages, self.num_slots)
         # State
         first = self.stages[0]
         self.endpoints = Endpoints(
             self.config,
-            group_ranks(first.group),
+            get_group_ranks(first.group),
             [first.stage_index_to_group_rank[index] for index in range(first.num_stages)],
             first.device,
             most_pending=self.num_slots,  # no send waits: whatever the schedule, it cannot deadlock
@@ -115,8 +115,8 @@ class ClappingPipeline:
     def _batch(self) -> MicroBatch:
         """The step's micro-batches as one batch, which the schedule splits again."""
         held = [MicroBatch(*self.sampler.next()) for _ in range(self.num_slots)]
-        held = [part._replace(inputs=_listed(part.inputs), kwargs=dict(part.kwargs)) for part in held]
-        return tree_map(_joined, *held)
+        held = [part._replace(inputs=_to_tuple(part.inputs), kwargs=dict(part.kwargs)) for part in held]
+        return tree_map(_join, *held)
 
     @property
     def sampler(self) -> LazySampler:
@@ -152,7 +152,7 @@ class ClappingPipeline:
         return why
 
 
-def _facts(schedule: Any, stage: ClappingStage) -> dict[str, Any]:
+def _list_facts(schedule: Any, stage: ClappingStage) -> dict[str, Any]:
     """What must be the same on every rank."""
     return {
         "schedule": type(schedule).__name__,
@@ -177,7 +177,7 @@ def _check(config: ClappingConfig, schedule: Any, stages: Sequence[ClappingStage
         )
 
 
-def _orders(schedule: Any, num_stages: int, num_slots: int) -> dict[tuple[int, End], list[int]]:
+def _order_messages(schedule: Any, num_stages: int, num_slots: int) -> dict[tuple[int, End], list[int]]:
     """For each stage and receiving end, the micro-batches in the order in which the peer sends them: not
     ascending in the backward passes of ScheduleLoopedBFS, for one."""
     plan = getattr(schedule, "pipeline_order_with_comms", None)
@@ -185,7 +185,7 @@ def _orders(schedule: Any, num_stages: int, num_slots: int) -> dict[tuple[int, E
         ends = [end for end, _, _ in MESSAGES.values()]
         return {(stage, end): list(range(num_slots)) for stage in range(num_stages) for end in ends}
     planned: dict[tuple[int, str], list[int]] = {}
-    for action in (part for actions in plan.values() for whole in actions for part in _parts(whole)):
+    for action in (part for actions in plan.values() for whole in actions for part in _split_action(whole)):
         kind = "B" if action.computation_type.value == "I" else action.computation_type.value
         planned.setdefault((action.stage_index, kind), []).append(action.microbatch_index)
     orders = {}
@@ -201,15 +201,15 @@ def _orders(schedule: Any, num_stages: int, num_slots: int) -> dict[tuple[int, E
     return orders
 
 
-def _parts(action: Any) -> Sequence[Any]:
+def _split_action(action: Any) -> Sequence[Any]:
     return action.sub_actions or (action,)
 
 
-def _listed(inputs: Any) -> tuple[Any, ...]:
+def _to_tuple(inputs: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def _joined(first: Any, *others: Any) -> Any:
+def _join(first: Any, *others: Any) -> Any:
     """Values of several micro-batches as one of the batch."""
     if isinstance(first, torch.Tensor):
         return torch.cat([first, *others])

@@ -1,6 +1,5 @@
 """One training run: engine, schedule, validation, progress, figures. Used by the script and the benchmark."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from clapping_ds.link.traffic import Traffic
@@ -83,14 +83,6 @@ class RunResult:
                 print(format_table(self.report))
 
 
-def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up to 1, then a cosine down to 0.1."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
-
-
 def train(
     run: RunConfig,
     ds_config: dict[str, Any],
@@ -104,9 +96,7 @@ def train(
     engine, *_ = initialize(
         model=model,
         optimizer=optimizer(model, run),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
-        ),
+        lr_scheduler=lambda adam: learning_rate_schedule(adam, run),
         config=ds_config,
     )
     replica = engine.grid.get_data_parallel_id()
@@ -176,6 +166,14 @@ def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     if FusedAdam is not None and torch.cuda.is_available():
         return FusedAdam(groups, lr=run.learning_rate, betas=(0.9, 0.95), adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_schedule(adam: torch.optim.Optimizer, run: RunConfig) -> LRScheduler:
+    """From 1 / `warmup_steps` of the optimizer's rate up to all of it, then a cosine down to 0.1 of it."""
+    warmup = LinearLR(adam, 1 / max(1, run.warmup_steps), total_iters=max(0, run.warmup_steps - 1))
+    num_falling = max(1, run.steps - run.warmup_steps)
+    cosine = CosineAnnealingLR(adam, num_falling, eta_min=0.1 * run.learning_rate)
+    return SequentialLR(adam, [warmup, cosine], milestones=[run.warmup_steps])
 
 
 def _progress(result: RunResult, traffic: Traffic | None) -> dict[str, str]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.files import RESULTS, provenance, write_json
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, LayerNorm, logits, loss
-from launch.trainer import RunConfig, learning_rate_factor, optimizer
+from launch.trainer import RunConfig, learning_rate_schedule, optimizer
 
 STEPS = (1, 40, 160, 320)
 DEPTHS = (1, 2, 3)
@@ -96,9 +96,7 @@ def capture(run: RunConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     gpt = GPTConfig(**{**vars(run.gpt), "vocabulary": vocabulary})
     model = GPT(gpt, run.seed)
     adam = optimizer(model, run)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: learning_rate_factor(step, run.warmup_steps, run.steps)
-    )
+    schedule = learning_rate_schedule(adam, run)
     batches = Windows(corpus, gpt.length, BATCH_SIZE, validation=False).batches(run.seed * 1000)
 
     visits: list[list[Visit]] = []

@@ -1,16 +1,18 @@
 """The example: its data, its model, its configuration."""
 
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from clapping_ds import ClappingConfig
 from launch import pretrain_gpt
 from launch.data import Windows, tokens
-from launch.trainer import RunConfig, learning_rate_factor, train
+from launch.trainer import RunConfig, learning_rate_schedule, train
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -70,11 +72,21 @@ def test_windows_are_seeded_and_shifted():
     assert next(Windows(corpus, 16, 3, validation=True).batches(7))[0].min() >= 1900
 
 
-def test_learning_rate_warms_up_and_decays():
-    factors = [learning_rate_factor(step, 10, 100) for step in range(100)]
-    assert factors[0] == 0.1
-    assert max(factors) == factors[9] == 1
-    assert abs(factors[-1] - 0.1) < 0.01
+def rates(run):
+    adam = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], run.learning_rate)
+    schedule = learning_rate_schedule(adam, run)
+    for _ in range(run.steps):
+        yield adam.param_groups[0]["lr"] / run.learning_rate
+        adam.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 10, 100, 120])
+def test_learning_rate_warms_up_and_decays(warmup_steps):
+    found = list(rates(RunConfig(steps=100, warmup_steps=warmup_steps)))
+    rising = [(step + 1) / warmup_steps for step in range(min(warmup_steps, 100))]
+    falling = [0.55 + 0.45 * math.cos(math.pi * x / (100 - warmup_steps)) for x in range(100 - warmup_steps)]
+    assert found == pytest.approx(rising + falling, rel=1e-12)  # a few roundings of 2 ** -53 per step
 
 
 def test_the_example_block_is_valid():

@@ -96,8 +96,8 @@ class Endpoints:
         """
         fresh = self._toss(num_slots)
         draws = list(zip(self.stages, next_batches, strict=True))
-        drawn = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
-        has_data = all(drawn)
+        found = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
+        has_data = all(found)
         if any(fresh):
             is_one_shape = all(len(stage.sampler.list_shapes()) <= 1 for stage in self.stages)
             has_data, is_one_shape = all_agree([has_data, is_one_shape], self.device)

@@ -37,6 +37,7 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "uncompressed, lazy": block("fu", "none"),
     "direct int4": block("direct", "int4"),
+    "direct eden4": block("direct", "eden4"),
     "direct int3, maximum scale": block("direct", {"name": "int3", "scale": "maximum"}),
     "direct eden3": block("direct", "eden3"),
     "direct eden2": block("direct", "eden2"),
@@ -98,7 +99,7 @@ def plot(source: Path, target: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, nats per token")
     axes[1].set_xscale("log")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     save_figure(figure, target)
 
 

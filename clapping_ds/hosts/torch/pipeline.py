@@ -108,9 +108,10 @@ class ClappingPipeline:
         # The rank's first stage holds the batches of all: they have one data iterator.
         of_others = [None] * (len(self.stages) - 1)
         self.endpoints.begin_step(self.num_slots, [next_batch, *of_others], needs_one_shape=True)
-        for stage, endpoint in zip(self.stages, self.endpoints.stages, strict=True):
+        endpoints = {endpoint.stage_id: endpoint for endpoint in self.endpoints.stages}
+        for stage in self.stages:
             orders = {end: order for (index, end), order in self.orders.items() if index == stage.stage_index}
-            stage.begin_step(endpoint, orders)
+            stage.begin_step(endpoints[stage.stage_index], orders)
 
     def _batch(self) -> MicroBatch:
         """The step's micro-batches as one batch, which the schedule splits again."""

@@ -29,7 +29,8 @@ def test_what_is_not_known_is_refused():
     for host in (owner(lambda y: y), types.SimpleNamespace(__name__="host")):
         with pytest.raises(ImportError, match=r"host.f (takes \(y\); accepted: \(x\)|is missing)"):
             Patch(host, "f", lambda found: found, "x").apply()
-    check_version("host", "0.16.1", ["0.16", "0.17"])
+    for version in ("0.16.1", "0.17.0rc1", "0.16.2a0+ecf3bae40a.nv26.10"):
+        check_version("host", version, ["0.16", "0.17"])
     for version in ("0.160", "0.15.9", "1.16"):
         with pytest.raises(ImportError, match=f"host {version} is not known to this patch"):
             check_version("host", version, ["0.16", "0.17"])

@@ -309,3 +309,7 @@ def test_an_untested_version_of_torch_is_refused(two_ranks):
     outcomes = two_ranks.outcomes(with_torch, "2.12.1+cpu")
     assert_same_error(outcomes, "ImportError", "torch 2.12.1+cpu: clapping_ds.hosts.torch")
     assert "tested with torch 2.13" in outcomes[0].message
+
+
+def test_a_vendors_build_of_a_tested_version_is_accepted(two_ranks):
+    two_ranks.run(with_torch, "2.13.0a0+ecf3bae40a.nv26.10")

@@ -61,10 +61,12 @@ def encode_kernel(
         b_finite = num.are_finite(b_peak)
         b_y = num.saturate(tl.where(b_finite[:, None], b_x, 0.0), LARGEST)
 
-        b_exponent = tl.minimum(b_peak >> 23, LARGEST_EXPONENT)
+        b_exponent = tl.minimum(b_peak >> num.FP32_MANTISSA, LARGEST_EXPONENT)
         m_tiny = (b_exponent < SMALLEST_EXPONENT) | ~b_finite
-        b_down = tl.where(m_tiny, 0, (254 - b_exponent) << 23).to(tl.float32, bitcast=True)
-        b_up = tl.where(m_tiny, 0, b_exponent << 23).to(tl.float32, bitcast=True)
+        b_down = tl.where(m_tiny, 0, (2 * num.FP32_BIAS - b_exponent) << num.FP32_MANTISSA).to(
+            tl.float32, bitcast=True
+        )
+        b_up = tl.where(m_tiny, 0, b_exponent << num.FP32_MANTISSA).to(tl.float32, bitcast=True)
         b_y = b_y * b_down[:, None]
         b_key = rotation.make_group_keys(group + o_group, seed_low, seed_high)
         b_count = tl.minimum(tl.maximum(num_values - first - o_group * GROUP, 1), GROUP).to(tl.float32)

@@ -20,9 +20,14 @@ WARP_SIZE = 64 if torch.version.hip else 32
 VALUES_PER_THREAD = 16
 """So that a thread writes a whole number of 16-byte words of codes."""
 
+FP32_BIAS = tl.constexpr(127)
+FP32_MANTISSA = tl.constexpr(23)
+"""Bits."""
+LOW_HALF = tl.constexpr(0xFFFF)
 LARGEST_BFLOAT16 = tl.constexpr(3.3895313892515355e38)
 NAN_BFLOAT16_BITS = tl.constexpr(0x7FC0)
 INFINITY_BITS = tl.constexpr(0x7F800000)
+MANTISSA_MASK = tl.constexpr(0x7FFFFF)
 MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
 TWO_TO_23 = tl.constexpr(8388608.0)
 """The fp32 from which on whole numbers are next to each other: its low bits are an integer's."""
@@ -49,7 +54,7 @@ def make_memory_arguments(tensor: torch.Tensor, context: Context) -> tuple[torch
 def to_bf16_bits(b_x):
     """int32 tensor: the 16 bits of fp32 `b_x` (not NaN) rounded to bfloat16, nearest even."""
     b_bits = b_x.to(tl.int32, bitcast=True)
-    return ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16) & 0xFFFF
+    return ((b_bits + (LOW_HALF >> 1) + ((b_bits >> 16) & 1)) >> 16) & LOW_HALF
 
 
 @triton.jit
@@ -141,4 +146,4 @@ def round_to_nearest(b_x):
 @triton.jit
 def to_integer(b_x):
     """int32 of fp32 `b_x`, a whole number in 0 .. 2^23 - 1. Faster than the GPU's own conversion."""
-    return (b_x + TWO_TO_23).to(tl.int32, bitcast=True) & 0x7FFFFF
+    return (b_x + TWO_TO_23).to(tl.int32, bitcast=True) & MANTISSA_MASK

@@ -38,7 +38,7 @@ def encode_groups(
             b_square = sum_pairwise(b_level * b_level, BLOCK_G, GROUP, LEVELS) - (GROUP - b_count)
             b_half = tl.div_rn(sum_pairwise(b_y * b_level, BLOCK_G, GROUP, LEVELS), b_square)
     if CONSTANTS.is_stochastic:
-        b_half_bits = (b_half.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+        b_half_bits = (b_half.to(tl.int32, bitcast=True) + num.LOW_HALF) >> 16
         b_offset = b_noise
     else:
         b_half_bits = num.to_bf16_bits(b_half)

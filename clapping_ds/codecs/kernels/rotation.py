@@ -89,7 +89,7 @@ def sum_pairwise(b_x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.con
 
 def split_seed(seed: int) -> tuple[int, int]:
     """The low and the high 32 bits of a seed as signed numbers, which Triton passes as int32."""
-    return _to_signed(seed & 0xFFFFFFFF), _to_signed(seed >> 32 & 0xFFFFFFFF)
+    return _to_signed(seed & rotation_reference.MASK), _to_signed(seed >> 32 & rotation_reference.MASK)
 
 
 def _to_signed(half: int) -> int:

@@ -18,6 +18,7 @@ from clapping_ds.codecs.reference.topk_reference import Sections, Selection
 SMALLEST_SCALE = tl.constexpr(SMALLEST)
 TOP_BIT = tl.constexpr(14)
 """Of a bfloat16 without its sign."""
+LARGEST_INT8 = tl.constexpr(127.0)
 VALUES_PER_WARP = 32 * num.WARP_SIZE
 
 
@@ -35,7 +36,7 @@ def select_largest(b_rank, K: tl.constexpr):
     b_before = tl.cumsum(b_above | (b_equal << 16), 0) - (b_above | (b_equal << 16))
     b_equal_before = b_before >> 16
     m_kept = (b_above == 1) | ((b_equal == 1) & (b_equal_before < b_room))
-    return m_kept, (b_before & 0xFFFF) + tl.minimum(b_equal_before, b_room)
+    return m_kept, (b_before & num.LOW_HALF) + tl.minimum(b_equal_before, b_room)
 
 
 @triton.jit
@@ -58,11 +59,11 @@ def encode_kernel(
     m_kept, o_kept = select_largest(num.to_bf16_bits(tl.abs(b_x)), K)
 
     if INT8:
-        b_scale_bits = num.to_bf16_bits(tl.max(tl.abs(b_x), 0, keep_dims=True) * (1.0 / 127))
+        b_scale_bits = num.to_bf16_bits(tl.max(tl.abs(b_x), 0, keep_dims=True) * (1.0 / LARGEST_INT8))
         b_scale = num.from_bf16_bits(b_scale_bits)
         m_scale = b_scale >= SMALLEST_SCALE
         b_inverse = tl.where(m_scale, tl.div_rn(1.0, tl.where(m_scale, b_scale, 1.0)), 0.0)
-        b_code = num.saturate(tl.floor(b_x * b_inverse + 0.5), 127.0)
+        b_code = num.saturate(tl.floor(b_x * b_inverse + 0.5), LARGEST_INT8)
         b_sent = b_code * b_scale
         tl.store(values + pid * K + o_kept, b_code.to(tl.int8), m_kept)
         b_flagged = tl.where(b_finite, b_scale_bits, num.NAN_BFLOAT16_BITS).to(tl.int16)
@@ -88,7 +89,7 @@ def decode_kernel(
     pid = tl.program_id(0).to(tl.int64)
     m_kept = tl.arange(0, K_POWER) < K
     b_index = tl.load(indexes + pid * K + tl.arange(0, K_POWER), m_kept, other=0).to(tl.int32)
-    b_is_sent = tl.histogram(b_index & 0xFFFF, BLOCK, mask=m_kept)
+    b_is_sent = tl.histogram(b_index & num.LOW_HALF, BLOCK, mask=m_kept)
     o_place = tl.cumsum(b_is_sent, 0) - b_is_sent
     b_kept = tl.load(values + pid * K + o_place, b_is_sent == 1, other=0)
     if INT8:

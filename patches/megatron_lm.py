@@ -59,9 +59,7 @@ class Compression:
         if config.enabled and config.sampling.p_new < 1:
             _refuse_phases()
         if config.enabled and self.resumed is not None:
-            reason = self.pipeline.load_state_dict(
-                state_file.read(self.resumed, self.pipeline.endpoints.device)
-            )
+            reason = self.pipeline.load_state_dict(state_file.read(self.resumed))
             if reason is not None and self.is_first_rank and config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
 

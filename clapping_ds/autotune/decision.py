@@ -141,6 +141,20 @@ class Decision(BaseModel):
         return decision
 
 
+def check_writable(path: str) -> None:
+    """Raises ValueError if a decision could not be written there when it is made."""
+    file = Path(path)
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"clapping.links.write = {path!r}: {error.strerror}; accepted: a file that can be written"
+        ) from None
+    if not existed:
+        file.unlink()
+
+
 def decide(measured: Sequence[Measured], config: ClappingConfig, num_micro_batches: int) -> Decision:
     """The decision for a pipeline, from what the ranks of all its replicas measured."""
     compute_s = max(rank.compute_s for rank in measured)

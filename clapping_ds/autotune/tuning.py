@@ -9,7 +9,15 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from clapping_ds.autotune.decision import Decision, Direction, Measured, Speed, decide, describe_memory
+from clapping_ds.autotune.decision import (
+    Decision,
+    Direction,
+    Measured,
+    Speed,
+    check_writable,
+    decide,
+    describe_memory,
+)
 from clapping_ds.autotune.measurement import Passes, list_candidates, probe
 from clapping_ds.link.groups import gather, rank
 from clapping_ds.link.wire import Wire
@@ -21,6 +29,7 @@ from clapping_ds.stage.endpoint import (
     End,
 )
 from clapping_ds.stage.endpoints import Endpoints
+from clapping_ds.stage.handshake import check_on_every_rank
 
 NUM_STEPS_WATCHED = 3
 
@@ -40,6 +49,9 @@ class Tuning:
         links = self.config.links
         if links is not None and links.read is not None:
             self._adopt(_read_by_first_rank(links.read, num_stages))
+        if links is not None and links.write is not None:
+            path = links.write
+            check_on_every_rank(lambda: check_writable(path) if rank() == 0 else None)
 
     def restart(self) -> None:
         """After a load: what is still to be measured is measured in the steps to come."""

@@ -192,7 +192,7 @@ class Endpoint:
 
     def load_state_dict(self, state: Mapping[str, Any], plans: Mapping[End, Plan]) -> None:
         """Takes what `state_dict` gave. plans: of its channels."""
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], self.device)
         for end, plan in plans.items():
             self.channels[end] = self._channel(end, plan)
             self.channels[end].load_state_dict(state["channels"][str(end)])

@@ -6,6 +6,7 @@ the report, and checkpoints that are loaded as a whole or not at all.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -52,7 +53,10 @@ class Endpoints:
         # Configuration
         self.config = config
         self.device = device
-        pipelines = sorted({tuple(found) for found in gather(tuple(ranks))}, key=min)
+        told = gather((tuple(ranks), token_hex(4)))
+        pipelines = sorted({of_rank for of_rank, _ in told}, key=min)
+        self.run_id: str = told[0][1]
+        """The same on every rank, and another in every run."""
         self.replica = pipelines.index(tuple(ranks)) if replica is None else replica
         peers = make_peers(pipelines, places if config.enabled else (), device, config.timeout_s)
         self.stages = [
@@ -128,11 +132,12 @@ class Endpoints:
         return [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
 
     def end_step(self) -> None:
-        """Waits until the step's last messages have gone."""
-        for stage in self.stages:
-            stage.end_step()
+        """Waits until the step's last messages have gone. What the step trained counts even if they do not:
+        it is in the weights."""
         self.step += 1
         self.num_drawn += sum(self.fresh)
+        for stage in self.stages:
+            stage.end_step()
 
     def rescale_gradients(self, scale: float) -> None:
         """Between two steps: the loss scale of the next one. What is held of gradients follows it."""

@@ -89,11 +89,19 @@ class LazySampler:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The held batches, between two steps."""
-        return {"held": self._held}
+        """The held batches, between two steps, and on what kind of device each of their tensors is."""
+        devices = [leaf.device.type for leaf in tree_leaves(self._held) if torch.is_tensor(leaf)]
+        return {"held": self._held, "devices": devices}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._held, self._drawn = state["held"], []
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Takes what `state_dict` gave. device: this rank's, for what was not on the CPU."""
+        kinds = iter(state["devices"])
+
+        def put_back(leaf: Any) -> Any:
+            is_elsewhere = torch.is_tensor(leaf) and next(kinds) != "cpu"
+            return leaf.to(device) if is_elsewhere else leaf
+
+        self._held, self._drawn = tree_map(put_back, state["held"]), []
 
     def list_shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""

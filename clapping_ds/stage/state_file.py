@@ -1,13 +1,13 @@
 """What one rank saves of its memories and held batches beside a host's checkpoint: a file of its own."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clapping_ds.link.groups import rank
+from clapping_ds.report import say
 
 
 def path_in(folder: Path) -> Path:
@@ -24,11 +24,19 @@ def write(state: dict[str, Any], folder: Path) -> None:
     os.replace(unfinished, file)
 
 
-def read(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """This rank's state; None where there is no file, or none that can be read. As hosts do with their own
-    files, it loads whatever objects held batches are made of: a checkpoint must come from who is trusted."""
+def read(folder: Path) -> dict[str, Any] | None:
+    """This rank's state, on the CPU: what belongs on a GPU is copied there by its owner, tensor by tensor.
+
+    None where there is no file, or none that can be read, which this rank then says: the others must not
+    wait for it. As hosts do with their own files, it loads whatever objects held batches are made of: a
+    checkpoint must come from who is trusted.
+    """
+    file = path_in(folder)
+    if not file.exists():
+        return None
     try:
-        state: dict[str, Any] = torch.load(path_in(folder), map_location=device, weights_only=False)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    except Exception as error:  # whatever a broken file, or a class that is gone, raises
+        say(f"rank {rank()} cannot read {file} ({type(error).__name__}: {error})")
         return None
     return state

@@ -114,9 +114,23 @@ def test_what_was_drawn_after_a_state_is_gone_with_that_state():
     state = sampler.state_dict()
     with pytest.raises(StopIteration):
         begin(sampler, [True] * 2, source)
-    sampler.load_state_dict(state)
+    sampler.load_state_dict(state, torch.device("cpu"))
     begin(sampler, [False, True], map(batch, range(50, 60)))
     assert numbers(sampler, 2) == [0, 50]
+
+
+def test_a_loaded_batch_is_where_it_was():
+    """`meta` stands in for a GPU: a state is read onto the CPU, and what was elsewhere goes back."""
+    sampler = LazySampler()
+    begin(sampler, [True], iter([(torch.zeros(2, device="meta"), torch.zeros(3), "text")]))
+    state = sampler.state_dict()
+    state["held"] = [(torch.zeros(2), torch.zeros(3), "text")]
+    sampler.load_state_dict(state, torch.device("meta"))
+    assert [leaf if leaf == "text" else leaf.device.type for leaf in sampler.next()] == [
+        "meta",
+        "cpu",
+        "text",
+    ]
 
 
 def test_batches_are_safe_from_both_sides():

@@ -1,6 +1,9 @@
 """The DeepSpeed engine, on real ranks: bit-identical where nothing is compressed, equal memories where
 something is, bytes as the formula says."""
 
+import contextlib
+import io
+
 import pytest
 
 from clapping_ds.codecs import CODECS
@@ -40,6 +43,26 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_stages_equal_stock(two_ranks, case):
     assert_identical_to_stock(two_ranks.run(compare, CASES[case]))
+
+
+def announced(ds):
+    """What the first rank prints of the block, and the dtype of what crosses the link."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        engine = models.make_engine(NONE, ds=ds)
+    models.train(engine, 1)
+    (spec,) = engine._endpoint.channels[ends_that_send(engine)[0]].specs
+    return said.getvalue(), spec.dtype.itemsize * 8
+
+
+def ends_that_send(engine):
+    return [end for end in engine._endpoint.channels if end.sends]
+
+
+@pytest.mark.parametrize("ds", [{}, BF16, {**BF16, "communication_data_type": "fp32"}], ids=repr)
+def test_the_saving_that_is_told_is_against_what_would_be_sent(two_ranks, ds):
+    (said, num_bits), _ = two_ranks.run(announced, ds)
+    assert f"saving against {num_bits} bit" in said
 
 
 @pytest.mark.parametrize("case", ["fp32", "tuple", "tied", "bf16 ZeRO-1"])

@@ -225,10 +225,38 @@ def go_on(folder):
 def test_survivors_of_every_stage_save_what_the_next_run_goes_on_from(fresh_ranks, tmp_path):
     assert all(outcome.kind == "dead" for outcome in fresh_ranks(4).outcomes(survive, str(tmp_path)))
     assert "True" in {Path(tmp_path, f"rank{rank}").read_text() for rank in (0, 2, 3)}
-    assert (tmp_path / "latest").read_text() == "survivors_step2"
+    assert (tmp_path / "latest").read_text().startswith("survivors_step2_")
     assert not list(tmp_path.rglob("*unfinished*"))
     for uninterrupted, resumed in fresh_ranks(4).run(go_on, str(tmp_path)):
         assert resumed == uninterrupted[2:]
+
+
+def run_ids():
+    return [models.make_engine(NONE)._endpoints.run_id for _ in range(2)]
+
+
+def test_each_run_has_a_name_of_its_own_so_that_survivors_of_two_never_mix(two_ranks):
+    (first, second), others = two_ranks.run(run_ids)
+    assert [first, second] == others
+    assert first != second
+
+
+def fail_at_the_end_of_a_step():
+    """Batches counted after a step whose last message did not go: its weights are trained."""
+    engine = models.make_engine(NONE)
+    models.train(engine, 1)
+
+    def fail():
+        raise ConnectionError("rank 1 ended")
+
+    engine._endpoint.end_step = fail
+    with pytest.raises(ConnectionError):
+        models.train(engine, 1)
+    return engine.global_steps, engine.clapping_num_drawn
+
+
+def test_the_position_in_the_data_is_that_of_the_weights_whatever_fails(two_ranks):
+    assert two_ranks.run(fail_at_the_end_of_a_step) == [(2, 8), (2, 8)]
 
 
 def without_a_survivor(folder):

@@ -67,6 +67,7 @@ def test_delays_on_random_ranks_change_nothing(four_ranks):
      ({"in_flight": 5}, "clapping.in_flight = 5: accepted: 'auto', or 0 to 4, the number of micro-batches"),
      ({"links": {"ladder": ["int8", "int5"]}}, "clapping.links.ladder.1 = {'name': 'int5'}: unknown codec"),
      ({"links": {"read": "/nowhere"}}, "clapping.links.read = '/nowhere': [Errno 2]"),
+     ({"links": {"write": "/nowhere/a.json"}}, "clapping.links.write = '/nowhere/a.json': No such file"),
      ({"gradients": {"codec": "topk", "min_numel": 8}}, "accepted: a block of at most min_numel")],
 )  # fmt: skip
 def test_a_wrong_block_is_one_error_on_every_rank(two_ranks, block, message):

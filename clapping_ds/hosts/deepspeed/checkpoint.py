@@ -60,7 +60,7 @@ class CheckpointingEngine(PipelineEngine):
         stopped at different steps write different checkpoints. The next run's first step is all fresh.
         Raises ValueError with a ZeRO stage above 0, or bf16."""
         client_state = {**(client_state or {}), NUM_DRAWN: self._endpoints.num_drawn}
-        tag = f"survivors_step{self.global_steps}"
+        tag = f"survivors_step{self.global_steps}_{self._endpoints.run_id}"
         is_whole = survivors.save(self, Path(save_dir), tag, client_state)
         if is_whole:
             _replace_latest(Path(save_dir), tag)
@@ -75,7 +75,7 @@ class CheckpointingEngine(PipelineEngine):
             self.reset_activation_shape()
             state = None
             if path is not None and self.clapping.checkpoint_memory:
-                state = state_file.read(Path(path).parent, self.device)
+                state = state_file.read(Path(path).parent)
             reason = self._endpoints.load_state_dict(state, self.micro_batches)
             self._tuning.restart()
             if reason is not None:

@@ -90,7 +90,16 @@ class ClappingPipelineEngine(CheckpointingEngine):
         (self._endpoint,) = self._endpoints.stages
         self._tuning = Tuning(self._endpoints, self.num_stages)
         self._shapes = Shapes(self)
-        self._endpoints.announce(self.communication_data_type or torch.float32)
+        self._endpoints.announce(self._find_sent_dtype())
+
+    def _find_sent_dtype(self) -> torch.dtype:
+        """Of what this stage's layers pass on: that of their weights."""
+        if self.fp16_enabled():
+            return torch.float16
+        if self.bfloat16_enabled():
+            return torch.bfloat16
+        weights = (weight.dtype for weight in self.module.parameters() if weight.is_floating_point())
+        return next(weights, torch.float32)
 
     def _train_schedule(self) -> schedule.PipeSchedule:
         """The order of a training step, for `PipelineEngine.train_batch`. Sends that block need stock's."""

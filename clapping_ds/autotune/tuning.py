@@ -140,13 +140,6 @@ class Tuning:
 
 def _read_by_first_rank(path: str, num_stages: int) -> Decision:
     """The decision in a file that only the first rank needs to see. A collective of all ranks."""
-    found: Decision | str | None = None
-    if rank() == 0:
-        try:
-            found = Decision.read(path, num_stages)
-        except ValueError as error:
-            found = str(error)
-    found = gather(found)[0]
-    if isinstance(found, Decision):
-        return found
-    raise ValueError(found)
+    found = check_on_every_rank(lambda: Decision.read(path, num_stages) if rank() == 0 else None)
+    decision: Decision = gather(found)[0]
+    return decision

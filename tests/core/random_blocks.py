@@ -37,19 +37,19 @@ MEMBERS = {"direct": ["codec"], "fu": ["delta"], "fc": ["delta"], "key_delta": [
 @st.composite
 def blocks(draw, min_numels, refresh=("step",), **others):
     """With a p_new of 1 only where a key builds on the memory."""
-    strategy = draw(st.sampled_from(["fu", "fc", "key_delta", "key_delta", "direct"]))
+    strategy = draw(st.sampled_from(["fu", "fc", "fc", "key_delta", "key_delta", "direct"]))
     directions, carries = {}, False
     for name in ("activations", "gradients"):
         direction = {member: draw(codecs()) for member in MEMBERS[strategy]}
         largest_block = max(codec.get("block", 0) for codec in direction.values())
         key = direction.get("key", direction.get("delta"))
         if strategy in ("fc", "key_delta") and key["name"] != "none":
-            direction["base"] = draw(st.sampled_from([None, "reset", "carry"]))
+            direction["base"] = draw(st.sampled_from([None, "reset", "carry", "carry"]))
             carries |= direction["base"] == "carry"
         directions[name] = {**direction, "min_numel": max(largest_block, draw(st.sampled_from(min_numels)))}
     lazy = {}
     if strategy != "direct":
-        p_new = draw(st.sampled_from([0.5, 0.5, 0.5, 1 if carries else 0.5]))
+        p_new = draw(st.sampled_from([0.5, 0.5, 1 if carries else 0.5]))
         dtype = draw(st.sampled_from(["same", "float32", "float16", "bfloat16"]))
         lazy = {
             "lazy": {"p_new": p_new, "refresh": draw(st.sampled_from(refresh))},

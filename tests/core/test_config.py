@@ -92,6 +92,7 @@ WRONG = [
     ({"links": {"laddr": ["int8"]}}, "clapping.links.laddr = ['int8']: unknown key; accepted: ladder, min"),
     (lazy(p_new=0), "clapping.lazy.p_new = 0: accepted: greater than or equal to"),
     (lazy(p_new=1.5), "clapping.lazy.p_new = 1.5: accepted: less than or equal to 1"),
+    (lazy(p_new=True), "clapping.lazy.p_new = True: accepted: a valid number"),
     (lazy(p_new="0.5"), "clapping.lazy.p_new = '0.5': accepted: a valid number"),
     (lazy(p_new=float("nan")), "clapping.lazy.p_new = nan: accepted: a finite number"),
     ({"strategy": "best"}, "clapping.strategy = 'best': accepted: 'direct', 'fu', 'fc' or 'key_delta'"),
@@ -170,7 +171,7 @@ def test_refused(block, message):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(
-    ["fu", "fc", "direct", "int4", "topk", "none", "step", "cycle", "carry", "same", "x", ""]
+    ["fu", "fc", "key_delta", "direct", "int4", "topk", "none", "step", "cycle", "carry", "same", "x", ""]
 )  # fmt: skip
 keys = st.sampled_from(
     [*ClappingConfig.model_fields, "codec", "key", "delta", "p_new", "refresh", "group_size", "base",

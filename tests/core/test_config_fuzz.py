@@ -100,6 +100,8 @@ def valid_block(rng):
     for name in DIRECTIONS:
         if strategy == "key_delta" or rng.random() < 0.5:
             block[name] = valid_direction(rng, strategy)
+    if any(block.get(name, {}).get("base") == "carry" for name in DIRECTIONS) and rng.random() < 0.5:
+        block["lazy"] = {"p_new": rng.choice([1, 1.0])}
     if rng.random() < 0.3:
         links = some(rng, {"min_gain": [0, 0.5], "write": ["links.json"]})
         if rng.random() < 0.5:

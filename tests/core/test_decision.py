@@ -65,8 +65,8 @@ def test_a_link_off_the_critical_path_gets_none_whatever_the_default():
     assert "No link needs compression" in decision.advice(is_lazy=False)
     assert "price of lazy sampling" in decision.advice(is_lazy=True)
     assert decide(pipeline([9.0]), config(), 16).advice(is_lazy=True) == ""
-    for strategy in ("direct", "fc", "fu"):
-        plan = config(strategy=strategy).plan("activations")
+    for strategy, member in (("direct", "codec"), ("fc", "delta"), ("fu", "delta")):
+        plan = config(strategy=strategy, activations={member: "int2"}).plan("activations")
         mine = plan.with_codec(decision.codec("0-1", "activations"))
         assert mine.key == Raw()
         assert mine.mean_bits_per_value(torch.bfloat16) == 16

@@ -93,9 +93,13 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets CPU tensors take the GPU's path."""
     for kernel, twin in TWINS.items():
-        for name in ("encode_", "decode_", "encode_groups", "decode_level", "apply_", "copy_"):
-            if hasattr(twin, name):
-                monkeypatch.setattr(twin, name, getattr(kernel, name))
+        shared = [name for name in TWIN_FUNCTIONS if hasattr(twin, name)]
+        assert shared, f"{twin.__name__} has none of {TWIN_FUNCTIONS}"
+        for name in shared:
+            monkeypatch.setattr(twin, name, getattr(kernel, name))
+
+
+TWIN_FUNCTIONS = ("encode_", "decode_", "encode_groups", "decode_level", "apply_", "copy_")
 
 
 TWINS = {

@@ -227,7 +227,7 @@ engine_operations = st.one_of(
     st.sampled_from([{}, FP16, {**FP16, **ZERO1}]),
     st.lists(engine_operations, min_size=20, max_size=20),
 )
-@settings(reproducible(8), phases=[Phase.generate])
+@settings(reproducible(12), phases=[Phase.generate])
 def test_any_sequence_on_an_engine(two_ranks, block, ds, sequence):
     with TemporaryDirectory() as folder:
         (one, repeated), (other, also_repeated) = two_ranks.run(run_engine, block, ds, sequence, folder)

@@ -130,16 +130,22 @@ def test_options_of_the_megatron_script():
     assert parse(["--clapping_config", "ds.json", "--pipeline_size=4"]).run.pipeline_size == 4
 
 
-def short_run(folder):
+def short_run(folder, block):
     import clapping_ds
 
     config = json.loads((LAUNCH / "ds_config.json").read_text())
+    config["clapping"] = config["clapping"] if block is None else block
     run = RunConfig(steps=6, eval_interval=3, eval_batches=1, save=folder)
     return train(run, config, clapping_ds.initialize)
 
 
-def test_the_example_trains_validates_and_saves(two_ranks, tmp_path):
-    first, second = two_ranks.run(short_run, tmp_path)
+BOTH = {"key": "int8", "delta": "int2"}
+LAZY = {"strategy": "key_delta", "lazy": {"refresh": "cycle"}, "activations": BOTH, "gradients": BOTH}
+
+
+@pytest.mark.parametrize("block", [None, LAZY], ids=["its own block", "lazy"])
+def test_the_example_trains_validates_and_saves(two_ranks, tmp_path, block):
+    first, second = two_ranks.run(short_run, tmp_path, block)
     assert first.validations == second.validations
     assert [step for step, _, _ in first.validations] == [3, 6]
     assert first.train_losses[-1] < first.train_losses[0]

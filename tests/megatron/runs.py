@@ -226,9 +226,10 @@ def tried_again(interrupts: bool) -> list[Any]:
         return [losses, num_ends]
 
 
-def from_source(source: Any) -> str:
+def from_source(source: Any) -> tuple[bool, str]:
     with megatron_cpu.parallel(2):
-        return MegatronPipeline(source, megatron_cpu.model_config(2)).config.strategy
+        config = MegatronPipeline(source, megatron_cpu.model_config(2)).config
+        return config.enabled, config.strategy
 
 
 def stalled(timeout_s: float, lengths: dict[str, Any]) -> tuple[str, float]:

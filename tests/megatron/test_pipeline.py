@@ -224,7 +224,9 @@ def test_a_step_whose_data_ended_can_be_tried_again(two_ranks):
 def test_the_configuration_may_be_a_file(two_ranks, tmp_path):
     file, broken = tmp_path / "clapping.json", tmp_path / "broken.json"
     file.write_text(json.dumps({"clapping": {"strategy": "fc"}}))
-    assert two_ranks.run(runs.from_source, str(file)) == ["fc", "fc"]
+    assert two_ranks.run(runs.from_source, str(file)) == [(True, "fc")] * 2
+    file.write_text('{"other": 1}')
+    assert two_ranks.run(runs.from_source, str(file)) == [(False, "direct")] * 2, "no block: stock"
     file.write_text("[]")
     broken.write_text("{")
     missing = tmp_path / "missing"

@@ -60,8 +60,8 @@ class Passes:
 
 
 def list_candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> list[Candidate]:
-    """What the last message of a channel would cost with each codec that the channel may get. plan: as
-    configured."""
+    """What the last message of a channel would cost with each codec that the channel may get: that of
+    its plan, or one of `links`."""
     if links is None:
         return [_candidate(channel, plan)]
     codecs: list[AnyCodec] = [Raw(), *links.ladder]

@@ -19,6 +19,7 @@ from clapping_ds.autotune.decision import (
     describe_memory,
 )
 from clapping_ds.autotune.measurement import Passes, list_candidates, probe
+from clapping_ds.config import LinksConfig
 from clapping_ds.link.groups import gather, rank
 from clapping_ds.link.wire import Wire
 from clapping_ds.stage.endpoint import (
@@ -89,10 +90,10 @@ class Tuning:
         A collective of all ranks in that step."""
         if not self.is_watching or self.num_steps < NUM_STEPS_WATCHED:
             return None
-        measured = gather(self._measured(free_bytes))
+        links = self.config.links if self.lacks_links else None
+        measured = gather(self._measured(links, free_bytes))
         decision = decide(measured, self.config, num_micro_batches)
         self._adopt(decision)
-        links = self.config.links
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
         advice = "" if links is None else decision.advice(is_lazy=self.config.sampling.p_new < 1)
@@ -111,13 +112,15 @@ class Tuning:
                 self.stage.set_plan(end, plan if codec is None else plan.with_codec(codec))
             self.endpoints.links_are_measured = True
 
-    def _measured(self, free_bytes: int | None) -> Measured:
+    def _measured(self, links: LinksConfig | None, free_bytes: int | None) -> Measured:
+        """links: None where codecs are settled, by the block or by a checkpoint: they are weighed alone."""
         speeds = self._probe()
         sent = []
         for end, speed in speeds.items():
             channel = self.stage.channels[end]
             raw_bytes = sum(spec.nbytes for spec in channel.specs)
-            options = list_candidates(channel, self.config.plan(end.direction), self.config.links)
+            plan = channel.plan if links is None else self.config.plan(end.direction)
+            options = list_candidates(channel, plan, links)
             sent.append(Direction(channel.link, channel.direction, raw_bytes, speed, options))
         return Measured(
             self.stage.stage_id, self.passes.per_micro_batch_s, self.passes.stored_bytes, free_bytes, sent

@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
 from clapping_ds.autotune.decision import Choice, Decision
-from clapping_ds.codecs import Quantizer
+from clapping_ds.codecs import Eden, Quantizer
 from clapping_ds.config import DIRECTIONS
 from tests import models
 from tests.commands import killed
@@ -102,22 +103,16 @@ def saved_and_loaded(saving, loading, folder, spoils=None):
 
 
 def truncate(folder):
-    from pathlib import Path
-
     (file,) = Path(folder).rglob("clapping_rank_00001.pt")
     file.write_bytes(file.read_bytes()[:1000])
 
 
 def remove(folder):
-    from pathlib import Path
-
     (file,) = Path(folder).rglob("clapping_rank_00001.pt")
     file.unlink()
 
 
 def write_another_format(folder):
-    from pathlib import Path
-
     (file,) = Path(folder).rglob("clapping_rank_00001.pt")
     torch.save({"step": 3, "fresh": [True] * 4, "num_drawn": 12}, file)
 
@@ -126,7 +121,6 @@ def write_a_class_that_is_gone(folder):
     """Reading it raises ModuleNotFoundError, which no list of a broken file's errors would hold."""
     import sys
     import types
-    from pathlib import Path
 
     module = types.ModuleType("gone")
     exec("class Batch: pass", module.__dict__)
@@ -236,6 +230,29 @@ def test_a_load_changes_only_what_the_configuration_leaves_open(
     (first, second) = two_ranks.run(of_other_tuning, saving, loading, str(tmp_path), num_steps)
     assert first == expected
     assert second[:3] == expected[:3]
+
+
+def depth_alone(folder):
+    """Codecs chosen before a checkpoint, and after a run that loaded them has measured its depth; what it
+    wrote of a decision."""
+    links = {"ladder": ["eden3"], "min_gain": 0.99, "write": f"{folder}/links.json"}
+    engine = models.make_engine({**INT2, "in_flight": 1, "links": links})
+    models.train(engine, 2)
+    stage = engine._endpoint
+    for end, channel in stage.channels.items():
+        stage.set_plan(end, channel.plan.with_codec(Eden(name="eden3")))
+    engine._endpoints.links_are_measured = True
+    engine.save_checkpoint(folder)
+    engine = models.make_engine({**INT2, "links": links})
+    engine.load_checkpoint(folder)
+    models.train(engine, 5)
+    codecs = {channel.plan.delta.name for channel in engine._endpoint.channels.values()}
+    chosen = {choice.codec.name for choice in engine._tuning.decision.choices}
+    return codecs, chosen, engine._tuning.is_watching, Path(links["write"]).exists()
+
+
+def test_a_depth_that_is_measured_after_a_load_leaves_codecs_and_file_alone(two_ranks, tmp_path):
+    assert two_ranks.run(depth_alone, str(tmp_path)) == [({"eden3"}, {"eden3"}, False, False)] * 2
 
 
 def test_links_from_a_file_are_not_measured_after_a_load(two_ranks, tmp_path):

@@ -32,6 +32,28 @@ def order_work(num_micro_batches: int, num_stages: int, stage_id: int, in_flight
             yield "forward", micro_batch + warmup
 
 
+def find_leads(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> tuple[int, int]:
+    """How many activations, and how many gradients, a stage may have announced in `order_work` before it has
+    sent anything back on that link; each message that it sends back allows one more.
+
+    A message that is announced or sent on NCCL keeps its GPU busy until the peer has sent or announced it,
+    and whatever waits for the whole GPU (`.item()` in the user's forward pass, a kernel that is loaded,
+    memory that is given back) waits for it. So the two ends of a link must come to its messages in the same
+    order, as if each of them blocked. On the link between s and s + 1, with W the warm-up of s + 1 and any
+    0 <= d <= in_flight + 1:
+
+        s sends     activations 0 .. W+d-1,   then for i = 0, 1, ...   announces gradients i, sends W+d+i
+        s+1         announces 0 .. W+d-1,     then for i = 0, 1, ...   sends gradients i, announces W+d+i
+
+    d divides what is ahead between the directions: d activations and in_flight + 1 - d gradients.
+    """
+    d = (in_flight + 1) // 2
+    own, of_next = (
+        count_warmup(num_micro_batches, num_stages, stage, in_flight) for stage in (stage_id, stage_id + 1)
+    )
+    return own + d, 1 - of_next - d
+
+
 def find_hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], tolerance: float) -> int:
     """The smallest `in_flight` with which the links' delays do not hold up the pipeline.
 

@@ -1,8 +1,9 @@
 """What `links` decides by: time and memory of a stage's passes, cost of codecs, speed of links."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -12,6 +13,7 @@ from clapping_ds.codecs import AnyCodec, Context, Raw
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
+from clapping_ds.link.streams import Stopwatch
 from clapping_ds.link.wire import Wire
 
 NUM_PINGS = 8
@@ -24,23 +26,24 @@ class Passes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.per_micro_batch_s = float("inf")
-        """The fastest of the steps that were timed."""
         self.stored_bytes = 0
         """Kept of one micro-batch from its forward to its backward pass, besides the parameters."""
-        self._step_s = 0.0
+        self._steps: list[tuple[Stopwatch, int]] = []
+        """The steps that were timed, with their numbers of micro-batches."""
+        self._stopwatch = Stopwatch(device)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Around every pass of a step that is timed. Waits for the device before and after."""
-        start = _read_clock_s(self.device)
-        yield
-        self._step_s += _read_clock_s(self.device) - start
+    def timed(self) -> AbstractContextManager[None]:
+        """Around every pass of a step that is timed."""
+        return self._stopwatch.running()
 
     def end_step(self, num_micro_batches: int) -> None:
-        if self._step_s:
-            self.per_micro_batch_s = min(self.per_micro_batch_s, self._step_s / num_micro_batches)
-        self._step_s = 0.0
+        self._steps.append((self._stopwatch, num_micro_batches))
+        self._stopwatch = Stopwatch(self.device)
+
+    def find_per_micro_batch_s(self) -> float:
+        """Of the fastest of the steps that were timed. The host waits for the last of them."""
+        times_s = [(stopwatch.read_s(), num_micro_batches) for stopwatch, num_micro_batches in self._steps]
+        return min((step_s / number for step_s, number in times_s if step_s), default=float("inf"))
 
     @contextmanager
     def weighed(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -90,72 +93,84 @@ def _codec_s(plan: Plan, spec: Spec, channel: Channel) -> float:
     context = Context(memory, memory is not None, 0, state, channel.compiles)
 
     def once() -> float:
-        start = _read_clock_s(device)
-        codec.encode_(value, payload, context)
-        codec.decode_(payload, value, context)
-        return _read_clock_s(device) - start
+        stopwatch = Stopwatch(device)
+        with stopwatch.running():
+            codec.encode_(value, payload, context)
+            codec.decode_(payload, value, context)
+        return stopwatch.read_s()
 
     once()  # kernels are compiled
     return min(once() for _ in range(3))
 
 
-def probe(outgoing: Wire, incoming: Wire, leads: bool) -> Speed:
+class Speaker(NamedTuple):
+    """By which the two ends of a link tell each other what comes next, on the CPU."""
+
+    tell: Callable[[int], None]
+    hear: Callable[[], int]
+
+
+def probe(outgoing: Wire, incoming: Wire, speaker: Speaker, leads: bool) -> Speed:
     """How fast messages to the peer are. Both ends call it, one of them with `leads`, while nothing is on
     its way. Messages grow until one takes a tenth of a second."""
     if leads:
-        speed = _time_messages(outgoing, incoming)
-        _answer_messages(outgoing, incoming)
+        speed = _time_messages(outgoing, incoming, speaker)
+        _answer_messages(outgoing, incoming, speaker)
     else:
-        _answer_messages(outgoing, incoming)
-        speed = _time_messages(outgoing, incoming)
+        _answer_messages(outgoing, incoming, speaker)
+        speed = _time_messages(outgoing, incoming, speaker)
     return speed
 
 
-def _time_messages(outgoing: Wire, incoming: Wire) -> Speed:
-    round_trip_s = min(_round_trip_s(outgoing, incoming, 1) for _ in range(NUM_PINGS))
+def _time_messages(outgoing: Wire, incoming: Wire, speaker: Speaker) -> Speed:
+    round_trip_s = min(_round_trip_s(outgoing, incoming, speaker, 1) for _ in range(NUM_PINGS))
     num_bytes, took_s = 1 << 14, 0.0
     while took_s < LONG_ENOUGH_S and num_bytes < MOST_BYTES:
         num_bytes *= 4
-        took_s = _round_trip_s(outgoing, incoming, num_bytes) - round_trip_s
-    _put(outgoing, torch.zeros(1, dtype=torch.int64))
-    outgoing.drain()
+        took_s = _round_trip_s(outgoing, incoming, speaker, num_bytes) - round_trip_s
+    speaker.tell(0)
     return Speed(num_bytes / max(took_s, 1e-9), round_trip_s / 2)
 
 
-def _answer_messages(outgoing: Wire, incoming: Wire) -> None:
-    while num_bytes := int(_get(incoming, 8).view(torch.int64)):
-        _get(incoming, num_bytes)
-        _put(outgoing, torch.zeros(1, dtype=torch.uint8))
+def _round_trip_s(outgoing: Wire, incoming: Wire, speaker: Speaker, num_bytes: int) -> float:
+    """Until a message is answered by a byte. Payloads are there, and the peer has announced the message,
+    before the clock starts."""
+    payload = _prepare(outgoing, num_bytes)
+    speaker.tell(num_bytes)
+    speaker.hear()
+    start_s = time.perf_counter()
+    _send(outgoing, payload)
+    incoming.expect(1)
+    _take(incoming)
+    took_s = time.perf_counter() - start_s
     outgoing.drain()
+    return took_s
 
 
-def _round_trip_s(outgoing: Wire, incoming: Wire, num_bytes: int) -> float:
-    """Until a message, told of by one with its size, is answered by a byte."""
-    start = time.perf_counter()
-    _put(outgoing, torch.tensor([num_bytes]))
-    _put(outgoing, torch.zeros(num_bytes, dtype=torch.uint8))
-    _get(incoming, 1)
-    return time.perf_counter() - start
+def _answer_messages(outgoing: Wire, incoming: Wire, speaker: Speaker) -> None:
+    while num_bytes := speaker.hear():
+        answer = _prepare(outgoing, 1)
+        incoming.expect(num_bytes)
+        speaker.tell(num_bytes)
+        _take(incoming)
+        _send(outgoing, answer)
+        outgoing.drain()
 
 
-def _put(wire: Wire, message: torch.Tensor) -> None:
+def _prepare(wire: Wire, num_bytes: int) -> torch.Tensor:
     with wire.working():
-        payload = wire.new_payload(message.numel() * message.element_size())
-        wire.send(payload.copy_(message.view(torch.uint8)))
+        payload = wire.new_payload(num_bytes).zero_()
+    wire.side.wait()
+    return payload
 
 
-def _get(wire: Wire, num_bytes: int) -> torch.Tensor:
-    """The first bytes of the peer's next message, on the CPU."""
+def _send(wire: Wire, payload: torch.Tensor) -> None:
     with wire.working():
-        wire.expect(num_bytes)
-        payload = wire.receive()
-        start = payload[:8].to("cpu", copy=True)
-        wire.done_with(payload)
-    return start
+        wire.send(payload)
 
 
-def _read_clock_s(device: torch.device) -> float:
-    """Once the device has done what was asked of it so far."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+def _take(wire: Wire) -> None:
+    """The host waits for the peer's message."""
+    with wire.working():
+        wire.done_with(wire.receive())
+    wire.side.wait()

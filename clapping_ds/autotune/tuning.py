@@ -6,6 +6,7 @@ ranks stop, measure links and codecs, and decide.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -18,9 +19,9 @@ from clapping_ds.autotune.decision import (
     decide,
     describe_memory,
 )
-from clapping_ds.autotune.measurement import Passes, list_candidates, probe
+from clapping_ds.autotune.measurement import Passes, Speaker, list_candidates, probe
 from clapping_ds.config import LinksConfig
-from clapping_ds.link.groups import gather, rank
+from clapping_ds.link.groups import Control, rank
 from clapping_ds.link.wire import Wire
 from clapping_ds.stage.endpoint import (
     ACTIVATIONS_FROM_PREVIOUS,
@@ -30,7 +31,6 @@ from clapping_ds.stage.endpoint import (
     End,
 )
 from clapping_ds.stage.endpoints import Endpoints
-from clapping_ds.stage.handshake import check_on_every_rank
 
 NUM_STEPS_WATCHED = 3
 
@@ -42,6 +42,7 @@ class Tuning:
         self.endpoints = endpoints
         (self.stage,) = endpoints.stages
         self.config = endpoints.config
+        self.control = endpoints.control
         self.num_stages = num_stages
         self.passes = Passes(endpoints.device)
         self.num_steps = 0
@@ -49,10 +50,10 @@ class Tuning:
         """That was made or read in this run."""
         links = self.config.links
         if links is not None and links.read is not None:
-            self._adopt(_read_by_first_rank(links.read, num_stages))
+            self._adopt(_read_by_first_rank(self.control, links.read, num_stages))
         if links is not None and links.write is not None:
             path = links.write
-            check_on_every_rank(lambda: check_writable(path) if rank() == 0 else None)
+            self.control.check(lambda: check_writable(path) if rank() == 0 else None)
 
     def restart(self) -> None:
         """After a load: what is still to be measured is measured in the steps to come."""
@@ -91,7 +92,7 @@ class Tuning:
         if not self.is_watching or self.num_steps < NUM_STEPS_WATCHED:
             return None
         links = self.config.links if self.lacks_links else None
-        measured = gather(self._measured(links, free_bytes))
+        measured = self.control.gather(self._measured(links, free_bytes))
         decision = decide(measured, self.config, num_micro_batches)
         self._adopt(decision)
         if links is not None and links.write is not None and rank() == 0:
@@ -122,9 +123,8 @@ class Tuning:
             plan = channel.plan if links is None else self.config.plan(end.direction)
             options = list_candidates(channel, plan, links)
             sent.append(Direction(channel.link, channel.direction, raw_bytes, speed, options))
-        return Measured(
-            self.stage.stage_id, self.passes.per_micro_batch_s, self.passes.stored_bytes, free_bytes, sent
-        )
+        compute_s = self.passes.find_per_micro_batch_s()
+        return Measured(self.stage.stage_id, compute_s, self.passes.stored_bytes, free_bytes, sent)
 
     def _probe(self) -> dict[End, Speed]:
         """By sending end. Every second link at the same time, so that no stage is in two probes."""
@@ -137,12 +137,13 @@ class Tuning:
             if outgoing in self.stage.wires:
                 ends = [self.stage.wires[end] for end in (outgoing, incoming)]
                 there, back = (Wire(wire.peer, wire.device, wire.group) for wire in ends)
-                speeds[outgoing] = probe(there, back, leads=outgoing == ACTIVATIONS_TO_NEXT)
+                speaker = Speaker(partial(self.stage.tell, outgoing), partial(self.stage.hear, incoming))
+                speeds[outgoing] = probe(there, back, speaker, leads=outgoing == ACTIVATIONS_TO_NEXT)
         return speeds
 
 
-def _read_by_first_rank(path: str, num_stages: int) -> Decision:
+def _read_by_first_rank(control: Control, path: str, num_stages: int) -> Decision:
     """The decision in a file that only the first rank needs to see. A collective of all ranks."""
-    found = check_on_every_rank(lambda: Decision.read(path, num_stages) if rank() == 0 else None)
-    decision: Decision = gather(found)[0]
+    found = control.check(lambda: Decision.read(path, num_stages) if rank() == 0 else None)
+    decision: Decision = control.gather(found)[0]
     return decision

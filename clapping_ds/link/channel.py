@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,17 @@ from clapping_ds.link.message import Held, Message, Part, Spec, Wire
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.link.verification import Header, VerificationError
+from clapping_ds.link.visits import Visits
 
 RAW = Raw()
+
+
+class Arrivals(NamedTuple):
+    """Where a message goes to."""
+
+    values: list[torch.Tensor]
+    freed: Any
+    """Event: they may be written. None on the CPU."""
 
 
 class Channel:
@@ -66,18 +75,22 @@ class Channel:
         self.specs: Sequence[Spec] = ()
         """Of the last message."""
         self._expected: deque[Message] = deque()
+        self._visits = Visits(wire.device)
+        self._next: Arrivals | None = None
+        """Where the message that was expected first goes to."""
 
     def begin_step(self, step: int, num_slots: int, measures_error: bool = False) -> None:
         """Messages are numbered by step and slot. Frees what is held for the slots from `num_slots` on."""
         self.step = step
         self.measures_error = measures_error
+        self._visits.end()
         for slot in [slot for slot in self.held if slot >= num_slots]:
             del self.held[slot]
 
     def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
-        message = self._message(slot, fresh, [Spec.of(value) for value in values])
-        with self.at(slot), self.wire.working(*values):
+        with self.at(slot), self.wire.working(after_compute=True):
+            message = self._message(slot, fresh, [Spec.of(value) for value in values])
             payload = self.wire.new_payload(message.num_bytes)
             header, *sections = self._sections(payload, message)
             expected = self._header(message)
@@ -86,39 +99,40 @@ class Channel:
             if expected is not None:
                 expected.with_payload(payload[len(header) :]).write_(header)
             self.wire.send(payload)
+            self._put_back(message)
+            self._fetch(slot + 1)
         self._count(message)
 
     def expect(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> None:
         """Announces the peer's next message, so that it can arrive before `receive` asks for it."""
-        message = self._message(slot, fresh, specs)
-        self._expected.append(message)
-        with self.at(slot):
+        with self.at(slot), self.wire.working():
+            message = self._message(slot, fresh, specs)
             self.wire.expect(message.num_bytes)
+        self._expected.append(message)
 
     def receive(self) -> list[torch.Tensor]:
         """The tensors of the message that was expected first: what the peer sent, up to the codec's
         error."""
         message = self._expected.popleft()
-        device = self.wire.device
-        values = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in message.specs]
+        values, freed = self._next or self._new_arrivals(message.specs)
         with self.at(message.slot), self.wire.working():
             payload = self.wire.receive()
             header, *sections = self._sections(payload, message)
             expected = self._header(message)
             if expected is not None:
                 expected.with_payload(payload[len(header) :]).check(Header.read(header))
+            self.wire.side.follow(freed)
             for part, value, section in zip(message.parts, values, sections, strict=True):
-                with _on_device(part.context, device) as context:
-                    part.codec.decode_(section, value, context)
+                part.codec.decode_(section, value, self._visited(part))
             self.wire.done_with(payload)
-        self.wire.join()
+            self._put_back(message)
+        self._prepare_next()
         self._count(message)
         return values
 
     def end_step(self) -> None:
-        """Waits until everything sent has gone."""
+        """Waits until everything sent has gone, where the host is what waits."""
         self.wire.drain()
-        self.wire.join()
 
     @property
     def memory_nbytes(self) -> int:
@@ -127,14 +141,18 @@ class Channel:
 
     def rescale(self, factor: float) -> None:
         """Multiplies what is held, at both ends: the values to come are so many times larger."""
-        for tensors in self.held.values():
-            for held in tensors.values():
-                if held.memory is not None:
-                    largest = torch.finfo(held.memory.dtype).max
-                    held.memory.copy_((held.memory.float() * factor).clamp(-largest, largest))
+        self.wire.side.wait()
+        memories = [held.memory for tensors in self.held.values() for held in tensors.values()]
+        with self.wire.side.active():
+            for memory in memories:
+                if memory is not None:
+                    largest = torch.finfo(memory.dtype).max
+                    memory.copy_((memory.float() * factor).clamp(-largest, largest))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and what is held by slot and tensor, for `torch.save`."""
+        self.wire.side.wait()
+        self.traffic.settle()
         held = {
             slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
             for slot, tensors in self.held.items()
@@ -144,10 +162,17 @@ class Channel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
         self.traffic = Traffic(**state["traffic"])
-        self.held = {
-            slot: {index: self._load_held(saved) for index, saved in tensors.items()}
-            for slot, tensors in state["held"].items()
-        }
+        self.forget()
+        with self.wire.side.active():
+            self.held = {
+                slot: {index: self._load_held(saved) for index, saved in tensors.items()}
+                for slot, tensors in state["held"].items()
+            }
+
+    def forget(self) -> None:
+        """Forgets what is held."""
+        self._visits.end()
+        self.held.clear()
 
     def _load_held(self, saved: dict[str, Any]) -> Held:
         held = self._new(Spec(*saved["spec"]))
@@ -157,11 +182,46 @@ class Channel:
         return held
 
     def _encode(self, part: Part, value: torch.Tensor, section: torch.Tensor) -> None:
-        with _on_device(part.context, value.device) as context:
-            part.codec.encode_(value, section, context)
-            if self.measures_error and part.codec is not RAW:
-                received = _reconstruct(part.codec, value, section, context)
-                self.traffic.count_error(value, received)
+        context = self._visited(part)
+        part.codec.encode_(value, section, context)
+        if self.measures_error and part.codec is not RAW:
+            received = _reconstruct(part.codec, value, section, context)
+            self.traffic.count_error(value, received)
+
+    def _visited(self, part: Part) -> Context:
+        """With the memory where the codec can work on it."""
+        memory = part.context.memory
+        if memory is None or not self._visits.are_of(memory):
+            return part.context
+        return part.context._replace(memory=self._visits.fetch(memory))
+
+    def _put_back(self, message: Message) -> None:
+        """The memories of a message, to where they live."""
+        for part in message.parts:
+            memory = part.context.memory
+            if memory is not None and self._visits.are_of(memory):
+                self._visits.put_back(memory)
+
+    def _fetch(self, slot: int) -> None:
+        """Has the memories of a message that is to come on their way."""
+        for held in self.held.get(slot, {}).values():
+            if held.memory is not None and self._visits.are_of(held.memory):
+                self._visits.fetch(held.memory)
+
+    def _prepare_next(self) -> None:
+        """For the message that comes next, while compute goes on: what decoding it would wait for."""
+        self._next = None
+        if self._expected:
+            message = self._expected[0]
+            self._next = self._new_arrivals(message.specs)
+            with self.wire.side.active():
+                self._fetch(message.slot)
+
+    def _new_arrivals(self, specs: Sequence[Spec]) -> "Arrivals":
+        """Memory of the compute stream, which is where it will be freed: once compute is done with what was
+        in it before, it can be written."""
+        values = [torch.empty(spec.shape, dtype=spec.dtype, device=self.wire.device) for spec in specs]
+        return Arrivals(values, self.wire.side.mark_compute())
 
     @contextmanager
     def at(self, slot: int) -> Iterator[None]:
@@ -180,6 +240,7 @@ class Channel:
         """Of a message that is about to change the memories."""
         if not self.verifies:
             return None
+        self.wire.side.wait()  # memories on the CPU are read by the host
         codecs = [part.codec for part in message.parts]
         return Header.of(self.step, message.slot, codecs, [part.context.memory for part in message.parts])
 
@@ -219,9 +280,10 @@ class Channel:
         """What is held of a tensor before its first message: zeros."""
         plan, memory = self.plan, None
         if plan.holds_memory:
-            device = self.wire.device if plan.memory.device == "same" else "cpu"
+            device = self.wire.device if plan.memory.device == "same" else torch.device("cpu")
             dtype = plan.memory.torch_dtype(spec.dtype)
-            memory = torch.zeros(spec.shape, dtype=dtype, device=device)
+            is_pinned = device != self.wire.device
+            memory = torch.zeros(spec.shape, dtype=dtype, device=device, pin_memory=is_pinned)
         states = [codec.new_state(spec.shape, self.wire.device) for codec in (plan.key, plan.delta)]
         return Held(spec, memory, *states)
 
@@ -229,17 +291,6 @@ class Channel:
 def is_compressed(spec: Spec, min_numel: int) -> bool:
     """Whether the codecs of a direction are used for such a tensor. Others travel raw."""
     return spec.dtype in COMPRESSIBLE_DTYPES and spec.shape.numel() >= max(1, min_numel)
-
-
-@contextmanager
-def _on_device(context: Context, device: torch.device) -> Iterator[Context]:
-    """The memory where the codec can work on it; copied back where that is not its home."""
-    if context.memory is None or context.memory.device == device:
-        yield context
-    else:
-        visiting = context.memory.to(device)
-        yield context._replace(memory=visiting)
-        context.memory.copy_(visiting)
 
 
 def _reconstruct(codec: Codec, value: torch.Tensor, section: torch.Tensor, context: Context) -> torch.Tensor:

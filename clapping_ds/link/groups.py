@@ -1,14 +1,96 @@
-"""Process groups of links, who is at their other ends, and what all ranks agree on.
+"""Process groups of links, who is at their other ends, and what all ranks tell each other.
 
 This file and `wire` are the only ones that import torch.distributed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
+Pair = tuple[int, int]
+
+
+class Control:
+    """What all ranks tell each other: in a gloo group of its own, on the CPU whatever the GPU does, and
+    within `timeout_s`. Making one is a collective of all ranks, as are its methods.
+
+    Raises ConnectionError where a rank is gone or silent for too long.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        with self._naming("while a process group was made"):
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, item: Any) -> list[Any]:
+        """What every rank passed, in the order of ranks."""
+        items: list[Any] = [None] * get_world_size()
+        with self._naming("while all ranks told what they have"):
+            dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def agree(self, answers: Sequence[bool]) -> list[bool]:
+        """For each question, whether every rank answered yes."""
+        votes = torch.tensor(answers, dtype=torch.int32, device="cpu")
+        with self._naming("while all ranks voted"):
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def wait_for_all(self) -> None:
+        """Returns once every rank has called it."""
+        self.agree([True])
+
+    def check(self, check: Callable[[], Result]) -> Result:
+        """What `check` returns. If it raises ValueError or OSError on any rank, every rank raises ValueError,
+        with the same text."""
+        result, mistake = None, None
+        try:
+            result = check()
+        except (ValueError, OSError) as error:
+            mistake = str(error)
+        mistakes = self.gather(mistake)
+        if any(mistakes):
+            raise ValueError("\n".join(_grouped(mistakes)))
+        return result  # type: ignore[return-value]
+
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
+        """Raises ValueError on every rank, with the same text, if ranks differ in a fact. facts: by the name
+        that an error shall have for it."""
+        found = self.gather(dict(facts))
+        names = dict.fromkeys(name for rank in found for name in rank)
+        differences = [
+            f"{name}: " + "; ".join(_grouped([repr(rank.get(name)) for rank in found]))
+            for name in names
+            if any(rank.get(name) != found[0].get(name) for rank in found)
+        ]
+        if differences:
+            raise ValueError("\n".join(["the ranks differ; accepted: the same everywhere", *differences]))
+
+    @contextmanager
+    def _naming(self, when: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"rank {rank()}: another rank ended, or was silent for more than {self.timeout_s:g} s, "
+                f"{when} ({error})"
+            ) from error
+
+
+def _grouped(texts: Sequence[str | None]) -> list[str]:
+    """Each text once, with the ranks that it is of, unless it is of all."""
+    lines = []
+    for text in dict.fromkeys(text for text in texts if text is not None):
+        ranks = [number for number, other in enumerate(texts) if other == text]
+        where = "" if len(ranks) == len(texts) else f" (rank {', '.join(map(str, ranks))})"
+        lines.append(text + where)
+    return lines
 
 
 class Peer(NamedTuple):
@@ -21,45 +103,84 @@ class Peer(NamedTuple):
 
 def make_peers(
     pipelines: Sequence[Sequence[int]], places: Sequence[int], device: torch.device, timeout_s: float
-) -> dict[tuple[int, int], Peer]:
+) -> dict[Pair, Peer]:
     """By (stage, neighbouring stage), the neighbours of this rank's stages. A collective of all ranks.
 
     pipelines   the global ranks of every pipeline; the same on every rank
     places      for each stage, which of its pipeline's ranks has it. Neighbouring stages of one rank
                 have no link
     """
+    links: list[tuple[int, Pair]] = [
+        (stage, (ranks[here], ranks[there]))
+        for stage, (here, there) in enumerate(pairwise(places))
+        for ranks in pipelines
+        if here != there
+    ]
     peers = {}
-    for stage in range(len(places) - 1):
-        following = stage + 1
-        for ranks in pipelines if places[stage] != places[following] else []:
-            ends = ranks[places[stage]], ranks[places[following]]
-            groups = make_direction_groups(ends, device, timeout_s)
+    for members in _share_no_rank(links):
+        groups = make_direction_groups([ends for _, ends in members], device, timeout_s)
+        for stage, ends in members:
             if rank() in ends:
-                peers[stage, following] = Peer(ends[1], *groups)
-                peers[following, stage] = Peer(ends[0], *groups)
+                peers[stage, stage + 1] = Peer(ends[1], *groups)
+                peers[stage + 1, stage] = Peer(ends[0], *groups)
     return peers
 
 
-def make_direction_groups(ends: tuple[int, int], device: torch.device, timeout_s: float) -> tuple[Any, Any]:
-    """A process group from the first to the second of two global ranks, and one back. A collective of all
-    ranks, also of those at neither end.
+def _share_no_rank(links: Sequence[tuple[int, Pair]]) -> list[list[tuple[int, Pair]]]:
+    """The links in as few lists as may be, in none of which a rank has two: two lists for a pipeline."""
+    lists: list[list[tuple[int, Pair]]] = []
+    for link in links:
+        fitting = (each for each in lists if not any(set(ends) & set(link[1]) for _, ends in each))
+        chosen = next(fitting, None)
+        if chosen is None:
+            lists.append([link])
+        else:
+            chosen.append(link)
+    return lists
 
-    No link or direction shares a group with another: NCCL may carry a group's messages one after the
-    other, and one that has to wait would hold up all behind it. The first message of an NCCL group waits
-    for its peer, an announced receive as well: so a byte is sent here.
+
+def make_direction_groups(pairs: Sequence[Pair], device: torch.device, timeout_s: float) -> tuple[Any, Any]:
+    """A process group from the first to the second of each pair of global ranks, and one back. A collective
+    of all ranks, also of those in no pair.
+
+    No two links or directions of a rank share a group: NCCL may carry a group's messages one after the other,
+    and one that has to wait would hold up all behind it. So pairs here have no rank in common. (Groups of
+    two ranks would be 2 (S - 1) R calls, each waiting for all ranks, for S stages and R replicas; with
+    `use_local_synchronization` torch names a group after the number of groups that its rank has, which
+    differs along a pipeline.) The first message of an NCCL pair waits for the peer, an announced
+    receive as well: so a byte is sent here.
 
     device      where payloads are written and read
-    timeout_s   how long a message is waited for
+    timeout_s   how long a message is waited for. NCCL's watchdog ends the process: it gets twice the time, so
+                that an error that names the peer comes first
     """
-    there, back = (dist.new_group(list(ends), timedelta(seconds=timeout_s)) for _ in range(2))
-    if rank() in ends:
-        for group, (source, target) in ((there, ends), (back, ends[::-1])):
-            byte = torch.zeros(1, dtype=torch.uint8, device=find_carrier(group, device))
-            if rank() == source:
-                dist.send(byte, dst=target, group=group)
-            else:
-                dist.recv(byte, src=source, group=group)
+    members = sorted({member for pair in pairs for member in pair})
+    there, back = (_new_group(members, device, timeout_s) for _ in range(2))
+    for ends in pairs:
+        if rank() in ends:
+            for group, (source, target) in ((there, ends), (back, ends[::-1])):
+                byte = torch.zeros(1, dtype=torch.uint8, device=find_carrier(group, device))
+                with naming_peer(target if rank() == source else source):
+                    if rank() == source:
+                        dist.send(byte, dst=target, group=group)
+                    else:
+                        dist.recv(byte, src=source, group=group)
     return there, back
+
+
+def _new_group(members: list[int], device: torch.device, timeout_s: float) -> Any:
+    is_queued = find_carrier(None, device).type != "cpu"
+    return dist.new_group(members, timedelta(seconds=2 * timeout_s if is_queued else timeout_s))
+
+
+@contextmanager
+def naming_peer(peer: int) -> Iterator[None]:
+    """Where the process group may fail: when a message is waited for, or when another one is started after
+    the connection broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {peer} ended or was silent for too long ({error})") from error
 
 
 def find_carrier(group: Any, device: torch.device) -> torch.device:
@@ -80,22 +201,3 @@ def get_world_size() -> int:
 def get_group_ranks(group: Any) -> list[int]:
     """The global ranks of a process group, in its order. None: the default group."""
     return dist.get_process_group_ranks(group)
-
-
-def wait_for_all() -> None:
-    """Returns once every rank has called it."""
-    dist.barrier()
-
-
-def all_agree(answers: Sequence[bool], device: torch.device) -> list[bool]:
-    """For each question, whether every rank answered yes. A collective of all ranks."""
-    votes = torch.tensor(answers, dtype=torch.int32, device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-    return [bool(vote) for vote in votes.tolist()]
-
-
-def gather(item: Any) -> list[Any]:
-    """What every rank passed, in the order of ranks. A collective of all ranks."""
-    items: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(items, item)
-    return items

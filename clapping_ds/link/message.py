@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from clapping_ds.codecs import Codec, Context
+from clapping_ds.link.streams import SideStream
 
 
 class Spec(NamedTuple):
@@ -28,8 +29,9 @@ class Wire(Protocol):
     """What a channel needs of `wire`."""
 
     device: torch.device
+    side: SideStream
 
-    def working(self, *values: torch.Tensor) -> AbstractContextManager[None]: ...
+    def working(self, after_compute: bool = False) -> AbstractContextManager[None]: ...
 
     def new_payload(self, num_bytes: int) -> torch.Tensor: ...
 
@@ -40,8 +42,6 @@ class Wire(Protocol):
     def receive(self) -> torch.Tensor: ...
 
     def done_with(self, payload: torch.Tensor) -> None: ...
-
-    def join(self) -> None: ...
 
     def drain(self) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from math import isfinite
 
 import torch
 
@@ -20,6 +21,9 @@ class Traffic:
     error_square: float = 0.0
     value_square: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._measured: list[torch.Tensor] = []
+
     def count(self, fresh: bool, payload_bytes: int, specs: Sequence[Spec]) -> None:
         self.num_messages += 1
         self.num_fresh += fresh
@@ -28,12 +32,19 @@ class Traffic:
         self.raw_bytes += sum(spec.nbytes for spec in specs)
 
     def count_error(self, value: torch.Tensor, reconstruction: torch.Tensor) -> None:
-        """Adds to the relative error. Messages that are not finite do not count."""
+        """Adds to the relative error. Messages that are not finite do not count. Nothing waits for the device
+        before `settle`."""
         error = (value.float() - reconstruction.float()).square().sum()
-        square = value.float().square().sum()
-        if torch.isfinite(error) and torch.isfinite(square):
-            self.error_square += error.item()
-            self.value_square += square.item()
+        self._measured.append(torch.stack([error, value.float().square().sum()]))
+
+    def settle(self) -> None:
+        """Adds up the errors that were counted. The host waits for them."""
+        for squares in self._measured:
+            error_square, value_square = squares.tolist()
+            if isfinite(error_square) and isfinite(value_square):
+                self.error_square += error_square
+                self.value_square += value_square
+        self._measured.clear()
 
     @property
     def fresh_share(self) -> float:
@@ -51,10 +62,13 @@ class Traffic:
     @property
     def relative_error(self) -> float | None:
         """|| value - what the receiver gets || / || value || over the measured messages."""
+        self.settle()
         return (self.error_square / self.value_square) ** 0.5 if self.value_square else None
 
 
 def add_up(traffics: Iterable[Traffic]) -> Traffic:
     """The sum of several channels' counters."""
     parts = list(traffics)
+    for part in parts:
+        part.settle()
     return Traffic(**{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Traffic)})

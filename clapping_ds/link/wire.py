@@ -2,10 +2,14 @@
 
 A message is one contiguous uint8 tensor whose size both ends know beforehand. Sends return at once and
 keep their payload until it has gone; receives are announced, so that bytes arrive while the stage
-computes. Each direction of a link has a process group of its own, so that none queues behind another.
+computes. No two directions or links of a rank share a process group, so that none queues behind another.
 Within a direction of a link messages keep their order.
+
+On a GPU all of it is queued: payloads are written and read on a stream beside the one that computes, and
+nothing waits on the host but `drain` and `wait_for_arrivals`.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import find_carrier
+from clapping_ds.link.groups import find_carrier, naming_peer
+from clapping_ds.link.streams import SideStream
+
+POLL_S = 1e-3
 
 
 class Pending(NamedTuple):
@@ -31,86 +38,108 @@ class Wire:
     peer           global rank at the other end
     device         where payloads are written and read
     group          process group of this direction; None: the default group
-    most_pending   sends that may be on their way while another payload is written, and messages
-                   that may be announced beyond the one that is waited for
-    overlaps       False: a send returns when its payload has gone
+    most_pending   sends that may be on their way while another payload is written
+    tag            of all messages, where several wires share a gloo group
     """
 
     def __init__(
-        self, peer: int, device: torch.device, group: Any = None, most_pending: int = 1, overlaps: bool = True
+        self, peer: int, device: torch.device, group: Any = None, most_pending: int = 1, tag: int = 0
     ) -> None:
         # Configuration
         self.peer = peer
         self.device = device
         self.group = group
         self.most_pending = most_pending
-        self.overlaps = overlaps
+        self.tag = tag
         self.carrier = find_carrier(group, device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.side = SideStream(device)
         # State
-        self.payloads = Buffers(device)
-        self.carried = self.payloads if self.carrier == device else Buffers(self.carrier)
+        self.payloads = Buffers(self.side, device)
+        self.carried = self.payloads if self.carrier == device else Buffers(self.side, self.carrier)
         self._sending: deque[Pending] = deque()
         self._arriving: deque[Pending] = deque()
+        self._awaited: deque[Any] = deque()
+        """Receives that the side stream waits for, and that the host has not seen complete."""
+        self._done: Any = None
+        """Event: the last payload is written or read."""
 
     @contextmanager
-    def working(self, *values: torch.Tensor) -> Iterator[None]:
-        """Where payloads are written and read: on CUDA a stream beside the compute stream, after what
-        that has queued so far. values: tensors of the compute stream that are used inside."""
-        if self.stream is None:
+    def working(self, after_compute: bool = False) -> Iterator[None]:
+        """Where payloads are written and read: beside compute, which goes on once `send` or `done_with` has
+        its payload. after_compute: what compute has queued so far is used inside."""
+        if after_compute:
+            self.side.follow()
+        self._done = None
+        with self.side.active():
             yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-        for value in values:
-            value.record_stream(self.stream)
-
-    def join(self) -> None:
-        """What the compute stream queues from now on comes after the work on payloads so far."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.side.hold_compute(self._done)
 
     def new_payload(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes] to be written and handed to `send`. Waits while too many are on their way."""
+        """uint8 [num_bytes] to be written and handed to `send`. All sends but the last `most_pending` have
+        gone then."""
         self._release(self.most_pending)
         return self.payloads.lend(num_bytes)
 
     def send(self, payload: torch.Tensor) -> None:
         """Starts to send what `new_payload` gave; of no bytes, nothing is sent."""
-        if payload.numel():
-            carried = self._moved(payload, self.carried)
-            with torch.cuda.stream(self.stream), self._naming_peer():
-                work = dist.isend(carried, dst=self.peer, group=self.group)
-            self._sending.append(Pending(work, carried))
-        else:
+        self._done = self.side.mark()
+        if payload.numel() == 0:
             self.payloads.take_back(payload)
-        if not self.overlaps:
-            self.drain()
+            return
+        carried = payload
+        if self.carried is not self.payloads:
+            carried = self.carried.lend(payload.numel()).copy_(payload, non_blocking=True)
+            self.payloads.take_back(payload)
+            self.side.wait()  # gloo reads bytes from the host
+        with naming_peer(self.peer):
+            work = dist.isend(carried, dst=self.peer, group=self.group, tag=self.tag)
+        self._sending.append(Pending(work, carried))
 
     def expect(self, num_bytes: int) -> None:
         """Announces the peer's next message, in order, so that it can arrive before `receive` asks."""
-        carried = self.carried.lend(num_bytes)
-        with torch.cuda.stream(self.stream), self._naming_peer():
-            work = dist.irecv(carried, src=self.peer, group=self.group) if num_bytes else None
+        with self.side.active(), naming_peer(self.peer):
+            carried = self.carried.lend(num_bytes)
+            receives = num_bytes > 0
+            work = dist.irecv(carried, self.peer, self.group, self.tag) if receives else None
         self._arriving.append(Pending(work, carried))
 
     def receive(self) -> torch.Tensor:
         """The message that was expected first: uint8, to be read and handed to `done_with`."""
         work, carried = self._arriving.popleft()
-        with torch.cuda.stream(self.stream):
-            if work is not None:
-                with self._naming_peer():
-                    work.wait()
-            return self._moved(carried, self.payloads)
+        if work is not None:
+            with naming_peer(self.peer):
+                work.wait()
+            if self.carrier.type != "cpu":
+                self._awaited.append(work)
+        if self.carried is self.payloads:
+            return carried
+        payload = self.payloads.lend(carried.numel()).copy_(carried, non_blocking=True)
+        self.carried.take_back(carried)
+        return payload
 
     def done_with(self, payload: torch.Tensor) -> None:
         """Gives back what `receive` gave."""
+        self._done = self.side.mark()
         self.payloads.take_back(payload)
 
+    def wait_for_arrivals(self, timeout_s: float) -> None:
+        """The host waits until all that `receive` was asked for is there. Where `receive` itself only queues
+        (NCCL), a peer that is gone is found here. Raises ConnectionError after so long without a message."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._awaited:
+            if self._awaited[0].is_completed():
+                self._awaited.popleft()
+                deadline_s = time.monotonic() + timeout_s
+            elif time.monotonic() > deadline_s:
+                raise ConnectionError(f"rank {self.peer} ended or was silent for more than {timeout_s:g} s")
+            else:
+                time.sleep(POLL_S)
+
     def drain(self) -> None:
-        """Waits until everything sent has gone."""
-        self._release(0)
+        """Lets go of all that was sent: after it, on the host (gloo) or on the side stream (NCCL), all of it
+        has gone."""
+        with self.side.active():
+            self._release(0)
 
     @property
     def most_payloads(self) -> int:
@@ -118,52 +147,44 @@ class Wire:
         return max(self.payloads.num_made, self.carried.num_made)
 
     def _release(self, most_pending: int) -> None:
-        while self._sending and (len(self._sending) > most_pending or self._sending[0].work.is_completed()):
+        while len(self._sending) > most_pending:
             work, carried = self._sending.popleft()
-            with torch.cuda.stream(self.stream), self._naming_peer():
+            with naming_peer(self.peer):
                 work.wait()
             self.carried.take_back(carried)
 
-    @contextmanager
-    def _naming_peer(self) -> Iterator[None]:
-        """Where the process group may fail: when a message is waited for, or when another one is started
-        after the connection broke."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise ConnectionError(f"rank {self.peer} ended or was silent for too long ({error})") from error
-
-    def _moved(self, payload: torch.Tensor, target: "Buffers") -> torch.Tensor:
-        """The payload on the target's device. Between GPU and CPU this waits for one copy, not for the
-        device: the host needs the bytes before gloo may read them."""
-        if self.carried is self.payloads:
-            return payload
-        source = self.payloads if target is self.carried else self.carried
-        moved = target.lend(payload.numel()).copy_(payload, non_blocking=True)
-        if self.stream is not None:
-            self.stream.record_event().synchronize()
-        source.take_back(payload)
-        return moved
-
 
 class Buffers:
-    """Byte tensors that are allocated once and lent again and again."""
+    """Byte tensors that are allocated once and lent again and again, in the order of one stream: that of
+    `side`, which must be active. On the CPU beside a GPU they are pinned, and wait for the GPU's copies."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, side: SideStream, device: torch.device) -> None:
+        self.side = side
         self.device = device
+        self.is_pinned = device.type == "cpu" and side.stream is not None
         self.num_made = 0
-        self._free: list[torch.UntypedStorage] = []
+        self._most_bytes = 0
+        self._free: deque[tuple[torch.Tensor, Any]] = deque()
+        """Each with the event after which the host may use it."""
 
     def lend(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes], not initialised."""
-        if not self._free:
-            self._free.append(torch.UntypedStorage(0, device=self.device))
+        self._most_bytes = max(self._most_bytes, num_bytes)
+        if self._free:
+            buffer, copied = self._free.popleft()
+            if copied is not None:
+                copied.synchronize()
+        else:
+            buffer = self._new()
             self.num_made += 1
-        storage = self._free.pop()
-        if storage.nbytes() < num_bytes:
-            storage = torch.UntypedStorage(num_bytes, device=self.device)
-        lent = torch.empty(0, dtype=torch.uint8, device=self.device)
-        return lent.set_(storage, 0, (num_bytes,), (1,))
+        if buffer.numel() < num_bytes:
+            buffer = self._new()
+        return buffer[:num_bytes]
 
     def take_back(self, lent: torch.Tensor) -> None:
-        self._free.append(lent.untyped_storage())
+        whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(lent.untyped_storage())
+        self._free.append((whole, self.side.mark() if self.is_pinned else None))
+
+    def _new(self) -> torch.Tensor:
+        """As large as any that was lent, so that keys and deltas fit into the same ones."""
+        return torch.empty(self._most_bytes, dtype=torch.uint8, device=self.device, pin_memory=self.is_pinned)

@@ -5,9 +5,10 @@ order of its schedule. Messages are counted per end and step, which gives their 
 names the slot passes it.
 """
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,12 @@ class End(NamedTuple):
         """The number of the link: of its first stage."""
         return min(stage_id, stage_id + self.neighbour)
 
+    @property
+    def way_back(self) -> "End":
+        """The end of the same link where the other direction goes the other way."""
+        other = "gradients" if self.direction == "activations" else "activations"
+        return End(other, not self.sends, self.neighbour)
+
 
 ACTIVATIONS_TO_NEXT = End("activations", sends=True, neighbour=1)
 ACTIVATIONS_FROM_PREVIOUS = End("activations", sends=False, neighbour=-1)
@@ -51,9 +58,10 @@ ENDS = (ACTIVATIONS_TO_NEXT, ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_TO_PREVIOUS, G
 class Endpoint:
     """Channels and lazy sampling of one stage.
 
-    peers          the neighbours of this rank's stages, as `make_peers` gives them
-    replica        number of this pipeline among its data-parallel replicas
-    most_pending   sends that may be on their way at each end; None: as many as `in_flight` needs
+    peers           the neighbours of this rank's stages, as `make_peers` gives them
+    replica         number of this pipeline among its data-parallel replicas
+    most_pending    sends that may be on their way at each end; None: as many as `in_flight` needs
+    control_group   a gloo group of all ranks: shapes are told there
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Endpoint:
         device: torch.device,
         replica: int = 0,
         most_pending: int | None = None,
+        control_group: Any = None,
     ) -> None:
         # Configuration
         self.config = config
@@ -71,21 +80,32 @@ class Endpoint:
         self.device = device
         self.replica = replica
         self.in_flight = 0 if config.in_flight == "auto" else config.in_flight
-        most_pending = self.in_flight + 1 if most_pending is None else most_pending
+        self.most_pending = self.in_flight + 1 if most_pending is None else most_pending
+        self.control_group = control_group
         self.wires: dict[End, Wire] = {}
         for end in ENDS:
             peer = peers.get((stage_id, stage_id + end.neighbour))
             if peer is not None:
                 group = getattr(peer, end.direction)
-                self.wires[end] = Wire(peer.rank, device, group, most_pending, config.overlap)
+                self.wires[end] = Wire(peer.rank, device, group, self.most_pending)
         plans = config.plans
         self.channels = {end: self._channel(end, plans[end.direction]) for end in self.wires}
         # State
         self.sampler = LazySampler()
         self.fresh: Sequence[bool] = []
         """By slot of the step."""
-        self._num_messages: Counter[End] = Counter()
-        self._num_expected: Counter[End] = Counter()
+        self.leads: Mapping[End, int] = {}
+        """Where messages are queued (NCCL), by receiving end: how many may be announced before this stage has
+        sent anything back on the link; each message that it sends back allows one more."""
+        self._num_sent: Counter[End] = Counter()
+        self._num_received: Counter[End] = Counter()
+        self._num_announced: Counter[End] = Counter()
+        self._order: dict[End, Sequence[int]] = {}
+        """By receiving end, the step's slots as the peer sends them."""
+        self._specs: dict[End, Sequence[Spec]] = {}
+        """Of the messages to come at an end, where all will have the same."""
+        self._tellers: dict[End, Wire] = {}
+        """By end, how shapes are told there."""
 
     def draw(self, num_fresh: int, next_batch: Callable[[], Any] | None) -> bool:
         """Draws what the coming step lacks; whether all was there. next_batch: None where no data is read."""
@@ -101,54 +121,116 @@ class Endpoint:
         if replays:
             self.sampler.begin(fresh)
         self.fresh = fresh
-        self._num_messages.clear()
-        self._num_expected.clear()
+        for counter in (self._num_sent, self._num_received, self._num_announced):
+            counter.clear()
+        self._specs.clear()
+        self._order = {end: range(len(fresh)) for end in self.channels if not end.sends}
         for channel in self.channels.values():
             channel.begin_step(step, len(fresh), measures_error)
 
     def end_step(self) -> None:
         """Waits until the step's last messages have gone."""
-        for channel in self.channels.values():
-            channel.end_step()
+        self.wait_for_arrivals()
+        self.wait_for_sends()
+        for teller in self._tellers.values():
+            teller.drain()
 
     def send(self, end: End, values: Sequence[torch.Tensor], slot: int | None = None) -> None:
         """Sends the tensors of a slot; None: of the end's next one."""
-        if slot is None:
-            slot = self._num_messages[end]
-            self._num_messages[end] += 1
+        slot = self._num_sent[end] if slot is None else slot
+        self._num_sent[end] += 1
         self.channels[end].send(slot, self.fresh[slot], values)
+        self._announce(end.way_back)
 
-    def expect(self, end: End, specs: Sequence[Spec], slot: int) -> None:
-        """Announces the message of a slot: messages are announced in the order in which they are sent."""
-        self.channels[end].expect(slot, self.fresh[slot], specs)
+    def set_order(self, end: End, slots: Sequence[int]) -> None:
+        """Before a step's messages: the order in which the peer sends them. Else slots ascend."""
+        self._order[end] = slots
 
-    def expect_ahead(self, end: End, specs: Sequence[Spec], num_messages: int) -> None:
-        """Announces the end's next messages, of equal specs, so that up to `num_messages` besides those
-        received are announced."""
-        last = min(self._num_messages[end] + num_messages, len(self.fresh))
-        for slot in range(self._num_expected[end], last):
-            self.expect(end, specs, slot)
-            self._num_expected[end] += 1
+    def look_ahead(self, end: End, specs: Sequence[Spec]) -> None:
+        """From now on the messages of an end, all of these specs, are announced as early as may be."""
+        self._specs[end] = specs
+        self._announce(end)
 
-    def receive(self, end: End) -> list[torch.Tensor]:
-        """The tensors of the message that was announced first."""
+    def expect(self, end: End, specs: Sequence[Spec], number: int) -> None:
+        """Announces the messages of an end up to the step's `number`-th (from 0), all of these specs."""
+        while self._num_announced[end] <= number:
+            slot = self._order[end][self._num_announced[end]]
+            self.channels[end].expect(slot, self.fresh[slot], specs)
+            self._num_announced[end] += 1
+
+    def receive(self, end: End, specs: Sequence[Spec], looks_ahead: bool = True) -> list[torch.Tensor]:
+        """The tensors of an end's next message. looks_ahead: the messages after it have the same specs."""
+        self.expect(end, specs, self._num_received[end])
+        if looks_ahead:
+            self.look_ahead(end, specs)
+        self._num_received[end] += 1
         return self.channels[end].receive()
 
-    def receive_next(self, end: End, specs: Sequence[Spec], looks_ahead: bool) -> list[torch.Tensor]:
-        """The tensors of the end's next slot. looks_ahead: the messages after it have the same specs, so
-        that they can arrive while this one is used."""
-        self.expect_ahead(end, specs, self.num_ahead if looks_ahead else 1)
-        self._num_messages[end] += 1
-        return self.receive(end)
+    def _announce(self, end: End) -> None:
+        """What may be announced of an end."""
+        if end in self._specs:
+            self.expect(end, self._specs[end], min(self._count_ahead(end), len(self.fresh)) - 1)
 
-    def at_next(self, end: End) -> AbstractContextManager[None]:
-        """Within it, errors of the end's wire name its link, direction, step and next slot."""
-        return self.channels[end].at(self._num_messages[end])
+    def _count_ahead(self, end: End) -> int:
+        """How many of a step's messages may be announced by now, whether they were asked for or not.
+
+        Where the host waits for messages (gloo), none of them holds up anything else. A queued one (NCCL)
+        holds up whoever waits for the whole GPU: see `find_leads`.
+        """
+        if not self.config.overlap:
+            return 0
+        if not self.queues:
+            return self._num_received[end] + self.most_pending + 1
+        if end not in self.leads:
+            return 0
+        num_sent_back = self._num_sent[end.way_back]
+        return len(self.fresh) if num_sent_back == len(self.fresh) else self.leads[end] + num_sent_back
 
     @property
-    def num_ahead(self) -> int:
-        """Messages of a direction that are announced at the same time."""
-        return self.in_flight + 2 if self.config.overlap else 1
+    def queues(self) -> bool:
+        """Whether messages are queued on the device, which the host does not wait for."""
+        return any(wire.carrier.type != "cpu" for wire in self.wires.values())
+
+    def wait_for_sends(self) -> None:
+        """Waits until all that this stage has sent has gone."""
+        for channel in self.channels.values():
+            channel.end_step()
+
+    def wait_for_arrivals(self) -> None:
+        """Waits until all that was received is there; raises ConnectionError for a peer that is gone."""
+        for end, channel in self.channels.items():
+            if not end.sends:
+                with channel.at(self._num_received[end] - 1):
+                    self.wires[end].wait_for_arrivals(self.config.timeout_s)
+
+    def tell(self, end: End, item: Any) -> None:
+        """Tells the peer something of the end's next message, as JSON, on the CPU."""
+        text = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
+        teller = self._teller(end)
+        with self.channels[end].at(self._num_sent[end]):
+            for part in (torch.tensor([len(text)]).view(torch.uint8), text):
+                teller.send(teller.new_payload(len(part)).copy_(part))
+
+    def hear(self, end: End) -> Any:
+        """What the peer told of the end's next message."""
+        teller = self._teller(end)
+
+        def receive(num_bytes: int) -> bytes:
+            teller.expect(num_bytes)
+            payload = teller.receive()
+            text = bytes(payload.tolist())
+            teller.done_with(payload)
+            return text
+
+        with self.channels[end].at(self._num_received[end]):
+            return json.loads(receive(int.from_bytes(receive(8), sys.byteorder)))
+
+    def _teller(self, end: End) -> Wire:
+        if end not in self._tellers:
+            tag = 1 + 2 * end.link(self.stage_id) + (end.direction == "gradients")
+            cpu, no_limit = torch.device("cpu"), sys.maxsize
+            self._tellers[end] = Wire(self.wires[end].peer, cpu, self.control_group, no_limit, tag)
+        return self._tellers[end]
 
     def rescale_gradients(self, factor: float) -> None:
         """Between two steps: gradients will be so many times larger, and what is held of them becomes so."""
@@ -159,8 +241,9 @@ class Endpoint:
     def set_depth(self, in_flight: int) -> None:
         """Between two steps: micro-batches that each link holds beyond stock 1F1B."""
         self.in_flight = in_flight
+        self.most_pending = in_flight + 1
         for wire in self.wires.values():
-            wire.most_pending = in_flight + 1
+            wire.most_pending = self.most_pending
 
     def set_plan(self, end: End, plan: Plan) -> None:
         """Between two steps. A channel whose plan changes starts with no memory."""
@@ -201,7 +284,7 @@ class Endpoint:
         """Forgets what is held."""
         self.sampler = LazySampler()
         for channel in self.channels.values():
-            channel.held.clear()
+            channel.forget()
 
     def _allowed(self, end: End) -> Iterable[Plan]:
         """The plans that an end may get from a state: what `links` may choose, else what it has."""

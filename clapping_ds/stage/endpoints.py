@@ -14,10 +14,9 @@ import torch
 from clapping_ds import report
 from clapping_ds.config import ClappingConfig
 from clapping_ds.link.channel import Channel
-from clapping_ds.link.groups import all_agree, gather, make_peers, rank
+from clapping_ds.link.groups import Control, make_peers, rank
 from clapping_ds.link.traffic import Traffic, add_up
 from clapping_ds.stage.endpoint import Endpoint
-from clapping_ds.stage.handshake import check_equal
 from clapping_ds.stage.sampling import Coin
 
 NextBatch = Callable[[], Any]
@@ -32,6 +31,7 @@ class Endpoints:
     """The stages of this rank, first stage first; none where the block is not enabled. Making it is a
     collective of all ranks.
 
+    control        of all ranks
     ranks          the global ranks of this rank's pipeline
     places         for each stage of the pipeline, which of `ranks` has it. Neighbouring stages of one rank
                    have no link
@@ -44,6 +44,7 @@ class Endpoints:
     def __init__(
         self,
         config: ClappingConfig,
+        control: Control,
         ranks: Sequence[int],
         places: Sequence[int],
         device: torch.device,
@@ -52,22 +53,23 @@ class Endpoints:
     ) -> None:
         # Configuration
         self.config = config
+        self.control = control
         self.device = device
-        told = gather((tuple(ranks), token_hex(4)))
+        told = control.gather((tuple(ranks), token_hex(4)))
         pipelines = sorted({of_rank for of_rank, _ in told}, key=min)
         self.run_id: str = told[0][1]
         """The same on every rank, and another in every run."""
         self.replica = pipelines.index(tuple(ranks)) if replica is None else replica
         peers = make_peers(pipelines, places if config.enabled else (), device, config.timeout_s)
         self.stages = [
-            Endpoint(config, stage_id, peers, device, self.replica, most_pending)
+            Endpoint(config, stage_id, peers, device, self.replica, most_pending, control.group)
             for stage_id, place in enumerate(places)
             if config.enabled and ranks[place] == rank()
         ]
         sampling = config.sampling
         self.coin = Coin(sampling.p_new, sampling.refresh, config.seed)
         if config.verify:
-            check_equal({"type of device, with verify": device.type})
+            control.check_equal({"type of device, with verify": device.type})
         # State
         self.step = 0
         self.num_drawn = 0
@@ -104,7 +106,7 @@ class Endpoints:
         has_data = all(found)
         if any(fresh):
             is_one_shape = all(len(stage.sampler.list_shapes()) <= 1 for stage in self.stages)
-            has_data, is_one_shape = all_agree([has_data, is_one_shape], self.device)
+            has_data, is_one_shape = self.control.agree([has_data, is_one_shape])
             self.shapes_differ = not is_one_shape
         if not has_data:
             raise StopIteration(
@@ -170,7 +172,7 @@ class Endpoints:
     def report(self) -> list[dict[str, Any]]:
         """The rows of `sent` of all ranks: one per channel and replica; the receiving end has the same. A
         collective of all ranks."""
-        return [row for rows_of_rank in gather(self.sent()) for row in rows_of_rank]
+        return [row for rows_of_rank in self.control.gather(self.sent()) for row in rows_of_rank]
 
     # Checkpoints
 
@@ -201,7 +203,7 @@ class Endpoints:
         state = self._checked(state)
         self.num_drawn = 0 if state is None else state["num_drawn"]
         plans = None if state is None or not self._fits(state, num_slots) else self._match_plans(state)
-        is_there, fits = all_agree([state is not None, plans is not None], self.device)
+        is_there, fits = self.control.agree([state is not None, plans is not None])
         if state is None or plans is None or not fits:
             self.forget()
             return DIFFERENT if is_there else MISSING

@@ -2,70 +2,58 @@
 what no host, or no host with a schedule of its own, can do is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import Any
+
+import torch
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
-from clapping_ds.link.groups import gather, rank
+from clapping_ds.link.groups import Control, rank
 from clapping_ds.report import say
 from clapping_ds.version import __version__
 
 PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
-Result = TypeVar("Result")
 
 
-def agree_on_config(ds_config: Mapping[str, Any], facts: Mapping[str, Any]) -> ClappingConfig:
-    """The configuration that every rank read; without a block, one that is not enabled, on every host. A
-    collective of all ranks.
+def agree_on_config(
+    read: Callable[[], Mapping[str, Any]], facts: Mapping[str, Any]
+) -> tuple[ClappingConfig, Control]:
+    """The configuration that every rank read (without a block, one that is not enabled, on every host), and
+    the means to agree on more. A collective of all ranks, which needs no device.
 
+    read    returns what has the block, or raises ValueError or OSError
     facts   what else must be the same everywhere, by the name that an error shall have for it
-    Raises ValueError on every rank, with the same text, if one rank's block is wrong or if ranks differ.
+    Raises ValueError on every rank, with the same text, if one rank's block is wrong, if ranks differ, or if
+    a node has fewer GPUs than ranks. Raises ConnectionError if a rank is missing.
     """
-    config = check_on_every_rank(lambda: ClappingConfig.from_ds_config(ds_config))
-    check_equal({**dict(_flatten(BLOCK_NAME, config.model_dump())), **_list_versions(), **facts})
+    control = Control(_find_timeout_s(read))
+    config = control.check(lambda: ClappingConfig.from_ds_config(read()))
+    control.check_equal({**dict(_flatten(BLOCK_NAME, config.model_dump())), **_list_versions(), **facts})
+    control.check(_check_gpus)
     if not config.enabled and rank() == 0:
-        why = '"enabled": false' if BLOCK_NAME in ds_config else f'no "{BLOCK_NAME}" block'
+        why = '"enabled": false' if BLOCK_NAME in read() else f'no "{BLOCK_NAME}" block'
         say(f"nothing is compressed ({why})")
-    return config
+    return config, control
 
 
-def check_on_every_rank(check: Callable[[], Result]) -> Result:
-    """What `check` returns. If it raises ValueError or OSError on any rank, every rank raises ValueError,
-    with the same text. A collective of all ranks."""
-    result, mistake = None, None
+def _find_timeout_s(read: Callable[[], Mapping[str, Any]]) -> float:
+    """The block's, while it is not known whether the block is right."""
     try:
-        result = check()
-    except (ValueError, OSError) as error:
-        mistake = str(error)
-    mistakes = gather(mistake)
-    if any(mistakes):
-        raise ValueError("\n".join(_grouped(mistakes)))
-    return result  # type: ignore[return-value]
+        return ClappingConfig.from_ds_config(read()).timeout_s
+    except (ValueError, OSError):
+        return ClappingConfig().timeout_s
 
 
-def check_equal(facts: Mapping[str, Any]) -> None:
-    """Raises ValueError on every rank, with the same text, if ranks differ in a fact. A collective of all
-    ranks. facts: by the name that an error shall have for it."""
-    found = gather(dict(facts))
-    names = dict.fromkeys(name for rank in found for name in rank)
-    differences = [
-        f"{name}: " + "; ".join(_grouped([repr(rank.get(name)) for rank in found]))
-        for name in names
-        if any(rank.get(name) != found[0].get(name) for rank in found)
-    ]
-    if differences:
-        raise ValueError("\n".join(["the ranks differ; accepted: the same everywhere", *differences]))
-
-
-def _grouped(texts: Sequence[str | None]) -> list[str]:
-    """Each text once, with the ranks that it is of, unless it is of all."""
-    lines = []
-    for text in dict.fromkeys(text for text in texts if text is not None):
-        ranks = [number for number, other in enumerate(texts) if other == text]
-        where = "" if len(ranks) == len(texts) else f" (rank {', '.join(map(str, ranks))})"
-        lines.append(text + where)
-    return lines
+def _check_gpus() -> None:
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if 0 < num_gpus <= local_rank:
+        raise ValueError(
+            f"LOCAL_RANK = {local_rank} on {socket.gethostname()}, which has {num_gpus} GPUs; accepted: as "
+            "many ranks on a node as it has GPUs"
+        )
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,7 @@ def run(steps: int, delayed: bool) -> tuple[list[float], Any, int]:
     engine = models.make_engine(BLOCK, num_stages=4, ds={"gradient_accumulation_steps": 8})
     endpoint = engine._endpoint
     if delayed:
-        for name in ("send", "receive_next"):
+        for name in ("send", "receive"):
             setattr(endpoint, name, _delayed(getattr(endpoint, name), engine._endpoints, engine.global_rank))
     losses = models.train(engine, steps, length=16)
     return losses, models.memories(engine), max(wire.most_payloads for wire in endpoint.wires.values())
@@ -39,11 +39,11 @@ def run(steps: int, delayed: bool) -> tuple[list[float], Any, int]:
 def _delayed(call: Any, endpoints: Any, rank: int) -> Any:
     """In every fourth step of a rank, drawn at random, each message waits up to 4 ms."""
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         is_slow = random.Random(endpoints.step * 64 + rank).random() < 0.25
         if is_slow:
             time.sleep(random.random() * 0.004)
-        return call(*args)
+        return call(*args, **options)
 
     return wrapped
 

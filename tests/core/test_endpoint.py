@@ -29,7 +29,7 @@ class LoopWire(QueueWire):
 
     of: dict[str, tuple[deque, deque]]
 
-    def __init__(self, peer, device, group, most_pending, overlaps):
+    def __init__(self, peer, device, group, most_pending):
         super().__init__()
         self.peer, self.group, self.most_pending = peer, group, most_pending
         self.payloads, self.expected = self.of.setdefault(group, (deque(), deque()))
@@ -76,12 +76,11 @@ def test_messages_are_counted_unless_their_slot_is_named():
     for value in values:
         sender.send(ACTIVATIONS_TO_NEXT, [value])
     specs = [Spec.of(values[0])]
-    counted = [receiver.receive_next(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead=True)[0] for _ in values]
+    counted = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS, specs)[0] for _ in values]
     begin(sender, receiver)
     for slot in (1, 0):
         sender.send(ACTIVATIONS_TO_NEXT, [values[slot]], slot)
-        receiver.expect(ACTIVATIONS_FROM_PREVIOUS, specs, slot)
-    named = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS)[0] for _ in values]
+    named = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS, specs, slot)[0] for slot in (1, 0)]
     assert torch.equal(named[0], counted[1])
     assert torch.equal(named[1], counted[0])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import all_agree, gather, get_group_ranks, make_direction_groups, make_peers
+from clapping_ds.link.groups import Control, get_group_ranks, make_direction_groups, make_peers
 from clapping_ds.link.wire import Buffers, Wire
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def exchange(sizes, num_ahead, carrier="cpu"):
     """Rank 0 sends, rank 1 announces `num_ahead` messages and compares."""
     wire = Wire(1 - dist.get_rank(), CPU, most_pending=num_ahead)
     if carrier != "cpu":
-        wire.carried = Buffers(CPU)
+        wire.carried = Buffers(wire.side, CPU)
     messages = [torch.full((size,), index + 1, dtype=torch.uint8) for index, size in enumerate(sizes)]
     if dist.get_rank() == 0:
         for message in messages:
@@ -47,7 +47,7 @@ def test_messages_arrive_whole_and_in_order_in_few_buffers(two_ranks, num_ahead,
 
 def send_without_a_receiver():
     """A send returns before the peer knows of it; both directions at once."""
-    groups = make_direction_groups((0, 1), CPU, timeout_s=60)
+    groups = make_direction_groups([(0, 1)], CPU, timeout_s=60)
     outgoing, incoming = (Wire(1 - dist.get_rank(), CPU, groups[i ^ dist.get_rank()]) for i in range(2))
     outgoing.send(outgoing.new_payload(1 << 20).fill_(dist.get_rank()))
     incoming.expect(1 << 20)
@@ -69,19 +69,20 @@ def peers_of_links():
     return ranks, sorted(get_group_ranks(group) for group in groups.values())
 
 
-def test_every_direction_of_every_link_has_a_group_of_its_own(four_ranks):
+def test_no_two_directions_or_links_of_a_rank_share_a_group(four_ranks):
     for rank, (peers, groups) in enumerate(four_ranks.run(peers_of_links)):
         first = rank % 2
-        assert groups == [[first, first + 2]] * 4
+        assert groups == [[0, 1, 2, 3]] * 4, "shared by the two pipelines"
         assert peers == {(0, 1): first + 2, (1, 0): first, (1, 2): first, (2, 1): first + 2}
 
 
 def blocking():
-    wire = Wire(1 - dist.get_rank(), CPU, overlaps=False)
+    wire = Wire(1 - dist.get_rank(), CPU)
     dist.barrier()
     if dist.get_rank() == 0:
         start = time.perf_counter()
         wire.send(wire.new_payload(8))
+        wire.drain()
         return time.perf_counter() - start
     time.sleep(0.3)
     wire.expect(8)
@@ -89,14 +90,13 @@ def blocking():
     return 1.0
 
 
-def test_without_overlap_a_send_waits_for_the_peer(two_ranks):
+def test_draining_waits_for_the_peer(two_ranks):
     assert min(two_ranks.run(blocking)) >= 0.2
 
 
 def vote():
-    rank = torch.distributed.get_rank()
-    device = torch.device("cpu")
-    return all_agree([True, rank == 0, rank == 1, False], device), gather(("rank", rank))
+    rank, control = dist.get_rank(), Control(timeout_s=60)
+    return control.agree([True, rank == 0, rank == 1, False]), control.gather(("rank", rank))
 
 
 def test_one_no_is_a_no_and_gather_keeps_the_order(two_ranks):

@@ -12,7 +12,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from clapping_ds.codecs.base import pad_nbytes
-from clapping_ds.link.groups import all_agree
 from clapping_ds.link.message import Spec
 from clapping_ds.stage.sampling import Coin
 from tests import models
@@ -149,7 +148,7 @@ class EngineRun:
 
     def all_is_used(self):
         """Whether no rank keeps batches that it drew for a step that others lacked some for."""
-        return all_agree([not self.engine._endpoint.sampler._drawn], self.engine.device)[0]
+        return self.engine._control.agree([not self.engine._endpoint.sampler._drawn])[0]
 
     def evaluate(self, num_slots):
         if self.evaluated_length != self.data.length:

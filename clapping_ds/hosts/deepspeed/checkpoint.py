@@ -15,7 +15,7 @@ from clapping_ds import report
 from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import ClappingConfig
 from clapping_ds.hosts.deepspeed import survivors
-from clapping_ds.link.groups import wait_for_all
+from clapping_ds.link.groups import Control
 from clapping_ds.stage import state_file
 from clapping_ds.stage.endpoints import Endpoints
 
@@ -27,6 +27,7 @@ class CheckpointingEngine(PipelineEngine):
     """`save_checkpoint` and `load_checkpoint` of an engine with endpoints of ours."""
 
     clapping: ClappingConfig
+    _control: Control
     _endpoints: Endpoints
     _tuning: Tuning
     micro_batches: int
@@ -48,10 +49,10 @@ class CheckpointingEngine(PipelineEngine):
         if self.clapping.checkpoint_memory:
             state_file.write(self._endpoints.state_dict(), Path(save_dir) / tag)
         result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
-        wait_for_all()
+        self._control.wait_for_all()
         if save_latest and self.global_rank == 0:
             _replace_latest(Path(save_dir), tag)
-        wait_for_all()  # or a load that follows at once finds another checkpoint on another rank
+        self._control.wait_for_all()  # or a load that follows at once finds another one on another rank
         return result
 
     def clapping_save_survivors(self, save_dir: str, client_state: dict[str, Any] | None = None) -> bool:

@@ -8,7 +8,7 @@ optimizer, loss, `eval_batch`, tied weights, data-parallel reduction, checkpoint
 engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from deepspeed.runtime.pipe.engine import (
 from deepspeed.runtime.utils import clip_grad_norm_
 
 from clapping_ds import report
+from clapping_ds.autotune.depth import find_leads
 from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import BLOCK_NAME
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
@@ -39,6 +40,7 @@ from clapping_ds.stage.endpoint import (
     ACTIVATIONS_TO_NEXT,
     GRADIENTS_FROM_NEXT,
     GRADIENTS_TO_PREVIOUS,
+    End,
 )
 from clapping_ds.stage.endpoints import Endpoints
 from clapping_ds.stage.handshake import agree_on_config, refuse_without_links
@@ -57,7 +59,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
             "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
         }
-        self.clapping = agree_on_config(ds_config._param_dict, facts)
+        self.clapping, self._control = agree_on_config(lambda: ds_config._param_dict, facts)
         num_stages = kwargs["model"].num_stages
         refuse_without_links(self.clapping, f"PipelineModule(num_stages={num_stages})", num_stages)
         super().__init__(has_bool_tensors, *args, **kwargs)
@@ -83,10 +85,13 @@ class ClappingPipelineEngine(CheckpointingEngine):
             schedule.RecvGrad: ClappingPipelineEngine._receive_gradients,
             schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
             schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
+            schedule.ReduceTiedGrads: ClappingPipelineEngine._reduce_tied_grads,
         }
         ranks = get_group_ranks(self.grid.get_pipe_parallel_group())
         replica = self.grid.get_data_parallel_id()
-        self._endpoints = Endpoints(self.clapping, ranks, range(self.num_stages), self.device, replica)
+        self._endpoints = Endpoints(
+            self.clapping, self._control, ranks, range(self.num_stages), self.device, replica
+        )
         (self._endpoint,) = self._endpoints.stages
         self._tuning = Tuning(self._endpoints, self.num_stages)
         self._shapes = Shapes(self)
@@ -102,10 +107,22 @@ class ClappingPipelineEngine(CheckpointingEngine):
         return next(weights, torch.float32)
 
     def _train_schedule(self) -> schedule.PipeSchedule:
-        """The order of a training step, for `PipelineEngine.train_batch`. Sends that block need stock's."""
-        if not (self.clapping.enabled and self.clapping.overlap):
+        """The order of a training step, for `PipelineEngine.train_batch`."""
+        if not self.clapping.enabled or self._needs_stock_order():
             return super()._train_schedule()
         return InFlightSchedule(self.micro_batches, self.num_stages, self.stage_id, self._endpoint.in_flight)
+
+    def _needs_stock_order(self) -> bool:
+        """Sends that block need it; and on NCCL messages whose shapes are told each time, as these cannot be
+        announced ahead: neighbours that send to each other, and wait for their GPUs, would wait for ever."""
+        return not self.clapping.overlap or (self._endpoint.queues and self._shapes.are_told_each_time())
+
+    def _find_leads(self) -> dict[End, int]:
+        """As `Endpoint.leads`, of a step in our order."""
+        if self._needs_stock_order():
+            return {}
+        sizes = self.micro_batches, self.num_stages, self.stage_id, self._endpoint.in_flight
+        return dict(zip((ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT), find_leads(*sizes), strict=True))
 
     # Steps
 
@@ -125,8 +142,9 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if decided is not None and self.global_rank == 0:
             report.say(decided)
         next_batch = super()._next_batch if loads_data else None
-        self._endpoints.begin_step(self.micro_batches, [next_batch], measures_error=reports)
-        self._expect_known_shapes()
+        self._endpoints.begin_step(self.micro_batches, [next_batch], reports)
+        self._endpoint.leads = self._find_leads()
+        self._look_ahead()
         loss = super().train_batch()
         self._endpoints.end_step()
         self._tuning.end_step(self.micro_batches)
@@ -138,7 +156,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
         if not (self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)):
             return 1.0
-        loss = torch.ones((), device=self.device, requires_grad=True).clone()
+        loss = torch.ones((), requires_grad=True).clone()  # on the CPU: nothing to wait for
         return float(self.optimizer.scale_if_loss(loss))
 
     def _next_batch(self) -> Any:
@@ -167,7 +185,13 @@ class ClappingPipelineEngine(CheckpointingEngine):
             if self.has_attention_mask or self.has_bool_tensors:
                 outputs = (*outputs[:-1], outputs[-1].bool())
             self._shapes.tell(outputs)
-            self._endpoint.send(ACTIVATIONS_TO_NEXT, to_tuple(outputs))
+            self._send(ACTIVATIONS_TO_NEXT, to_tuple(outputs))
+            self._look_ahead()
+
+    def _send(self, end: End, values: Sequence[torch.Tensor]) -> None:
+        self._endpoint.send(end, values)
+        if not self.clapping.overlap:
+            self._endpoint.wait_for_sends()
 
     def _receive_activations(self, buffer_id: int) -> None:
         if not self.module.training:
@@ -175,7 +199,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         with self._timed(PIPE_RECV_INPUT_TIMER):
             specs = self._shapes.hear()
             looks_ahead = not self._shapes.are_told_each_time()
-            values = self._endpoint.receive_next(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead)
+            values = self._endpoint.receive(ACTIVATIONS_FROM_PREVIOUS, specs, looks_ahead)
             for value in values:
                 value.requires_grad = value.is_floating_point()
             self.pipe_buffers["inputs"][buffer_id] = (
@@ -186,7 +210,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         with self._timed(PIPE_SEND_GRAD_TIMER):
             inputs = [x for x in to_tuple(self.pipe_buffers["inputs"][buffer_id]) if x.is_floating_point()]
             gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-            self._endpoint.send(GRADIENTS_TO_PREVIOUS, gradients)
+            self._send(GRADIENTS_TO_PREVIOUS, gradients)
             self.pipe_buffers["inputs"][buffer_id] = None
 
     def _receive_gradients(self, buffer_id: int) -> None:
@@ -194,7 +218,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             outputs = [x for x in to_tuple(self.pipe_buffers["outputs"][buffer_id]) if x.is_floating_point()]
             looks_ahead = not self._shapes.are_told_each_time()
             specs = [Spec.of(output) for output in outputs]
-            gradients = self._endpoint.receive_next(GRADIENTS_FROM_NEXT, specs, looks_ahead)
+            gradients = self._endpoint.receive(GRADIENTS_FROM_NEXT, specs, looks_ahead)
             pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
             self.pipe_buffers["outputs"][buffer_id] = tuple(output for output, _ in pairs)
             self.grad_layer = tuple(gradient for _, gradient in pairs)
@@ -211,6 +235,12 @@ class ClappingPipelineEngine(CheckpointingEngine):
         with self._tuning.watching():
             super()._exec_backward_pass(buffer_id)
 
+    def _reduce_tied_grads(self) -> None:
+        """The first of what follows a step's messages, and may wait for the device."""
+        if self.module.training:
+            self._endpoint.wait_for_arrivals()
+        super()._exec_reduce_tied_grads()
+
     def clip_fp32_gradients(self) -> None:
         """As in stock, which crashes where a stage has no gradient; the other stages wait for its norm."""
         if any(parameter.grad is not None for parameter in self.module.parameters()):
@@ -224,15 +254,15 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if self.clapping.enabled:
             self._shapes.forget()
 
-    def _expect_known_shapes(self) -> None:
-        """Announces the step's first messages, if they have the shapes of the last step."""
+    def _look_ahead(self) -> None:
+        """Tells what shapes the step's messages will have, as far as that is known."""
         known = {
             ACTIVATIONS_FROM_PREVIOUS: self._shapes.known(self._shapes.received),
             GRADIENTS_FROM_NEXT: _floating(self._shapes.known(self._shapes.sent)),
         }
         for end, specs in known.items():
-            if specs:
-                self._endpoint.expect_ahead(end, specs, self._endpoint.num_ahead)
+            if specs and end in self._endpoint.channels:
+                self._endpoint.look_ahead(end, specs)
 
     @contextmanager
     def _timed(self, timer: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from clapping_ds.link.message import Spec
+from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, ACTIVATIONS_TO_NEXT
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -20,7 +21,7 @@ def make_contiguous(tensors: Tensors) -> Tensors:
 
 
 class Shapes:
-    """Of one engine's activations. The telling itself is the stock engine's."""
+    """Of one engine's activations."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -38,7 +39,10 @@ class Shapes:
         """Before activations are sent. Raises ValueError if their shapes are known and other than now."""
         specs = [Spec.of(output) for output in to_tuple(outputs)]
         if self.sent is None or self.are_told_each_time():
-            self.engine._send_tensor_meta(outputs, self.engine.next_stage)
+            told = [[list(spec.shape), str(spec.dtype).removeprefix("torch.")] for spec in specs]
+            self.engine._endpoint.tell(
+                ACTIVATIONS_TO_NEXT, {"tuple": isinstance(outputs, tuple), "specs": told}
+            )
         elif specs != self.sent:
             raise ValueError(
                 f"stage {self.engine.stage_id}: activations changed from {self.sent} to {specs} while the "
@@ -50,9 +54,9 @@ class Shapes:
     def hear(self) -> list[Spec]:
         """Before activations are received."""
         if self.received is None or self.are_told_each_time():
-            buffers = self.engine._recv_tensor_meta(self.engine.prev_stage)
-            self.receives_tuple = isinstance(buffers, tuple)
-            self.received = [Spec.of(buffer) for buffer in to_tuple(buffers)]
+            told = self.engine._endpoint.hear(ACTIVATIONS_FROM_PREVIOUS)
+            self.receives_tuple = told["tuple"]
+            self.received = [Spec(torch.Size(shape), getattr(torch, dtype)) for shape, dtype in told["specs"]]
         return self.received
 
     def known(self, specs: list[Spec] | None) -> list[Spec]:

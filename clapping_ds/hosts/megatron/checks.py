@@ -7,10 +7,9 @@ from typing import Any
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
+from clapping_ds.link.groups import Control
 from clapping_ds.stage.handshake import (
     agree_on_config,
-    check_equal,
-    check_on_every_rank,
     refuse_tuning,
     refuse_without_links,
 )
@@ -18,13 +17,13 @@ from clapping_ds.stage.handshake import (
 Source = Mapping[str, Any] | str | Path
 
 
-def agree(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
-    """The configuration, if every rank has a valid one and all are equal. A collective of all ranks.
+def agree(source: Source, model_config: Any, num_ranks: int) -> tuple[ClappingConfig, Control]:
+    """The configuration, if every rank has a valid one and all are equal, and the means to agree on more. A
+    collective of all ranks.
 
     Raises ValueError on every rank, with the same text: for a file that is missing or no JSON object, a wrong
     block, configurations or pipelines that differ, and what cannot be done with Megatron-Core.
     """
-    block = check_on_every_rank(lambda: _read(source))
     facts = {
         "pipeline_model_parallel_size": num_ranks,
         "virtual_pipeline_model_parallel_size": model_config.virtual_pipeline_model_parallel_size,
@@ -33,10 +32,10 @@ def agree(source: Source, model_config: Any, num_ranks: int) -> ClappingConfig:
         "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
         "megatron.core.__version__": VERSION,
     }
-    config = agree_on_config(block, facts)
+    config, control = agree_on_config(lambda: _read(source), facts)
     if config.enabled:
         _check(config, model_config, num_ranks)
-    return config
+    return config, control
 
 
 def _read(source: Source) -> Mapping[str, Any]:
@@ -71,6 +70,7 @@ def tells_shapes(model_config: Any) -> bool:
 
 
 def check_first_call(
+    control: Control,
     data_iterators: Sequence[Any],
     num_chunks: int,
     options: Mapping[str, Any],
@@ -79,9 +79,9 @@ def check_first_call(
 ) -> None:
     """As `check_call`, and that `facts` are the same everywhere; the same ValueError on every rank. A
     collective of all ranks."""
-    check_on_every_rank(lambda: check_call(data_iterators, num_chunks, options))
+    control.check(lambda: check_call(data_iterators, num_chunks, options))
     # Both ends of a link must know the loss scale, though only the last stage uses it.
-    check_equal({**facts, "has a grad_scale_func": model_config.grad_scale_func is not None})
+    control.check_equal({**facts, "has a grad_scale_func": model_config.grad_scale_func is not None})
 
 
 def check_call(data_iterators: Sequence[Any], num_chunks: int, options: Mapping[str, Any]) -> None:

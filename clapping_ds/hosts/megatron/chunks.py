@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from clapping_ds.link.message import Spec
-from clapping_ds.link.wire import Wire
 from clapping_ds.stage.endpoint import (
     ACTIVATIONS_FROM_PREVIOUS,
     ACTIVATIONS_TO_NEXT,
@@ -21,8 +20,6 @@ from clapping_ds.stage.endpoint import (
     End,
     Endpoint,
 )
-
-SHAPE_BYTES = 3 * 8
 
 
 class Arrival:
@@ -50,10 +47,17 @@ class Chunks:
     rank, num_ranks   of the pipeline
     dtype             of all messages
     tells_shapes      each message is preceded by its shape; else all have the shape that the schedule names
+    overlaps          False: what is sent has gone before the schedule goes on
     """
 
     def __init__(
-        self, stages: Sequence[Endpoint], rank: int, num_ranks: int, dtype: torch.dtype, tells_shapes: bool
+        self,
+        stages: Sequence[Endpoint],
+        rank: int,
+        num_ranks: int,
+        dtype: torch.dtype,
+        tells_shapes: bool,
+        overlaps: bool = True,
     ) -> None:
         # Configuration
         self.stages = stages
@@ -61,17 +65,18 @@ class Chunks:
         self.num_ranks = num_ranks
         self.dtype = dtype
         self.tells_shapes = tells_shapes
+        self.overlaps = overlaps
         # State
         self._turns: dict[End, Iterator[int]] = {}
         self._last: dict[tuple[int, End], Arrival] = {}
-        self._num_waiting: Counter[tuple[int, End]] = Counter()
+        self._num_asked: Counter[tuple[int, End]] = Counter()
 
     def begin_step(self, chunk_ids: Sequence[int]) -> None:
         """chunk_ids: the chunk of every forward pass of this rank, in order."""
         found = order_messages(chunk_ids, len(self.stages), self.rank, self.num_ranks)
         self._turns = {end: iter(order) for end, order in found.items()}
         self._last.clear()
-        self._num_waiting.clear()
+        self._num_asked.clear()
 
     def send(self, end: End, value: torch.Tensor) -> None:
         """Sends an end's next message."""
@@ -81,23 +86,26 @@ class Chunks:
             )
         stage = self._turn(end)
         if self.tells_shapes:
-            with stage.at_next(end):
-                _tell_shape(stage.wires[end], value.shape)
+            stage.tell(end, list(value.shape))
         stage.send(end, [value])
 
     def arrival(self, end: End, shape: Sequence[int] | None) -> Arrival:
-        """An end's next message, announced as far as its shape is known."""
+        """An end's next message, announced if its shape is known."""
         stage = self._turn(end)
         key = (stage.stage_id, end)
-        take = partial(self._take_told, stage, end)
-        if not self.tells_shapes:
-            specs = [Spec(torch.Size(shape or ()), self.dtype)]
-            self._num_waiting[key] += 1
-            stage.expect_ahead(end, specs, max(self._num_waiting[key], stage.num_ahead))
-            take = partial(self._take, stage, end, specs)
+        specs = None if self.tells_shapes else [Spec(torch.Size(shape or ()), self.dtype)]
+        if specs is not None:
+            stage.look_ahead(end, specs)
+            stage.expect(end, specs, self._num_asked[key])
+            self._num_asked[key] += 1
         tensor = torch.empty(0, dtype=self.dtype, device=stage.device, requires_grad=True)
-        self._last[key] = Arrival(tensor, take, self._last.get(key))
+        self._last[key] = Arrival(tensor, partial(self._take, stage, end, specs), self._last.get(key))
         return self._last[key]
+
+    def wait_for_sends(self) -> None:
+        """Waits until all that was sent has gone."""
+        for stage in self.stages:
+            stage.wait_for_sends()
 
     def _turn(self, end: End) -> Endpoint:
         """The stage whose message comes next at an end."""
@@ -109,14 +117,12 @@ class Chunks:
             )
         return self.stages[chunk]
 
-    def _take(self, stage: Endpoint, end: End, specs: Sequence[Spec]) -> torch.Tensor:
-        self._num_waiting[stage.stage_id, end] -= 1
-        return stage.receive_next(end, specs, looks_ahead=True)[0]
-
-    def _take_told(self, stage: Endpoint, end: End) -> torch.Tensor:
-        with stage.at_next(end):
-            shape = _told_shape(stage.wires[end])
-        return stage.receive_next(end, [Spec(shape, self.dtype)], looks_ahead=False)[0]
+    def _take(self, stage: Endpoint, end: End, specs: Sequence[Spec] | None) -> torch.Tensor:
+        """specs: None where the peer tells the shape."""
+        if specs is None:
+            told = [Spec(torch.Size(stage.hear(end)), self.dtype)]
+            return stage.receive(end, told, looks_ahead=False)[0]
+        return stage.receive(end, specs)[0]
 
 
 def order_messages(
@@ -137,20 +143,3 @@ def order_messages(
         GRADIENTS_TO_PREVIOUS: [chunk for chunk in backward if not (is_first and chunk == 0)],
         GRADIENTS_FROM_NEXT: [c - 1 for c in backward if c != 0] if is_last else backward,
     }
-
-
-def _tell_shape(wire: Wire, shape: torch.Size) -> None:
-    """Tells the peer the shape, of three dimensions as in Megatron-Core, of the message that follows."""
-    with wire.working():
-        payload = wire.new_payload(SHAPE_BYTES)
-        wire.send(payload.copy_(torch.tensor(shape).view(torch.uint8)))
-
-
-def _told_shape(wire: Wire) -> torch.Size:
-    """What the peer told with `_tell_shape`."""
-    with wire.working():
-        wire.expect(SHAPE_BYTES)
-        payload = wire.receive()
-        shape = torch.Size(payload.view(torch.int64).tolist())
-        wire.done_with(payload)
-    return shape

@@ -50,19 +50,21 @@ class ClappingCommunicator(P2PCommunicator):
         tensor_shape: Sequence[int] | None,
         wait_on_reqs: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any] | None]:
-        """As `P2PCommunicator._communicate`. Receives are announced before anything is sent, so that two
-        ranks that send to each other never wait for each other."""
+        """As `P2PCommunicator._communicate`. Sends do not wait for the peer, so that receives are announced
+        after them: what arrives may depend on what is sent."""
         wanted = {ACTIVATIONS_FROM_PREVIOUS: recv_prev, GRADIENTS_FROM_NEXT: recv_next}
         values = {ACTIVATIONS_TO_NEXT: tensor_send_next, GRADIENTS_TO_PREVIOUS: tensor_send_prev}
         handles: dict[str, Any] = {}
-        arrivals = {end: self.chunks.arrival(end, tensor_shape) for end in wanted if wanted[end]}
         for end, value in values.items():
             if value is not None:
                 self.chunks.send(end, value.detach())
                 handles[HANDLES[end]] = Sent()
+        arrivals = {end: self.chunks.arrival(end, tensor_shape) for end in wanted if wanted[end]}
         handles |= {HANDLES[end]: arrival for end, arrival in arrivals.items()}
         if wait_on_reqs:
             for arrival in arrivals.values():
                 arrival.wait()
+            if not self.chunks.overlaps:
+                self.chunks.wait_for_sends()
         from_previous, from_next = (arrivals[end].tensor if end in arrivals else None for end in wanted)
         return from_previous, from_next, None if wait_on_reqs else handles

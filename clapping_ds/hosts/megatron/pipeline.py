@@ -22,7 +22,7 @@ from clapping_ds.hosts.megatron.core import (
     get_model_config,
     get_schedule_table,
 )
-from clapping_ds.link.groups import gather, get_group_ranks, get_world_size, rank
+from clapping_ds.link.groups import get_group_ranks, get_world_size, rank
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.stage.endpoint import Endpoint
 from clapping_ds.stage.endpoints import Endpoints
@@ -79,7 +79,7 @@ class MegatronPipeline:
         if device is None:
             is_gpu = torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-        self.config = agree(config, model_config, self.groups.pp.size())
+        self.config, self.control = agree(config, model_config, self.groups.pp.size())
         self.measures_error = False
         """Whether the relative error of messages is measured; costs a pass over each."""
         # State
@@ -92,6 +92,7 @@ class MegatronPipeline:
         dtype, tells = model_config.pipeline_dtype, tells_shapes(model_config)
         self.endpoints = Endpoints(
             self.config,
+            self.control,
             ranks,
             [*range(len(ranks))] * num_chunks,
             device,
@@ -99,7 +100,7 @@ class MegatronPipeline:
             # Where each message's shape goes before it nothing is announced ahead, and no send may wait.
             most_pending=sys.maxsize if tells else None,
         )
-        self.chunks = Chunks(self.endpoints.stages, place, len(ranks), dtype, tells)
+        self.chunks = Chunks(self.endpoints.stages, place, len(ranks), dtype, tells, self.config.overlap)
         self.endpoints.announce(dtype)
 
     def wrap(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +151,7 @@ class MegatronPipeline:
         stages, options = self.endpoints.stages, options or {}
         if not self._was_called:
             facts = {"num_microbatches": num_micro_batches, "micro_batch_size": micro_batch_size}
-            check_first_call(data_iterators, len(stages), options, facts, model_config)
+            check_first_call(self.control, data_iterators, len(stages), options, facts, model_config)
             self._was_called = True
         check_call(data_iterators, len(stages), options)
         sizes = micro_batch_size, options.get("seq_length")
@@ -187,7 +188,7 @@ class MegatronPipeline:
         """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
         what is held, so that the next step is all fresh, and says why. The count of samples is kept if any
         rank has it. A collective of all ranks."""
-        counts = gather(None if state is None else state["consumed_samples"])
+        counts = self.control.gather(None if state is None else state["consumed_samples"])
         known = [count for count in counts if count is not None]
         self.consumed_samples = max(known, default=self.consumed_samples)
         self._sizes = () if state is None else state["sizes"]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from clapping_ds.config import ClappingConfig
 from clapping_ds.hosts.torch.stage import ClappingStage
-from clapping_ds.link.groups import gather, get_group_ranks
+from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
 from clapping_ds.stage.handshake import agree_on_config, refuse_tuning, refuse_without_links
@@ -56,13 +56,14 @@ class ClappingPipeline:
         self.schedule = schedule
         self.stages: Sequence[ClappingStage] = getattr(schedule, "_stages", None) or [schedule._stage]
         self.num_slots: int = schedule._n_microbatches
-        self.config = agree_on_config(config, _list_facts(schedule, self.stages[0]))
+        self.config, self.control = agree_on_config(lambda: config, _list_facts(schedule, self.stages[0]))
         _check(self.config, schedule, self.stages)
         self.orders = _order_messages(schedule, self.stages[0].num_stages, self.num_slots)
         # State
         first = self.stages[0]
         self.endpoints = Endpoints(
             self.config,
+            self.control,
             get_group_ranks(first.group),
             [first.stage_index_to_group_rank[index] for index in range(first.num_stages)],
             first.device,
@@ -144,7 +145,7 @@ class ClappingPipeline:
         what is held, so that the next step is all fresh, and says why. The data iterator is the caller's:
         `num_drawn` micro-batches were taken from it, which is kept if any rank has it. A collective of all
         ranks."""
-        counts = gather(0 if state is None else state["num_drawn"])
+        counts = self.control.gather(0 if state is None else state["num_drawn"])
         why = None
         if self.config.enabled:
             held = None if state is None else state.get("endpoints")

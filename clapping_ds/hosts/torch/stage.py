@@ -5,9 +5,8 @@ channels, and what channels receive takes the place of the stock stage's receive
 stock stage's: the exchange of shapes before the first step, local passing between neighbouring stages of
 one rank (V schedules; nothing is compressed there), `schedule.eval`, and `schedule.step` called directly.
 
-All messages of a step are announced when the step starts, and sends do not wait, so that no order of work
-can deadlock that does not with torch's own messages. The payloads of a whole step are held at once for
-that; the stock stage holds a receive buffer per micro-batch, too.
+Sends do not wait, so that no order of work can deadlock that does not with torch's own messages. The payloads
+of a whole step are held at once for that; the stock stage holds a receive buffer per micro-batch, too.
 """
 
 from collections import deque
@@ -48,18 +47,23 @@ class ClappingStage(PipelineStage):
         micro-batches as the peer sends them."""
         self.endpoint = endpoint
         self._orders = orders
-        self._due: dict[End, deque[int]] = {}
+        self._due = {end: deque(order) for end, order in orders.items()}
+        for end, order in orders.items():
+            endpoint.set_order(end, order)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
-        """As the stock stage's; none for what is announced to channels."""
+        """As the stock stage's; what it would receive is announced to the channel."""
         if self.endpoint is None:
             return super().get_fwd_recv_ops(fwd_chunk_id)
-        self._announce(self.endpoint)
+        self._expect(self.endpoint, ACTIVATIONS_FROM_PREVIOUS, fwd_chunk_id)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
-        """As the stock stage's; none for what is announced to channels."""
-        return super().get_bwd_recv_ops(bwd_chunk_id) if self.endpoint is None else []
+        """As the stock stage's; what it would receive is announced to the channel."""
+        if self.endpoint is None:
+            return super().get_bwd_recv_ops(bwd_chunk_id)
+        self._expect(self.endpoint, GRADIENTS_FROM_NEXT, bwd_chunk_id)
+        return []
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """As the stock stage's, of which all is sent through the channel."""
@@ -72,7 +76,6 @@ class ClappingStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As the stock stage's, with the activations that the channel received."""
         if self.endpoint is not None:
-            self._announce(self.endpoint)
             self._receive(self.endpoint, ACTIVATIONS_FROM_PREVIOUS, fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
@@ -90,19 +93,18 @@ class ClappingStage(PipelineStage):
         self.endpoint.send(end, values, slot)
         return []
 
-    def _announce(self, endpoint: Endpoint) -> None:
-        """Announces the messages of the step, once."""
-        for end, order in self._orders.items():
-            buffered = self._buffered(end, order[0]) if end in endpoint.channels else []
-            if buffered and end not in self._due:
-                self._due[end] = deque(order)
-                for slot in order:
-                    specs = [Spec.of(info.buffer) for info in buffered]
-                    endpoint.expect(end, specs, slot)
+    def _expect(self, endpoint: Endpoint, end: End, slot: int) -> None:
+        """Announces a message where the stock stage would. The order of a step's messages is the peer's."""
+        buffered = self._buffered(end, slot) if end in endpoint.channels else []
+        if buffered:
+            specs = [Spec.of(info.buffer) for info in buffered]
+            endpoint.look_ahead(end, specs)
+            endpoint.expect(end, specs, self._orders[end].index(slot))
 
     def _receive(self, endpoint: Endpoint, end: End, slot: int) -> None:
         """Puts the end's next message where the stock stage looks for it."""
-        if end not in self._due:
+        buffered = self._buffered(end, slot) if end in endpoint.channels else []
+        if not buffered:
             return
         due = self._due[end].popleft()
         if due != slot:
@@ -110,8 +112,8 @@ class ClappingStage(PipelineStage):
                 f"stage {self.stage_index} needs the {end} for micro-batch {slot}, where {due} is next; "
                 "accepted: a schedule that uses micro-batches in the order in which they are sent"
             )
-        values = endpoint.receive(end)
-        for info, value in zip(self._buffered(end, slot), values, strict=True):
+        values = endpoint.receive(end, [Spec.of(info.buffer) for info in buffered])
+        for info, value in zip(buffered, values, strict=True):
             info.buffer = value
 
     def _buffered(self, end: End, slot: int) -> list[Any]:

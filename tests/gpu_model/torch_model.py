@@ -1,0 +1,234 @@
+"""torch on the ranks of a `Machine`: tensors on the device "meta" stand for tensors on a GPU.
+
+Each operation on them becomes a piece of work on the current stream, which reads and writes their memory;
+there are no numbers. What needs numbers on the host (`item`, a copy to the CPU) waits for the whole device.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clapping_ds.link import groups, streams, wire
+from tests.gpu_model.machine import Block, Machine, Rank, Stream, Work
+from tests.gpu_model.process_groups import ProcessGroups
+
+GPU = torch.device("meta")
+aten = torch.ops.aten
+
+
+class Memory:
+    """The blocks that the tensors of one rank lie in."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self._blocks: dict[int, tuple[StorageWeakRef, Block]] = {}
+
+    def block_of(self, tensor: torch.Tensor) -> Block | None:
+        """None for memory of the host that is not pinned, and for nothing."""
+        storage = tensor.untyped_storage()
+        found = self._blocks.get(storage._cdata)
+        if found is None and tensor.device == GPU and storage.nbytes():
+            return self.place(tensor, self.rank.current)
+        return None if found is None else found[1]
+
+    def place(self, tensor: torch.Tensor, pool: Any) -> Block:
+        """New memory for a new tensor."""
+        storage = tensor.untyped_storage()
+        self.collect()
+        block = self.rank.allocate(storage.nbytes(), pool)
+        self._blocks[storage._cdata] = StorageWeakRef(storage), block
+        return block
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._blocks
+
+    def collect(self) -> None:
+        for key in [key for key, (storage, _) in self._blocks.items() if storage.expired()]:
+            self.rank.give_back(self._blocks.pop(key)[1])
+
+
+class Tracking(TorchDispatchMode):
+    """Turns each operation on the GPU's tensors into work on the current stream."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.memory = memory
+        self.rank = memory.rank
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.memory.collect()
+        if func is aten._local_scalar_dense.default and tensors[0].device == GPU:
+            self.rank.synchronize("item()")
+            return 1
+        if func is aten.record_stream.default:
+            return None
+        if func in (aten.copy_.default, aten._to_copy.default):
+            return self._copy(func, args, kwargs)
+        is_pinned = bool(kwargs.get("pin_memory"))
+        if is_pinned:
+            kwargs = {**kwargs, "pin_memory": False}
+        out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if is_pinned:
+            self.memory.place(outputs[0], "pinned")
+        if any(tensor.device == GPU for tensor in tensors + outputs):
+            self._track(func, tensors, outputs, _find_written(func, args, kwargs))
+        return out
+
+    def _track(
+        self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], written: list[torch.Tensor]
+    ) -> None:
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
+        if not new and not written:
+            return  # a view
+        new_blocks = [
+            self.memory.block_of(tensor)
+            if self.memory.knows(tensor)
+            else self.memory.place(tensor, self.rank.current)
+            for tensor in new
+            if tensor.device == GPU and tensor.untyped_storage().nbytes()
+        ]
+        if func.name().startswith(("aten::empty", "aten::new_empty", "aten::set_")):
+            return
+        work = self.rank.current.add(func.name())
+        written_blocks = [self.memory.block_of(tensor) for tensor in written if tensor.device == GPU]
+        read_blocks = [self.memory.block_of(tensor) for tensor in inputs if tensor.device == GPU]
+        self.rank.access(work, _there(read_blocks), _there(written_blocks + new_blocks))
+
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Between host and device, or on either."""
+        source = args[0] if func is aten._to_copy.default else args[1]
+        non_blocking = bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        if func is aten._to_copy.default:
+            like = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
+            target = torch.empty_like(source, **like)
+        else:
+            target = args[0]
+        if source.device.type == "cpu" and target.device.type == "cpu":
+            return target.copy_(source)
+        blocks = self.memory.block_of(source), self.memory.block_of(target)
+        if source.device != target.device and not (non_blocking and None not in blocks):
+            self.rank.synchronize(f"a copy from {source.device} to {target.device}")
+        work = self.rank.current.add("copy")
+        self.rank.access(work, _there([blocks[0]]), _there([blocks[1]]))
+        return target
+
+
+def _there(blocks: list[Block | None]) -> list[Block]:
+    return [block for block in blocks if block is not None]
+
+
+def _find_written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    written = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return written
+
+
+class Event:
+    """As torch.cuda.Event."""
+
+    def __init__(self, cuda: "Cuda", work: Work | None = None) -> None:
+        self.cuda = cuda
+        self.work = work
+
+    def record(self, stream: Any) -> None:
+        self.work = stream.stream.add("event")
+
+    def synchronize(self) -> None:
+        assert self.work is not None
+        rank = self.cuda.machine.here
+        if rank.forbids_syncs:
+            rank.synchronize("an event")
+        rank.wait_on_host(self.work)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.work is not None and self.work.done
+        assert end.work is not None and end.work.done
+        return self.cuda.machine.random.uniform(0.1, 10.0)
+
+
+class StreamHandle:
+    """As torch.cuda.Stream."""
+
+    def __init__(self, cuda: "Cuda", stream: Stream) -> None:
+        self.cuda = cuda
+        self.stream = stream
+
+    def wait_event(self, event: Event) -> None:
+        assert event.work is not None
+        self.stream.wait_for(event.work)
+
+    def wait_stream(self, other: "StreamHandle") -> None:
+        self.wait_event(other.record_event())
+
+    def record_event(self) -> Event:
+        return Event(self.cuda, self.stream.add("event"))
+
+    def synchronize(self) -> None:
+        self.stream.rank.synchronize("a stream", [self.stream])
+
+
+class Cuda:
+    """The names of torch.cuda that the package uses."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def Stream(self, device: torch.device) -> StreamHandle:  # noqa: N802
+        rank = self.machine.here
+        return StreamHandle(self, rank.new_stream(f"side {len(rank.streams)}"))
+
+    def Event(self, enable_timing: bool = False) -> Event:  # noqa: N802
+        return Event(self)
+
+    def current_stream(self, device: torch.device) -> StreamHandle:
+        return StreamHandle(self, self.machine.here.current)
+
+    @contextmanager
+    def stream(self, handle: StreamHandle | None) -> Iterator[None]:
+        rank = self.machine.here
+        before = rank.current
+        rank.current = before if handle is None else handle.stream
+        try:
+            yield
+        finally:
+            rank.current = before
+
+    def synchronize(self, device: torch.device | None = None) -> None:
+        self.machine.here.synchronize("synchronize()")
+
+
+@contextmanager
+def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]:
+    """The package's streams and process groups are the machine's."""
+    memories = {rank.number: Memory(rank) for rank in machine.ranks}
+    dist = ProcessGroups(machine, backend, lambda tensor: memories[machine.here.number].block_of(tensor))
+    machine.memories = memories  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for module, name, value in (
+            (streams, "cuda", Cuda(machine)),
+            (streams, "ASYNCHRONOUS", ("meta",)),
+            (wire, "dist", dist),
+            (groups, "dist", dist),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield dist
+
+
+@contextmanager
+def tracking(rank: Rank) -> Iterator[None]:
+    """Around the program of a rank."""
+    with Tracking(rank.machine.memories[rank.number]):  # type: ignore[attr-defined]
+        yield

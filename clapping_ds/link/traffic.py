@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite
 
 import torch
 
@@ -22,7 +21,8 @@ class Traffic:
     value_square: float = 0.0
 
     def __post_init__(self) -> None:
-        self._measured: list[torch.Tensor] = []
+        self._squares: torch.Tensor | None = None
+        """float64 [2] on the device: of errors and of values, since `settle`."""
 
     def count(self, fresh: bool, payload_bytes: int, specs: Sequence[Spec]) -> None:
         self.num_messages += 1
@@ -35,16 +35,17 @@ class Traffic:
         """Adds to the relative error. Messages that are not finite do not count. Nothing waits for the device
         before `settle`."""
         error = (value.float() - reconstruction.float()).square().sum()
-        self._measured.append(torch.stack([error, value.float().square().sum()]))
+        squares = torch.stack([error, value.float().square().sum()]).double()
+        squares = torch.where(torch.isfinite(squares).all(), squares, 0.0)
+        self._squares = squares if self._squares is None else self._squares.add_(squares)
 
     def settle(self) -> None:
         """Adds up the errors that were counted. The host waits for them."""
-        for squares in self._measured:
-            error_square, value_square = squares.tolist()
-            if isfinite(error_square) and isfinite(value_square):
-                self.error_square += error_square
-                self.value_square += value_square
-        self._measured.clear()
+        if self._squares is not None:
+            error_square, value_square = self._squares.tolist()
+            self.error_square += error_square
+            self.value_square += value_square
+            self._squares = None
 
     @property
     def fresh_share(self) -> float:

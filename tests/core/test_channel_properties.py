@@ -3,7 +3,7 @@ have the announced sizes, their bytes are the formula's, and a checkpoint goes o
 
 import io
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from hypothesis import given
@@ -229,7 +229,7 @@ def written(state):
 
 
 def state_bits(ends):
-    return [(models.channel_memories([end]), asdict(end.traffic)) for end in ends]
+    return [(models.channel_memories([end]), end.state_dict()["traffic"]) for end in ends]
 
 
 @given(blocks([0, 64, 512]), st.lists(operations, min_size=4, max_size=14))

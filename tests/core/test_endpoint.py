@@ -32,6 +32,7 @@ class LoopWire(QueueWire):
     def __init__(self, peer, device, group, most_pending):
         super().__init__()
         self.peer, self.group, self.most_pending = peer, group, most_pending
+        self.carrier = device
         self.payloads, self.expected = self.of.setdefault(group, (deque(), deque()))
 
 
@@ -80,7 +81,8 @@ def test_messages_are_counted_unless_their_slot_is_named():
     begin(sender, receiver)
     for slot in (1, 0):
         sender.send(ACTIVATIONS_TO_NEXT, [values[slot]], slot)
-    named = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS, specs, slot)[0] for slot in (1, 0)]
+    receiver.set_order(ACTIVATIONS_FROM_PREVIOUS, (1, 0))
+    named = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS, specs)[0] for _ in values]
     assert torch.equal(named[0], counted[1])
     assert torch.equal(named[1], counted[0])
 

@@ -21,6 +21,7 @@ class StockEngine:
 
     def start(self: Any, has_bool_tensors: bool = False, *args: Any, **kwargs: Any) -> None:
         case: Case = kwargs["case"]
+        kwargs["rank"].has_set_device = True
         self.case = case
         self.module = SimpleNamespace(training=True, parameters=lambda: [])
         self.num_stages, self.micro_batches, self.device = case.num_stages, case.num_slots, GPU
@@ -39,6 +40,7 @@ class StockEngine:
 
     def train_batch(self: Any, data_iter: Any = None) -> None:
         self._exec_schedule(self._train_schedule())
+        self.global_steps += 1
 
     def load(self: Any, buffer_id: int) -> None:
         if self.stage_id == 0:

@@ -93,6 +93,8 @@ class Stream:
         may_end: Callable[[], bool] = always,
         at_end: Callable[[], None] = nothing,
     ) -> Work:
+        if self.rank.log is not None:
+            self.rank.log.append(name)
         tick = self.clock.get(self, 0) + 1
         self.clock = merge(self.clock, self.rank.host_clock, {self: tick})
         work = Work(name, self, tick, self.clock, may_start, may_end, at_end)
@@ -137,6 +139,9 @@ class Rank:
         self.still_used: list[tuple[Block, list[Work]]] = []
         self.num_allocated = 0
         self.forbids_syncs = False
+        self.has_set_device = False
+        self.log: list[str] | None = None
+        """Of all work that is queued, while a clock runs."""
         self.baton = threading.Semaphore(0)
         self.why = "start"
         self.is_ready: Callable[[], bool] = always

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu_model.machine import Machine, Rank, Stream, Work
+from tests.gpu_model.machine import Machine, ModelError, Rank, Stream, Work
 
 
 class Group:
@@ -180,6 +180,8 @@ class ProcessGroups:
         """On NCCL, of bytes on the current device, which the host then reads."""
         group = group or self.world
         if group.backend != "gloo":
+            if not self.machine.here.has_set_device:
+                raise ModelError("an object collective on cuda:0, on every rank: none has set its device")
             self.all_reduce(torch.empty(1, device="meta"), group=group)
             self.machine.here.synchronize("an object collective")
         found = self._meet(group, item)

@@ -14,8 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clapping_ds.autotune import measurement
 from clapping_ds.link import groups, streams, wire
-from tests.gpu_model.machine import Block, Machine, Rank, Stream, Work
+from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
 
 GPU = torch.device("meta")
@@ -210,6 +211,23 @@ class Cuda:
         self.machine.here.synchronize("synchronize()")
 
 
+class Clock:
+    """As the module time, for a probe. Between two readings a link's messages are queued and nothing else."""
+
+    ALLOWED = ("event", "wait for", "before", "send to", "receive from")
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def perf_counter(self) -> float:
+        rank = self.machine.here
+        other = [name for name in rank.log or () if not name.startswith(self.ALLOWED)]
+        if other:
+            raise ModelError(f"{rank}: a probe's clock runs during {other}")
+        rank.log = [] if rank.log is None else None
+        return self.machine.random.uniform(1.0, 2.0)
+
+
 @contextmanager
 def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]:
     """The package's streams and process groups are the machine's."""
@@ -222,6 +240,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (streams, "ASYNCHRONOUS", ("meta",)),
             (wire, "dist", dist),
             (groups, "dist", dist),
+            (measurement, "time", Clock(machine)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

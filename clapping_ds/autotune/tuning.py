@@ -136,7 +136,8 @@ class Tuning:
         for _, outgoing, incoming in sorted(links, key=lambda link: link[0] % 2):
             if outgoing in self.stage.wires:
                 ends = [self.stage.wires[end] for end in (outgoing, incoming)]
-                there, back = (Wire(wire.peer, wire.device, wire.group) for wire in ends)
+                # Where the group takes its bytes: a copy from the GPU to gloo is not the link's.
+                there, back = (Wire(wire.peer, wire.carrier, wire.group) for wire in ends)
                 speaker = Speaker(partial(self.stage.tell, outgoing), partial(self.stage.hear, incoming))
                 speeds[outgoing] = probe(there, back, speaker, leads=outgoing == ACTIVATIONS_TO_NEXT)
         return speeds

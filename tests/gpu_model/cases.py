@@ -18,10 +18,14 @@ def draw_case(number: int) -> Case:
     """The case of a number."""
     draw = random.Random(number)
     host = draw.choice(["deepspeed", "deepspeed", "torch", "megatron"])
-    num_stages = draw.choices(range(2, 9), [12, 6, 4, 1, 1, 1, 1])[0]
-    num_slots = draw.randint(1, draw.choice([3, 4, 6, 16]))
+    num_stages = draw.choices(range(2, 9), [16, 8, 4, 1, 1, 1, 1])[0]
+    num_slots = draw.randint(1, draw.choice([3, 4, 4, 16]))
     case = Case(
-        num_stages, num_slots, host=host, num_steps=draw.choice([2, 3, 3, 5]), block=_draw_block(draw)
+        num_stages,
+        num_slots,
+        host=host,
+        num_steps=draw.choices([2, 3, 5], [6, 3, 1])[0],
+        block=_draw_block(draw),
     )
     case.syncs = draw.choice([0.0, 0.0, 0.1, 0.5])
     case.has_one_queue = draw.random() < 0.3
@@ -35,7 +39,7 @@ def _draw_for_host(draw: random.Random, case: Case) -> None:
         case.has_static_outputs = draw.random() < 0.3
         case.is_dynamic = draw.random() < 0.1
         case.steps_per_print = draw.choice([0, 0, 0, 2])
-        case.block["in_flight"] = draw.choice([0, 1, 2, 3, "auto"])
+        case.block["in_flight"] = draw.choice([0, 1, 2, 3] * 4 + ["auto"])
         if not case.block["overlap"]:
             case.block["in_flight"] = 0
         if case.block["in_flight"] == "auto":
@@ -58,7 +62,7 @@ def _draw_for_host(draw: random.Random, case: Case) -> None:
 
 def _draw_block(draw: random.Random) -> dict[str, Any]:
     overlap = draw.random() < 0.85
-    if draw.random() < 0.8:
+    if draw.random() < 0.9:
         return {**_both(codec="none"), "overlap": overlap}
     delta = draw.choice([{"name": "int8", "group_size": 16}, {"name": "fp8_e4m3", "group_size": 64}])
     device = draw.choice(["same", "cpu"])
@@ -93,8 +97,9 @@ def check(case: Case, seed: int) -> list[Steps]:
 
 
 def _list_late_steps(case: Case, steps: Steps) -> list[int]:
-    """From the third after the start or a change. (A tossed coin may bring the first delta at any time.)"""
-    if case.block.get("lazy", {}).get("refresh", "cycle") != "cycle":
+    """From the third after the start or a change. (A tossed coin may bring the first delta at any time,
+    a user's wait its own tensors.)"""
+    if case.syncs or case.block.get("lazy", {}).get("refresh", "cycle") != "cycle":
         return []
     last_change = max(step for step in range(case.num_steps) if not steps.is_steady[step])
     return list(range(last_change + 3, case.num_steps))

@@ -46,11 +46,12 @@ class Stopped(BaseException):
     """Ends the threads of a machine that has failed."""
 
 
-def merge(*clocks: Clock) -> Clock:
-    merged: Clock = {}
-    for clock in clocks:
+def merge(first: Clock, *others: Clock) -> Clock:
+    merged = dict(first)
+    for clock in others:
         for stream, tick in clock.items():
-            merged[stream] = max(merged.get(stream, 0), tick)
+            if merged.get(stream, 0) < tick:
+                merged[stream] = tick
     return merged
 
 

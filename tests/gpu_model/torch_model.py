@@ -6,6 +6,7 @@ there are no numbers. What needs numbers on the host (`item`, a copy to the CPU)
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -64,8 +65,10 @@ class Tracking(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        written_arguments, is_view = _read_schema(func)
+        if is_view:
+            return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self.memory.collect()
         if func is aten._local_scalar_dense.default and tensors[0].device == GPU:
             self.rank.synchronize("item()")
             return 1
@@ -81,7 +84,7 @@ class Tracking(TorchDispatchMode):
         if is_pinned:
             self.memory.place(outputs[0], "pinned")
         if any(tensor.device == GPU for tensor in tensors + outputs):
-            self._track(func, tensors, outputs, _find_written(func, args, kwargs))
+            self._track(func, tensors, outputs, _pick(written_arguments, args, kwargs))
         return out
 
     def _track(
@@ -90,7 +93,7 @@ class Tracking(TorchDispatchMode):
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
         if not new and not written:
-            return  # a view
+            return
         new_blocks = [
             self.memory.block_of(tensor)
             if self.memory.knows(tensor)
@@ -128,13 +131,17 @@ def _there(blocks: list[Block | None]) -> list[Block]:
     return [block for block in blocks if block is not None]
 
 
-def _find_written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    written = []
-    for number, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return written
+@cache
+def _read_schema(func: Any) -> tuple[list[tuple[int, str]], bool]:
+    """The arguments that an operation writes, by position and name; and whether it returns a view."""
+    arguments = enumerate(func._schema.arguments)
+    written = [(n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return written, not written and any(r.alias_info is not None for r in func._schema.returns)
+
+
+def _pick(arguments: list[tuple[int, str]], args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found = [args[number] if number < len(args) else kwargs.get(name) for number, name in arguments]
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
 
 
 class Event:

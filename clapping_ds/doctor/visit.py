@@ -23,8 +23,8 @@ import torch
 from clapping_ds.config import ClappingConfig
 from clapping_ds.link.groups import Control, open_store
 
-PATIENCE_S = 600.0
-"""How long a check may take, and ranks wait for one that is at it: a GPU compiles kernels in the first."""
+LEAST_PATIENCE_S = 60.0
+"""Of a check, however short `timeout_s` is: something is imported in it, or a process started."""
 LINGER_S = 2.0
 """How long the rank that has the store stays for the others to read it."""
 POLL_S = 0.02
@@ -185,12 +185,17 @@ class Check(NamedTuple):
     look      on every rank; may raise
     after     checks without which this one makes no sense: skipped where one of them is not ok or a warning
     compare   what the facts of all ranks say together, in place of what each rank said; None: nothing
+    patience  times `timeout_s`: how long it may take on a rank, and the others wait for it
     """
 
     name: str
     look: Callable[[Visit], Finding]
     after: tuple[str, ...] = ()
     compare: Callable[[Sequence[Any]], Finding | None] | None = None
+    patience: float = 3.0
+
+    def find_patience_s(self, timeout_s: float) -> float:
+        return max(LEAST_PATIENCE_S, self.patience * timeout_s)
 
 
 def run_checks(checks: Sequence[Check], visit: Visit, write: Callable[[str], None]) -> bool:
@@ -213,7 +218,7 @@ def _run_check(check: Check, visit: Visit) -> tuple[Finding, bool]:
     missing = [name for name in check.after if visit.findings[name].status in (Status.SKIP, Status.FAIL)]
     mine = skip(f"needs {', '.join(missing)}") if missing else _look(check, visit)
     try:
-        findings = visit.board.gather(check.name, mine, PATIENCE_S)
+        findings = visit.board.gather(check.name, mine, check.find_patience_s(visit.timeout_s))
     except ConnectionError as error:
         visit.board.leave()
         visit.board = make_lone_board()
@@ -228,7 +233,7 @@ def _run_check(check: Check, visit: Visit) -> tuple[Finding, bool]:
 
 def _look(check: Check, visit: Visit) -> Finding:
     try:
-        with _limited(check.name, visit.launch.rank):
+        with _limited(check.name, visit.launch.rank, check.find_patience_s(visit.timeout_s)):
             return check.look(visit)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -239,14 +244,14 @@ def _look(check: Check, visit: Visit) -> Finding:
 
 
 @contextmanager
-def _limited(name: str, rank: int) -> Iterator[None]:
+def _limited(name: str, rank: int, patience_s: float) -> Iterator[None]:
     """Ends the process where a check does not end: on a GPU nothing else may be possible."""
 
     def end() -> None:
-        print(f"rank {rank}: {name}  FAIL  it was not done after {PATIENCE_S:g} s", flush=True)
+        print(f"rank {rank}: {name}  FAIL  it was not done after {patience_s:g} s", flush=True)
         os._exit(1)
 
-    timer = Timer(PATIENCE_S, end)
+    timer = Timer(patience_s, end)
     timer.daemon = True
     timer.start()
     try:

@@ -63,10 +63,10 @@ def test_one_process_starts_two_ranks_for_the_steps():
     assert found["steps"][1].startswith("on CPU ranks: 2 stages, ")
 
 
-@pytest.mark.parametrize("there", [(0,), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("there", [(1,), (0, 2)], ids=str)
 def test_a_missing_peer_ends_every_rank_within_the_time(there):
     started_s = time.monotonic()
-    world = {"WORLD_SIZE": str(max(there) + 1 + (max(there) == 0)), "MASTER_ADDR": "127.0.0.1"}
+    world = {"WORLD_SIZE": str(max(there) + 1), "MASTER_ADDR": "127.0.0.1"}
     port = free_port()
     processes = [
         start("clapping_ds.doctor", "--timeout-s", "8", **world, MASTER_PORT=port, RANK=str(rank))

@@ -146,6 +146,7 @@ def check_links(visit: Visit) -> Finding:
         for step, outgoing, incoming in links
         if outgoing in stage.wires
     ]
+    stage.end_step()  # what was told last has gone
     return ok("", speeds)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import multiprocessing
 
+from clapping_ds.autotune.depth import find_leads, order_work
 from clapping_ds.doctor.ranks import GROUPS, RANKS, make_endpoints
 from clapping_ds.doctor.visit import Check, Finding, Launch, Status, Visit, fail, ok, run_checks
 from clapping_ds.link.groups import end_groups
@@ -30,6 +31,7 @@ START_S = 30.0
 """For two processes to start."""
 
 KEY_DELTA: Mapping[str, Any] = {
+    "in_flight": 1,
     "strategy": "key_delta",
     "activations": {"key": "int8", "delta": "eden4"},
     "gradients": {"key": "int8", "delta": "eden4"},
@@ -42,10 +44,13 @@ BLOCKS: Mapping[str, Mapping[str, Any]] = {
 }
 """By name, those of the steps that are taken."""
 NUM_STEPS = 2
-"""In the second one receives are announced ahead, and half the slots are reused."""
+"""In the second one half the slots are reused, and receives are announced from the start."""
 NUM_SLOTS = 4
-SHAPE = (64, 128)
-DTYPE = torch.bfloat16
+SPEC = Spec(torch.Size((64, 128)), torch.bfloat16)
+WAYS = {
+    "forward": (ACTIVATIONS_FROM_PREVIOUS, ACTIVATIONS_TO_NEXT),
+    "backward": (GRADIENTS_FROM_NEXT, GRADIENTS_TO_PREVIOUS),
+}
 LARGEST_ERROR = 0.12
 """Relative. Of normal values eden4 leaves 0.098, the root of a Lloyd-Max code's 0.0095; bfloat16 0.002."""
 
@@ -67,8 +72,8 @@ def check_steps(visit: Visit) -> Finding:
     held, errors = [], []
     for name, block in BLOCKS.items():
         endpoints = make_endpoints(visit, block)
-        errors += [_take_step(endpoints, visit, step) for step in range(NUM_STEPS)]
-        held += list(_list_held(name, endpoints.stages[0]))
+        errors += [take_step(endpoints, visit, step) for step in range(NUM_STEPS)]
+        held += list(list_held(name, endpoints.stages[0]))
     return ok("", (held, max(errors)))
 
 
@@ -93,21 +98,23 @@ def compare_steps(facts: Sequence[tuple[Sequence[Held], float] | None]) -> Findi
     )
 
 
-def _take_step(endpoints: Endpoints, visit: Visit, step: int) -> float:
-    """All activations go forward, then all gradients back. The largest relative error of what arrived."""
+def take_step(endpoints: Endpoints, visit: Visit, step: int) -> float:
+    """In DeepSpeed's order of work. The largest relative error of what arrived."""
     (stage,) = endpoints.stages
     endpoints.begin_step(NUM_SLOTS, [None])
+    sizes = NUM_SLOTS, visit.launch.world_size, stage.stage_id, stage.in_flight
+    stage.leads = dict(zip((ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT), find_leads(*sizes), strict=True))
+    for end in stage.leads if step > 0 else ():
+        if end in stage.channels:
+            stage.look_ahead(end, [SPEC])
     arrived = []
-    for receives, sends in (
-        (ACTIVATIONS_FROM_PREVIOUS, ACTIVATIONS_TO_NEXT),
-        (GRADIENTS_FROM_NEXT, GRADIENTS_TO_PREVIOUS),
-    ):
-        for slot in range(NUM_SLOTS):
-            if receives in stage.channels:
-                (value,) = stage.receive(receives, [Spec(torch.Size(SHAPE), DTYPE)])
-                arrived.append((value, _make_value(receives, stage.stage_id, step, slot)))
-            if sends in stage.channels:
-                stage.send(sends, [_make_value(sends, stage.stage_id, step, slot).to(visit.device)])
+    for kind, slot in order_work(*sizes):
+        receives, sends = WAYS[kind]
+        if receives in stage.channels:
+            (value,) = stage.receive(receives, [SPEC])
+            arrived.append((value, _make_value(receives, stage.stage_id, step, slot)))
+        if sends in stage.channels:
+            stage.send(sends, [_make_value(sends, stage.stage_id, step, slot).to(visit.device)])
     endpoints.end_step()
     return max(_find_error(value, sent) for value, sent in arrived)
 
@@ -116,10 +123,10 @@ def _make_value(end: End, stage_id: int, step: int, slot: int) -> torch.Tensor:
     """What is sent on a link in a slot: in the next step a little different."""
     number = 2 * end.link(stage_id) + (end.direction == "gradients")
     sample, change = (
-        torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(seed))
         for seed in (number * NUM_SLOTS + slot, (1 << 32) + step)
     )
-    return (sample + 0.1 * step * change).to(DTYPE)
+    return (sample + 0.1 * step * change).to(SPEC.dtype)
 
 
 def _find_error(value: torch.Tensor, sent: torch.Tensor) -> float:
@@ -128,7 +135,7 @@ def _find_error(value: torch.Tensor, sent: torch.Tensor) -> float:
     return error if isfinite(error) else inf
 
 
-def _list_held(name: str, stage: Endpoint) -> Iterable[Held]:
+def list_held(name: str, stage: Endpoint) -> Iterable[Held]:
     for end, channel in stage.channels.items():
         held = [
             channel.held[slot][index] for slot in sorted(channel.held) for index in sorted(channel.held[slot])

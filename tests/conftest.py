@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 HOSTS = ("deepspeed", "megatron", "torch")
-ALSO_START_RANKS = ("test_wire",)
+ALSO_START_RANKS = ("test_doctor_ranks", "test_wire")
 
 
 def pytest_collection_modifyitems(items):

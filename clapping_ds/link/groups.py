@@ -3,6 +3,7 @@
 This file and `wire` are the only ones that import torch.distributed.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 Pair = tuple[int, int]
+
+POLL_S = 1e-3
 
 
 class Control:
@@ -201,3 +204,50 @@ def get_world_size() -> int:
 def get_group_ranks(group: Any) -> list[int]:
     """The global ranks of a process group, in its order. None: the default group."""
     return dist.get_process_group_ranks(group)
+
+
+# For a program that no host has started
+
+
+def open_store(address: str | None, port: int, hosts_it: bool, timeout_s: float) -> Any:
+    """Where ranks can write and read before they have a process group. Waits for the rank that hosts it, and
+    for no other.
+
+    address    of the host of the first rank; None: of a rank that is alone
+    hosts_it   whether this rank is where the store is
+    """
+    if address is None:
+        return dist.HashStore()
+    waiting = timedelta(seconds=timeout_s)
+    return dist.TCPStore(address, port, None, hosts_it, waiting, wait_for_workers=False, multi_tenant=True)
+
+
+def start_default_group(store: Any, number: int, world_size: int, backend: str, timeout_s: float) -> None:
+    """Makes the process group of all ranks. A collective of theirs. number: this rank's."""
+    waiting = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=waiting, rank=number, world_size=world_size, store=store)
+
+
+def count_ranks(device: torch.device, timeout_s: float) -> int:
+    """How many ranks answer in the default group. A collective of theirs. Raises ConnectionError after so
+    long; nothing waits on the host for a GPU before that."""
+    number = torch.ones((), dtype=torch.int32, device=find_carrier(None, device))
+    work = dist.all_reduce(number, async_op=True)
+    deadline_s = time.monotonic() + timeout_s
+    while not work.is_completed():
+        if time.monotonic() > deadline_s:
+            raise ConnectionError(f"not all ranks answered within {timeout_s:g} s")
+        time.sleep(POLL_S)
+    work.wait()
+    return int(number)
+
+
+def has_backend(name: str) -> bool:
+    """Whether this build of torch has it."""
+    return dist.is_backend_available(name)
+
+
+def end_groups() -> None:
+    """Ends all process groups of this process, if it has any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

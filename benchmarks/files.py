@@ -53,7 +53,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def provenance() -> dict[str, str | int | None]:
     """What a reader needs to know to repeat a measurement: commit, versions, machine. Takes a second."""
     return {
-        "commit": _commit(),
+        "commit": describe_commit(Path(__file__).parent),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "deepspeed")},
         "processor": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
@@ -61,9 +61,10 @@ def provenance() -> dict[str, str | int | None]:
     }
 
 
-def _commit() -> str:
+def describe_commit(folder: Path) -> str:
+    """Of the checkout that a folder is in, with `-dirty` where files were changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
 

@@ -23,7 +23,9 @@ What was chosen, and why:
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,7 +62,7 @@ class Network:
             ]
         )
         for namespace in self.namespaces:
-            _run("tc", "-n", namespace, "qdisc", "replace", "dev", DEVICE, "root", *discipline)
+            run_command("tc", "-n", namespace, "qdisc", "replace", "dev", DEVICE, "root", *discipline)
 
     def prefix(self, end: int) -> list[str]:
         """What stands before a command that is to run in an end's namespace, on its core."""
@@ -74,6 +76,17 @@ def missing() -> list[str]:
     return lacks + ([] if len(os.sched_getaffinity(0)) > 1 else ["two cores"])
 
 
+def prepare(command: str) -> None:
+    """Ends a command with what this machine lacks, if anything. From now on SIGTERM ends it by SystemExit, so
+    that all it made is removed."""
+    if lacks := missing():
+        raise SystemExit(
+            f"{command} makes network namespaces and shapes the link between them: it needs "
+            f"root, ip and tc (iproute2), taskset, sysctl and two cores. Missing: {', '.join(lacks)}."
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+
+
 @contextmanager
 def open_network() -> Iterator[Network]:
     """A network, not shaped yet; removed at the end, whatever happens.
@@ -83,26 +96,27 @@ def open_network() -> Iterator[Network]:
     namespaces = [f"clapping-{os.getpid()}-{end}" for end in range(2)]
     try:
         for namespace in namespaces:
-            _run("ip", "netns", "add", namespace)
-        _run(
+            run_command("ip", "netns", "add", namespace)
+        run_command(
             "ip", "link", "add", "name", DEVICE, "netns", namespaces[0],
             "type", "veth", "peer", "name", DEVICE, "netns", namespaces[1],
         )  # fmt: skip
         network = Network(namespaces, sorted(os.sched_getaffinity(0))[:2])
         for end, (namespace, address) in enumerate(zip(namespaces, ADDRESSES, strict=True)):
             ip = ("ip", "-n", namespace)
-            _run(*ip, "link", "set", "dev", "lo", "up")
-            _run(*ip, "link", "set", "dev", DEVICE, "up", "gso_max_segs", "1")
-            _run(*ip, "address", "add", f"{address}/30", "dev", DEVICE)
-            _run(*ip, "route", "replace", SUBNET, "dev", DEVICE, "congctl", "cubic")
-            _run(*network.prefix(end), "sysctl", "-q", "-w", f"net.ipv4.tcp_wmem={SEND_BUFFER_BYTES}")
+            run_command(*ip, "link", "set", "dev", "lo", "up")
+            run_command(*ip, "link", "set", "dev", DEVICE, "up", "gso_max_segs", "1")
+            run_command(*ip, "address", "add", f"{address}/30", "dev", DEVICE)
+            run_command(*ip, "route", "replace", SUBNET, "dev", DEVICE, "congctl", "cubic")
+            run_command(*network.prefix(end), "sysctl", "-q", "-w", f"net.ipv4.tcp_wmem={SEND_BUFFER_BYTES}")
         yield network
     finally:
         for namespace in namespaces:
             subprocess.run(["ip", "netns", "delete", namespace], stderr=subprocess.DEVNULL, check=False)
 
 
-def _run(*command: str) -> None:
+def run_command(*command: str) -> None:
+    """Raises RuntimeError with the command and its message when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,8 @@ from benchmarks.links.network import (
     DEVICE,
     QUEUE_BYTES,
     Network,
-    missing,
     open_network,
+    prepare,
 )
 from benchmarks.links.rows import Compute, compared, plot, shown, timing, traffic
 from benchmarks.training.compare import STOCK, block
@@ -53,6 +52,8 @@ BULK_S = 1.0
 """How long a transfer takes that measures the link."""
 UNSHAPED_BULK_BYTES = 1 << 26
 PORT = 29500
+CHECKOUT = Path(__file__).parents[2]
+RANK = Path(__file__).with_name("rank.py")
 TIMEOUT_S = 600
 
 
@@ -84,24 +85,28 @@ QUICK = Size(
 )
 
 
-def link_rate(rho: float, raw_bytes: int, stage_s: float) -> float:
-    """The link's speed at a rho, in bits per second, for a stage that computes `stage_s` on a micro-batch."""
-    return 8 * raw_bytes / (rho * stage_s)
+def link_rate(rho: float, raw_bytes: int, stage_s: float) -> float | None:
+    """The link's speed at a rho, in bits per second, for a stage that computes `stage_s` on a micro-batch.
+
+    None, no limit, at UNSHAPED.
+    """
+    return None if rho == UNSHAPED else 8 * raw_bytes / (rho * stage_s)
 
 
 class RankProcess:
     """A running `benchmarks.links.rank` at one end of the link."""
 
-    def __init__(self, network: Network, end: int, log: IO[str]) -> None:
+    def __init__(self, network: Network, end: int, log: IO[str], checkout: Path, port: int) -> None:
         environment = {
-            "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": "2", "RANK": str(end),
+            "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(end),
             "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }  # fmt: skip
         reading, writing = os.pipe()
         self.log = log
         self.answers = os.fdopen(reading)
         self.process = subprocess.Popen(
-            [*network.prefix(end), sys.executable, "-m", "benchmarks.links.rank", str(writing)],
+            [*network.prefix(end), sys.executable, "-P", str(RANK), str(writing)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writing], text=True,
             env={**os.environ, **environment},
         )  # fmt: skip
@@ -142,12 +147,16 @@ class Ranks:
 
 
 @contextmanager
-def started(network: Network) -> Iterator[Ranks]:
-    """New ranks: nothing that earlier engines left, threads, connections or memory, is in their times."""
+def started(network: Network, checkout: Path = CHECKOUT, port: int = PORT) -> Iterator[Ranks]:
+    """New ranks: nothing that earlier engines left, threads, connections or memory, is in their times.
+
+    checkout: whose `clapping_ds` and `launch` they import. port: where they meet; two that are alive at once
+    need two.
+    """
     with tempfile.TemporaryFile("w+") as log, ExitStack() as stack:
         processes = []
         for end in range(2):
-            processes.append(RankProcess(network, end, log))
+            processes.append(RankProcess(network, end, log, checkout, port))
             stack.callback(processes[end].close)
         yield Ranks(processes)
 
@@ -189,7 +198,7 @@ def grid(network: Network, size: Size) -> Iterator[list[dict[str, Any]]]:
     """The rows of one speed after the other."""
     stage_s = 0.0
     for rho in size.rhos:
-        rate = None if rho == UNSHAPED else link_rate(rho, size.raw_bytes, stage_s)
+        rate = link_rate(rho, size.raw_bytes, stage_s)
         network.shape(rate)
         with started(network) as ranks:
             rows = measure(ranks, size, rho, rate)
@@ -220,12 +229,7 @@ def main() -> None:
         rhos=size.rhos if options.rhos is None else (UNSHAPED, *options.rhos),
         rounds=options.rounds or size.rounds,
     )
-    if lacks := missing():
-        raise SystemExit(
-            "benchmarks.links.pipeline makes network namespaces and shapes the link between them: it needs "
-            f"root, ip and tc (iproute2), taskset, sysctl and two cores. Missing: {', '.join(lacks)}."
-        )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that all is removed
+    prepare("benchmarks.links.pipeline")
     rows = []
     with open_network() as network:
         for new in grid(network, size):

@@ -1,4 +1,4 @@
-"""One stage of `benchmarks.links.pipeline`: a rank that takes orders, a JSON object per line, and answers.
+"""One stage of the benchmarks over links: a rank that takes orders, a JSON object per line, and answers.
 
     {"do": "step", "run": "direct int4"}   ->   {"step_s": 0.71, "loss": 5.4, "forward_s": [...], ...}
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -85,6 +86,10 @@ class Rank:
         self.engines: dict[str, Any] = {}
         self.batches: dict[str, Iterator[Any]] = {}
         self.rank = dist.get_rank()
+
+    def checkout(self) -> dict[str, str]:
+        """The folder whose `clapping_ds` this is."""
+        return {"folder": str(Path(clapping_ds.__file__).parents[1])}
 
     def build(
         self, gpt: dict[str, int], micro_batches: int, runs: dict[str, dict[str, Any] | None]

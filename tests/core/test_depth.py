@@ -1,11 +1,13 @@
 """The order of work, and how deep it runs."""
 
 import random
+from collections import Counter, deque
+from itertools import product
 
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from clapping_ds.autotune.depth import count_warmup, find_hiding_depth, order_work
+from clapping_ds.autotune.depth import count_warmup, find_hiding_depth, find_leads, order_work
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 
 SHAPES = [(m, s) for m in (1, 2, 3, 8, 16) for s in (2, 3, 4, 8)]
@@ -72,3 +74,55 @@ def test_depth_hides_random_links():
         for stage in range(num_stages):
             needed = num_stages - stage + sum(delays_s[stage:])
             assert count_warmup(10**6, num_stages, stage, depth) >= needed
+
+
+def list_blocking_acts(num_slots, num_stages, stage, in_flight):
+    """What a stage sends and announces in a step, in its order, with the leads that it has on NCCL."""
+    to_previous, to_next = find_leads(num_slots, num_stages, stage, in_flight)
+    links = {
+        "activations": (stage > 0, to_previous, "gradients"),
+        "gradients": (stage < num_stages - 1, to_next, "activations"),
+    }
+    acts, sent, announced = [], Counter(), Counter()
+
+    def announce(direction, at_least=0):
+        exists, lead, way_back = links[direction]
+        may = num_slots if sent[way_back] == num_slots else lead + sent[way_back]
+        while exists and announced[direction] < min(num_slots, max(may, at_least)):
+            acts.append(("receive", direction, announced[direction]))
+            announced[direction] += 1
+
+    announce("activations")
+    announce("gradients")
+    for kind, slot in order_work(num_slots, num_stages, stage, in_flight):
+        arrives, leaves = ("activations", "gradients") if kind == "forward" else ("gradients", "activations")
+        announce(arrives, slot + 1)
+        sends = stage < num_stages - 1 if kind == "forward" else stage > 0
+        if sends:
+            acts.append(("send", arrives, slot))
+            sent[arrives] += 1
+            announce(leaves)
+    return acts
+
+
+def runs_when_all_block(acts):
+    """Whether stages whose every send and receive waits for its counterpart come to an end."""
+    left = [deque(stage) for stage in acts]
+    while any(left):
+        for stage, mine in enumerate(left):
+            kind, direction, slot = mine[0] if mine else (None, None, None)
+            to = stage + (1 if direction == "activations" else -1)
+            if kind == "send" and left[to] and left[to][0] == ("receive", direction, slot):
+                mine.popleft()
+                left[to].popleft()
+                break
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 5, 8])
+def test_with_their_leads_stages_could_block_on_every_message(num_stages):
+    for num_slots, in_flight in product((1, 2, 3, 4, 7, 12), (0, 1, 2, 3, 5)):
+        acts = [list_blocking_acts(num_slots, num_stages, s, in_flight) for s in range(num_stages)]
+        assert runs_when_all_block(acts), (num_slots, in_flight)

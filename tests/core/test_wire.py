@@ -1,6 +1,7 @@
 """Messages between ranks."""
 
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.distributed as dist
 
 from clapping_ds.link.groups import Control, get_group_ranks, make_direction_groups, make_peers
 from clapping_ds.link.wire import Buffers, Wire
+from clapping_ds.stage.handshake import agree_on_config
+from tests.cluster import assert_same_error
 
 CPU = torch.device("cpu")
 
@@ -103,3 +106,51 @@ def test_one_no_is_a_no_and_gather_keeps_the_order(two_ranks):
     for agreed, gathered in two_ranks.run(vote):
         assert agreed == [True, False, False, False]
         assert gathered == [("rank", 0), ("rank", 1)]
+
+
+def ask_alone():
+    """Rank 1 does not answer."""
+    control = Control(timeout_s=1.0)
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        return None
+    start = time.perf_counter()
+    try:
+        control.agree([True])
+    except ConnectionError as error:
+        return str(error), time.perf_counter() - start
+    return "answered", 0.0
+
+
+def test_a_rank_that_does_not_answer_is_an_error_within_the_time(two_ranks):
+    message, took_s = two_ranks.run(ask_alone)[0]
+    assert "another rank ended, or was silent for more than 1 s, while all ranks voted" in message
+    assert took_s < 2.5
+
+
+class Never:
+    def is_completed(self):
+        return False
+
+
+def wait_for_a_queued_message():
+    """As over NCCL, where `receive` returns before the message is there."""
+    wire = Wire(1 - dist.get_rank(), CPU)
+    wire._awaited.append(Never())
+    wire.wait_for_arrivals(timeout_s=0.2)
+
+
+def test_a_queued_message_that_does_not_come_names_the_peer(two_ranks):
+    for rank, outcome in enumerate(two_ranks.outcomes(wait_for_a_queued_message)):
+        assert outcome.kind == "ConnectionError"
+        assert outcome.message == f"rank {1 - rank} ended or was silent for more than 0.2 s"
+
+
+def agree_with_gpus(num_gpus):
+    with mock.patch("torch.cuda.device_count", return_value=num_gpus):
+        return agree_on_config(dict, {})[0].enabled
+
+
+def test_more_ranks_on_a_node_than_gpus_is_one_error_on_every_rank(two_ranks):
+    assert_same_error(two_ranks.outcomes(agree_with_gpus, 1), "ValueError", "LOCAL_RANK = 1 on ")
+    assert two_ranks.run(agree_with_gpus, 2) == two_ranks.run(agree_with_gpus, 0) == [False, False]

@@ -236,7 +236,7 @@ class ClappingConfig(BaseModel):
     memory: MemoryConfig | None = None
     """Not with `direct`. None: its defaults."""
     overlap: bool = True
-    """Messages travel while the stages compute. False: sends block, as in the stock engine."""
+    """Messages travel while the stages compute. False: they are announced, and waited for, as in stock."""
     in_flight: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_depth)] = "auto"
     """Micro-batches that each link holds beyond stock 1F1B, to hide its latency and transfer time.
     `auto`: after the first steps, as many as the measured links need and memory allows."""

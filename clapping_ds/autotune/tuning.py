@@ -83,7 +83,8 @@ class Tuning:
             yield
 
     def end_step(self, num_micro_batches: int) -> None:
-        self.passes.end_step(num_micro_batches)
+        if self.is_watching:
+            self.passes.end_step(num_micro_batches)
         self.num_steps += 1
 
     def settle(self, num_micro_batches: int, free_bytes: int | None) -> str | None:

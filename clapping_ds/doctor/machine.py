@@ -96,13 +96,14 @@ def check_device(visit: Visit) -> Finding:
     host, num_gpus, local_rank = socket.gethostname(), torch.cuda.device_count(), visit.launch.local_rank
     if num_gpus == 0:
         return warn("no GPU", "this is a check of CPU ranks", (host, None))
-    if local_rank >= num_gpus:
+    index = 0 if num_gpus == 1 else local_rank  # a launcher may show each rank its own GPU alone
+    if index >= num_gpus:
         return fail(
             f"LOCAL_RANK = {local_rank} on {host}, where {num_gpus} GPUs are seen "
             f"(CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r})",
             "start as many ranks on a machine as it has GPUs",
         )
-    visit.device = torch.device("cuda", local_rank)
+    visit.device = torch.device("cuda", index)
     torch.cuda.set_device(visit.device)
     properties = torch.cuda.get_device_properties(visit.device)
     free_gib, total_gib = (num_bytes / GIB for num_bytes in torch.cuda.mem_get_info(visit.device))
@@ -110,7 +111,7 @@ def check_device(visit: Visit) -> Finding:
         f"{num_gpus} GPUs on {host}, {properties.name}, compute capability "
         f"{properties.major}.{properties.minor}, {free_gib:.0f} of {total_gib:.0f} GiB free"
     )
-    return ok(text, (host, str(getattr(properties, "uuid", local_rank))))
+    return ok(text, (host, str(getattr(properties, "uuid", index))))
 
 
 def compare_devices(facts: Sequence[tuple[str, str | None]]) -> Finding | None:

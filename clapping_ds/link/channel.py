@@ -163,11 +163,13 @@ class Channel:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
         self.traffic = Traffic(**state["traffic"])
         self.forget()
+        self.wire.side.follow()
         with self.wire.side.active():
             self.held = {
                 slot: {index: self._load_held(saved) for index, saved in tensors.items()}
                 for slot, tensors in state["held"].items()
             }
+        self.wire.side.wait()
 
     def forget(self) -> None:
         """Forgets what is held."""
@@ -211,7 +213,7 @@ class Channel:
     def _prepare_next(self) -> None:
         """For the message that comes next, while compute goes on: what decoding it would wait for."""
         self._next = None
-        if self._expected:
+        if self._expected and self.wire.side.stream is not None:
             message = self._expected[0]
             self._next = self._new_arrivals(message.specs)
             with self.wire.side.active():

@@ -46,8 +46,9 @@ class Control:
         return [bool(vote) for vote in votes.tolist()]
 
     def wait_for_all(self) -> None:
-        """Returns once every rank has called it."""
-        self.agree([True])
+        """Returns once every rank has called it, within the time of the default group: what comes before it,
+        such as writing a checkpoint, may take longer than a message."""
+        dist.barrier()
 
     def check(self, check: Callable[[], Result]) -> Result:
         """What `check` returns. If it raises ValueError or OSError on any rank, every rank raises ValueError,
@@ -120,7 +121,8 @@ def make_peers(
         if here != there
     ]
     peers = {}
-    for members in _share_no_rank(links):
+    is_queued = find_carrier(None, device).type != "cpu"
+    for members in _share_no_rank(links) if is_queued else [[link] for link in links]:
         groups = make_direction_groups([ends for _, ends in members], device, timeout_s)
         for stage, ends in members:
             if rank() in ends:
@@ -147,11 +149,11 @@ def make_direction_groups(pairs: Sequence[Pair], device: torch.device, timeout_s
     of all ranks, also of those in no pair.
 
     No two links or directions of a rank share a group: NCCL may carry a group's messages one after the other,
-    and one that has to wait would hold up all behind it. So pairs here have no rank in common. (Groups of
-    two ranks would be 2 (S - 1) R calls, each waiting for all ranks, for S stages and R replicas; with
-    `use_local_synchronization` torch names a group after the number of groups that its rank has, which
-    differs along a pipeline.) The first message of an NCCL pair waits for the peer, an announced
-    receive as well: so a byte is sent here.
+    and one that has to wait would hold up all behind it. So pairs here have no rank in common. (On NCCL with
+    a bound device each group is a split of the communicator by all ranks, and groups of two ranks would be
+    2 (S - 1) R of them for S stages and R replicas. With `use_local_synchronization` torch names a group
+    after the number of groups that its rank has, which differs along a pipeline.) The first message of an
+    NCCL pair waits for the peer, an announced receive as well: so a byte is sent here.
 
     device      where payloads are written and read
     timeout_s   how long a message is waited for. NCCL's watchdog ends the process: it gets twice the time, so

@@ -48,7 +48,7 @@ class Header(NamedTuple):
         return cls(*section.view(torch.int64).tolist())
 
     def write_(self, section: torch.Tensor) -> None:
-        section.copy_(torch.tensor(self, dtype=torch.int64).view(torch.uint8))
+        section.copy_(torch.tensor(self, dtype=torch.int64, device="cpu").view(torch.uint8))
 
     def check(self, found: "Header") -> None:
         """Raises VerificationError naming each field that is not as expected."""

@@ -17,7 +17,7 @@ class Visits:
 
     def are_of(self, memory: torch.Tensor | None) -> bool:
         """Whether a memory has to visit."""
-        return memory is not None and memory.device != self.device
+        return memory is not None and memory.device.type != self.device.type
 
     def fetch(self, memory: torch.Tensor) -> torch.Tensor:
         """The memory on the device, from now on or since an earlier call."""

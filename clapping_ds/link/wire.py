@@ -70,9 +70,14 @@ class Wire:
         if after_compute:
             self.side.follow()
         self._done = None
-        with self.side.active():
-            yield
-        self.side.hold_compute(self._done)
+        try:
+            with self.side.active():
+                yield
+        except BaseException:
+            self._done = self.side.mark()
+            raise
+        finally:
+            self.side.hold_compute(self._done)
 
     def new_payload(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] to be written and handed to `send`. All sends but the last `most_pending` have
@@ -128,7 +133,8 @@ class Wire:
         deadline_s = time.monotonic() + timeout_s
         while self._awaited:
             if self._awaited[0].is_completed():
-                self._awaited.popleft()
+                with naming_peer(self.peer):
+                    self._awaited.popleft().wait()  # one that failed is complete as well, and raises here
                 deadline_s = time.monotonic() + timeout_s
             elif time.monotonic() > deadline_s:
                 raise ConnectionError(f"rank {self.peer} ended or was silent for more than {timeout_s:g} s")

@@ -129,9 +129,10 @@ class Endpoint:
             channel.begin_step(step, len(fresh), measures_error)
 
     def end_step(self) -> None:
-        """Waits until the step's last messages have gone."""
+        """Waits until the step's messages are there, and, where the host is what waits, have gone."""
         self.wait_for_arrivals()
-        self.wait_for_sends()
+        for channel in self.channels.values():
+            channel.end_step()
         for teller in self._tellers.values():
             teller.drain()
 
@@ -192,9 +193,10 @@ class Endpoint:
         return any(wire.carrier.type != "cpu" for wire in self.wires.values())
 
     def wait_for_sends(self) -> None:
-        """Waits until all that this stage has sent has gone."""
+        """All that this stage has sent goes before compute goes on."""
         for channel in self.channels.values():
             channel.end_step()
+            channel.wire.side.hold_compute(channel.wire.side.mark())
 
     def wait_for_arrivals(self) -> None:
         """Waits until all that was received is there; raises ConnectionError for a peer that is gone."""
@@ -208,7 +210,7 @@ class Endpoint:
         text = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
         teller = self._teller(end)
         with self.channels[end].at(self._num_sent[end]):
-            for part in (torch.tensor([len(text)]).view(torch.uint8), text):
+            for part in (torch.tensor([len(text)], device="cpu").view(torch.uint8), text):
                 teller.send(teller.new_payload(len(part)).copy_(part))
 
     def hear(self, end: End) -> Any:

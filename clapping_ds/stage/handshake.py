@@ -2,7 +2,6 @@
 what no host, or no host with a schedule of its own, can do is refused.
 """
 
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,20 +18,22 @@ PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
 
 
 def agree_on_config(
-    read: Callable[[], Mapping[str, Any]], facts: Mapping[str, Any]
+    read: Callable[[], Mapping[str, Any]], facts: Mapping[str, Any], device: torch.device
 ) -> tuple[ClappingConfig, Control]:
     """The configuration that every rank read (without a block, one that is not enabled, on every host), and
     the means to agree on more. A collective of all ranks, which needs no device.
 
-    read    returns what has the block, or raises ValueError or OSError
-    facts   what else must be the same everywhere, by the name that an error shall have for it
+    read     returns what has the block, or raises ValueError or OSError
+    facts    what else must be the same everywhere, by the name that an error shall have for it
+    device   where this rank will compute
     Raises ValueError on every rank, with the same text, if one rank's block is wrong, if ranks differ, or if
-    a node has fewer GPUs than ranks. Raises ConnectionError if a rank is missing.
+    a rank has no such device. Raises ConnectionError if a rank is missing.
     """
     control = Control(_find_timeout_s(read))
     config = control.check(lambda: ClappingConfig.from_ds_config(read()))
     control.check_equal({**dict(_flatten(BLOCK_NAME, config.model_dump())), **_list_versions(), **facts})
-    control.check(_check_gpus)
+    if config.enabled:
+        control.check(lambda: _check_device(device))
     if not config.enabled and rank() == 0:
         why = '"enabled": false' if BLOCK_NAME in read() else f'no "{BLOCK_NAME}" block'
         say(f"nothing is compressed ({why})")
@@ -47,12 +48,12 @@ def _find_timeout_s(read: Callable[[], Mapping[str, Any]]) -> float:
         return ClappingConfig().timeout_s
 
 
-def _check_gpus() -> None:
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if 0 < num_gpus <= local_rank:
+def _check_device(device: torch.device) -> None:
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise ValueError(
-            f"LOCAL_RANK = {local_rank} on {socket.gethostname()}, which has {num_gpus} GPUs; accepted: as "
-            "many ranks on a node as it has GPUs"
+            f"device = {device} on {socket.gethostname()}, which has {num_gpus} GPUs; accepted: as many "
+            "ranks on a node as it has GPUs"
         )
 
 

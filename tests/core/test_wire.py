@@ -7,7 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clapping_ds.link.groups import Control, get_group_ranks, make_direction_groups, make_peers
+from clapping_ds.link.groups import (
+    Control,
+    _share_no_rank,
+    get_group_ranks,
+    make_direction_groups,
+    make_peers,
+)
 from clapping_ds.link.wire import Buffers, Wire
 from clapping_ds.stage.handshake import agree_on_config
 from tests.cluster import assert_same_error
@@ -75,7 +81,7 @@ def peers_of_links():
 def test_no_two_directions_or_links_of_a_rank_share_a_group(four_ranks):
     for rank, (peers, groups) in enumerate(four_ranks.run(peers_of_links)):
         first = rank % 2
-        assert groups == [[0, 1, 2, 3]] * 4, "shared by the two pipelines"
+        assert groups == [[first, first + 2]] * 4
         assert peers == {(0, 1): first + 2, (1, 0): first, (1, 2): first, (2, 1): first + 2}
 
 
@@ -146,11 +152,41 @@ def test_a_queued_message_that_does_not_come_names_the_peer(two_ranks):
         assert outcome.message == f"rank {1 - rank} ended or was silent for more than 0.2 s"
 
 
-def agree_with_gpus(num_gpus):
+def test_links_that_share_no_rank_share_groups_on_nccl():
+    links = [(stage, (first + stage, first + stage + 1)) for stage in range(3) for first in (0, 4)]
+    even, odd = _share_no_rank(links)
+    assert [stage for stage, _ in even] == [0, 0, 2, 2]
+    assert [ends for _, ends in odd] == [(1, 2), (5, 6)]
+
+
+class Failed:
+    def is_completed(self):
+        return True
+
+    def wait(self):
+        raise RuntimeError("NCCL remote error")
+
+
+def wait_for_a_failed_message():
+    wire = Wire(1 - dist.get_rank(), CPU)
+    wire._awaited.append(Failed())
+    wire.wait_for_arrivals(timeout_s=60)
+
+
+def test_a_queued_message_that_failed_is_no_arrival(two_ranks):
+    for outcome in two_ranks.outcomes(wait_for_a_failed_message):
+        assert outcome.kind == "ConnectionError"
+        assert "NCCL remote error" in outcome.message
+
+
+def agree_with_gpus(num_gpus, block):
+    device = torch.device("cuda", dist.get_rank())
     with mock.patch("torch.cuda.device_count", return_value=num_gpus):
-        return agree_on_config(dict, {})[0].enabled
+        return agree_on_config(lambda: block, {}, device)[0].enabled
 
 
 def test_more_ranks_on_a_node_than_gpus_is_one_error_on_every_rank(two_ranks):
-    assert_same_error(two_ranks.outcomes(agree_with_gpus, 1), "ValueError", "LOCAL_RANK = 1 on ")
-    assert two_ranks.run(agree_with_gpus, 2) == two_ranks.run(agree_with_gpus, 0) == [False, False]
+    enabled = {"clapping": {}}
+    assert_same_error(two_ranks.outcomes(agree_with_gpus, 1, enabled), "ValueError", "device = cuda:1 on ")
+    assert two_ranks.run(agree_with_gpus, 2, enabled) == [True, True]
+    assert two_ranks.run(agree_with_gpus, 1, {}) == [False, False]

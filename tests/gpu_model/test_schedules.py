@@ -5,11 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.gpu_model.cases import check, draw_case
+from tests.gpu_model.program import Case
 
 NONE = {"activations": {"codec": "none"}, "gradients": {"codec": "none"}}
+TOLD = Case(2, 4, 2, "megatron", "overlap", {**NONE, "overlap": True}, (4, 1, 64), syncs=0.3, is_dynamic=True)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 1 << 32))
 def test_any_pipeline_runs(number):
     check(draw_case(number), number)
+
+
+def test_shapes_that_are_told_are_heard_where_stock_would():
+    for seed in range(20):
+        check(TOLD, seed)

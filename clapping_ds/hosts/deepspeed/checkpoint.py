@@ -59,7 +59,12 @@ class CheckpointingEngine(PipelineEngine):
         """For each rank that is left after a ConnectionError: saves the last finished step, with no message
         to any other rank. Returns whether a survivor of every stage has, which makes it `latest`; ranks that
         stopped at different steps write different checkpoints. The next run's first step is all fresh.
-        Raises ValueError with a ZeRO stage above 0, or bf16."""
+        Raises ValueError with a ZeRO stage above 0, or bf16, and over NCCL."""
+        if any(stage.queues for stage in self._endpoints.stages):
+            raise ValueError(
+                "clapping_save_survivors over NCCL, where the GPU waits for messages of a rank that has "
+                "ended; accepted: process groups of gloo"
+            )
         client_state = {**(client_state or {}), NUM_DRAWN: self._endpoints.num_drawn}
         tag = f"survivors_step{self.global_steps}_{self._endpoints.run_id}"
         is_whole = survivors.save(self, Path(save_dir), tag, client_state)

@@ -8,6 +8,7 @@ optimizer, loss, `eval_batch`, tied weights, data-parallel reduction, checkpoint
 engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
             "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
         }
-        self.clapping, self._control = agree_on_config(lambda: ds_config._param_dict, facts)
+        self.clapping, self._control = agree_on_config(lambda: ds_config._param_dict, facts, _find_device())
         num_stages = kwargs["model"].num_stages
         refuse_without_links(self.clapping, f"PipelineModule(num_stages={num_stages})", num_stages)
         super().__init__(has_bool_tensors, *args, **kwargs)
@@ -156,7 +157,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
         if not (self.fp16_enabled() and isinstance(self.optimizer, ZeROOptimizer)):
             return 1.0
-        loss = torch.ones((), requires_grad=True).clone()  # on the CPU: nothing to wait for
+        loss = torch.ones((), device="cpu", requires_grad=True).clone()  # nothing to wait for
         return float(self.optimizer.scale_if_loss(loss))
 
     def _next_batch(self) -> Any:
@@ -272,6 +273,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
         self.timers(timer).start()
         yield
         self.timers(timer).stop()
+
+
+def _find_device() -> torch.device:
+    """Where the stock engine will compute."""
+    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
 
 
 def _floating(specs: Iterable[Spec]) -> list[Spec]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
 from clapping_ds.link.groups import Control
@@ -17,7 +19,9 @@ from clapping_ds.stage.handshake import (
 Source = Mapping[str, Any] | str | Path
 
 
-def agree(source: Source, model_config: Any, num_ranks: int) -> tuple[ClappingConfig, Control]:
+def agree(
+    source: Source, model_config: Any, num_ranks: int, device: torch.device
+) -> tuple[ClappingConfig, Control]:
     """The configuration, if every rank has a valid one and all are equal, and the means to agree on more. A
     collective of all ranks.
 
@@ -32,7 +36,7 @@ def agree(source: Source, model_config: Any, num_ranks: int) -> tuple[ClappingCo
         "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
         "megatron.core.__version__": VERSION,
     }
-    config, control = agree_on_config(lambda: _read(source), facts)
+    config, control = agree_on_config(lambda: _read(source), facts, device)
     if config.enabled:
         _check(config, model_config, num_ranks)
     return config, control

@@ -96,6 +96,9 @@ class Chunks:
         specs = None if self.tells_shapes else [Spec(torch.Size(shape or ()), self.dtype)]
         if specs is not None:
             stage.look_ahead(end, specs)
+        elif stage.queues:  # announced where stock would, or the peer's GPU may wait for this one's for ever
+            specs = self._hear(stage, end)
+        if specs is not None:
             stage.expect(end, specs, self._num_asked[key])
             self._num_asked[key] += 1
         tensor = torch.empty(0, dtype=self.dtype, device=stage.device, requires_grad=True)
@@ -118,11 +121,12 @@ class Chunks:
         return self.stages[chunk]
 
     def _take(self, stage: Endpoint, end: End, specs: Sequence[Spec] | None) -> torch.Tensor:
-        """specs: None where the peer tells the shape."""
-        if specs is None:
-            told = [Spec(torch.Size(stage.hear(end)), self.dtype)]
-            return stage.receive(end, told, looks_ahead=False)[0]
-        return stage.receive(end, specs)[0]
+        """specs: None where the peer tells the shape, and has not yet been heard."""
+        specs = specs or self._hear(stage, end)
+        return stage.receive(end, specs, looks_ahead=not self.tells_shapes)[0]
+
+    def _hear(self, stage: Endpoint, end: End) -> list[Spec]:
+        return [Spec(torch.Size(stage.hear(end)), self.dtype)]
 
 
 def order_messages(

@@ -79,7 +79,7 @@ class MegatronPipeline:
         if device is None:
             is_gpu = torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-        self.config, self.control = agree(config, model_config, self.groups.pp.size())
+        self.config, self.control = agree(config, model_config, self.groups.pp.size(), device)
         self.measures_error = False
         """Whether the relative error of messages is measured; costs a pass over each."""
         # State

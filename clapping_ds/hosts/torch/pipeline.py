@@ -56,11 +56,12 @@ class ClappingPipeline:
         self.schedule = schedule
         self.stages: Sequence[ClappingStage] = getattr(schedule, "_stages", None) or [schedule._stage]
         self.num_slots: int = schedule._n_microbatches
-        self.config, self.control = agree_on_config(lambda: config, _list_facts(schedule, self.stages[0]))
+        first = self.stages[0]
+        facts = _list_facts(schedule, first)
+        self.config, self.control = agree_on_config(lambda: config, facts, first.device)
         _check(self.config, schedule, self.stages)
         self.orders = _order_messages(schedule, self.stages[0].num_stages, self.num_slots)
         # State
-        first = self.stages[0]
         self.endpoints = Endpoints(
             self.config,
             self.control,

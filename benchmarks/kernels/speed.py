@@ -33,9 +33,10 @@ class Message:
         self.value = torch.randn(shape, generator=generator, device=device).to(situation.dtype)
         self.out = torch.empty_like(self.value)
         self.payload = torch.zeros(codec.nbytes(shape, situation.dtype), dtype=torch.uint8, device=device)
-        memory = torch.zeros_like(self.value) if situation.has_memory else None
+        of_memory = situation.memory_dtype
+        memory = None if of_memory is None else torch.zeros_like(self.value, dtype=of_memory)
         state = codec.new_state(shape, torch.device(device))
-        self.context = Context(memory, situation.has_memory, SEED, state)
+        self.context = Context(memory, memory is not None, SEED, state)
 
     def encode_(self) -> None:
         self.codec.encode_(self.value, self.payload, self.context)

@@ -31,17 +31,17 @@ class Situation:
 
     label: str
     dtype: torch.dtype
-    has_memory: bool
+    memory_dtype: torch.dtype | None
 
     def context(self, codec: AnyCodec) -> Context:
-        memory = torch.zeros(SHAPE, dtype=self.dtype) if self.has_memory else None
-        return Context(memory, self.has_memory, SEED, codec.new_state(SHAPE, torch.device("cpu")))
+        memory = None if self.memory_dtype is None else torch.zeros(SHAPE, dtype=self.memory_dtype)
+        return Context(memory, memory is not None, SEED, codec.new_state(SHAPE, torch.device("cpu")))
 
 
 SITUATIONS = (
-    Situation("memory", torch.bfloat16, True),
-    Situation("fp32", torch.float32, True),
-    Situation("direct", torch.bfloat16, False),
+    Situation("memory", torch.bfloat16, torch.bfloat16),
+    Situation("fp32", torch.float32, torch.float32),
+    Situation("direct", torch.bfloat16, None),
 )
 OPTIONS: dict[str, AnyCodec] = {
     "int4 rotate": Quantizer(name="int4", rotate=True),
@@ -50,6 +50,12 @@ OPTIONS: dict[str, AnyCodec] = {
     "topk int8": TopK(values="int8"),
 }
 """Codecs with options that change their kernels; compiled for the first situation only."""
+HEAVY = (
+    "int8 rotate stochastic 1024",
+    Quantizer(name="int8", rotate=True, stochastic=True, group_size=1024),
+    Situation("fp32, fp16 memory", torch.float32, torch.float16),
+)
+"""What needs most registers, with launch options of its own."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,13 @@ def variants(only: str = "") -> list[Variant]:
             label = f"{name} {situation.label}"
             if any(only in f"{label} {action}" for action in ("encode", "decode")):
                 found.extend(_launches(label, codec, situation))
+    return [variant for variant in found if only in variant.label]
+
+
+def heavy_variants(only: str = "") -> list[Variant]:
+    """The kernels of `HEAVY`, of which `variants` has none."""
+    name, codec, situation = HEAVY
+    found = _launches(f"{name} {situation.label}", codec, situation)
     return [variant for variant in found if only in variant.label]
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Literal
 
+from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
+
 Work = tuple[Literal["forward", "backward"], int]
 
 
@@ -32,9 +34,9 @@ def order_work(num_micro_batches: int, num_stages: int, stage_id: int, in_flight
             yield "forward", micro_batch + warmup
 
 
-def find_leads(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> tuple[int, int]:
-    """How many activations, and how many gradients, a stage may have announced in `order_work` before it has
-    sent anything back on that link; each message that it sends back allows one more.
+def find_leads(num_micro_batches: int, num_stages: int, stage_id: int, in_flight: int) -> dict[End, int]:
+    """By receiving end, how many messages a stage may have announced in `order_work` before it has sent
+    anything back on that link; each message that it sends back allows one more.
 
     A message that is announced or sent on NCCL keeps its GPU busy until the peer has sent or announced it,
     and whatever waits for the whole GPU (`.item()` in the user's forward pass, a kernel that is loaded,
@@ -51,7 +53,7 @@ def find_leads(num_micro_batches: int, num_stages: int, stage_id: int, in_flight
     own, of_next = (
         count_warmup(num_micro_batches, num_stages, stage, in_flight) for stage in (stage_id, stage_id + 1)
     )
-    return own + d, 1 - of_next - d
+    return {ACTIVATIONS_FROM_PREVIOUS: own + d, GRADIENTS_FROM_NEXT: 1 - of_next - d}
 
 
 def find_hiding_depth(compute_s: float, period_s: float, delays_s: Sequence[float], tolerance: float) -> int:

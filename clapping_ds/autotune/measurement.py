@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,14 @@ from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
 from clapping_ds.link.streams import Stopwatch
 from clapping_ds.link.wire import Wire
+from clapping_ds.stage.endpoint import (
+    ACTIVATIONS_FROM_PREVIOUS,
+    ACTIVATIONS_TO_NEXT,
+    GRADIENTS_FROM_NEXT,
+    GRADIENTS_TO_PREVIOUS,
+    End,
+    Endpoint,
+)
 
 NUM_PINGS = 8
 LONG_ENOUGH_S = 0.1
@@ -108,6 +117,24 @@ class Speaker(NamedTuple):
 
     tell: Callable[[int], None]
     hear: Callable[[], int]
+
+
+def probe_links(stage: Endpoint) -> dict[End, Speed]:
+    """How fast a stage's links are, by sending end. Every stage of a pipeline calls it, between two steps.
+    Every second link is measured at the same time, so that no stage is in two probes."""
+    links = [
+        (stage.stage_id - 1, GRADIENTS_TO_PREVIOUS, ACTIVATIONS_FROM_PREVIOUS),
+        (stage.stage_id, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT),
+    ]
+    speeds = {}
+    for _, outgoing, incoming in sorted(links, key=lambda link: link[0] % 2):
+        if outgoing in stage.wires:
+            ends = [stage.wires[end] for end in (outgoing, incoming)]
+            # Where the group takes its bytes: a copy from the GPU to gloo is not the link's.
+            there, back = (Wire(wire.peer, wire.carrier, wire.group) for wire in ends)
+            speaker = Speaker(partial(stage.tell, outgoing), partial(stage.hear, incoming))
+            speeds[outgoing] = probe(there, back, speaker, leads=outgoing == ACTIVATIONS_TO_NEXT)
+    return speeds
 
 
 def probe(outgoing: Wire, incoming: Wire, speaker: Speaker, leads: bool) -> Speed:

@@ -6,7 +6,6 @@ ranks stop, measure links and codecs, and decide.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 
@@ -14,22 +13,13 @@ from clapping_ds.autotune.decision import (
     Decision,
     Direction,
     Measured,
-    Speed,
     check_writable,
     decide,
     describe_memory,
 )
-from clapping_ds.autotune.measurement import Passes, Speaker, list_candidates, probe
+from clapping_ds.autotune.measurement import Passes, list_candidates, probe_links
 from clapping_ds.config import LinksConfig
 from clapping_ds.link.groups import Control, rank
-from clapping_ds.link.wire import Wire
-from clapping_ds.stage.endpoint import (
-    ACTIVATIONS_FROM_PREVIOUS,
-    ACTIVATIONS_TO_NEXT,
-    GRADIENTS_FROM_NEXT,
-    GRADIENTS_TO_PREVIOUS,
-    End,
-)
 from clapping_ds.stage.endpoints import Endpoints
 
 NUM_STEPS_WATCHED = 3
@@ -116,7 +106,7 @@ class Tuning:
 
     def _measured(self, links: LinksConfig | None, free_bytes: int | None) -> Measured:
         """links: None where codecs are settled, by the block or by a checkpoint: they are weighed alone."""
-        speeds = self._probe()
+        speeds = probe_links(self.stage)
         sent = []
         for end, speed in speeds.items():
             channel = self.stage.channels[end]
@@ -126,22 +116,6 @@ class Tuning:
             sent.append(Direction(channel.link, channel.direction, raw_bytes, speed, options))
         compute_s = self.passes.find_per_micro_batch_s()
         return Measured(self.stage.stage_id, compute_s, self.passes.stored_bytes, free_bytes, sent)
-
-    def _probe(self) -> dict[End, Speed]:
-        """By sending end. Every second link at the same time, so that no stage is in two probes."""
-        links = [
-            (self.stage.stage_id - 1, GRADIENTS_TO_PREVIOUS, ACTIVATIONS_FROM_PREVIOUS),
-            (self.stage.stage_id, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT),
-        ]
-        speeds = {}
-        for _, outgoing, incoming in sorted(links, key=lambda link: link[0] % 2):
-            if outgoing in self.stage.wires:
-                ends = [self.stage.wires[end] for end in (outgoing, incoming)]
-                # Where the group takes its bytes: a copy from the GPU to gloo is not the link's.
-                there, back = (Wire(wire.peer, wire.carrier, wire.group) for wire in ends)
-                speaker = Speaker(partial(self.stage.tell, outgoing), partial(self.stage.hear, incoming))
-                speeds[outgoing] = probe(there, back, speaker, leads=outgoing == ACTIVATIONS_TO_NEXT)
-        return speeds
 
 
 def _read_by_first_rank(control: Control, path: str, num_stages: int) -> Decision:

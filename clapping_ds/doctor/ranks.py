@@ -4,12 +4,11 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any
 
 from clapping_ds.autotune.decision import Speed
-from clapping_ds.autotune.measurement import Speaker, probe
+from clapping_ds.autotune.measurement import probe_links
 from clapping_ds.config import ClappingConfig
 from clapping_ds.doctor.visit import Board, Check, Finding, Launch, Visit, fail, ok, skip
 from clapping_ds.link.groups import (
@@ -18,15 +17,6 @@ from clapping_ds.link.groups import (
     has_backend,
     open_store,
     start_default_group,
-)
-from clapping_ds.link.wire import Wire
-from clapping_ds.stage.endpoint import (
-    ACTIVATIONS_FROM_PREVIOUS,
-    ACTIVATIONS_TO_NEXT,
-    GRADIENTS_FROM_NEXT,
-    GRADIENTS_TO_PREVIOUS,
-    End,
-    Endpoint,
 )
 from clapping_ds.stage.endpoints import Endpoints
 
@@ -135,27 +125,10 @@ def check_links(visit: Visit) -> Finding:
     if visit.is_alone:
         return skip("one rank has no link; start several: torchrun --nproc_per_node 2 -m clapping_ds.doctor")
     stage = make_endpoints(visit, {}).stages[0]
-    pairs = [
-        (-1, GRADIENTS_TO_PREVIOUS, ACTIVATIONS_FROM_PREVIOUS),
-        (1, ACTIVATIONS_TO_NEXT, GRADIENTS_FROM_NEXT),
-    ]
-    links = sorted(pairs, key=lambda pair: pair[1].link(stage.stage_id) % 2)
     here = stage.stage_id
-    speeds = [
-        (here, here + step, _probe(stage, outgoing, incoming))
-        for step, outgoing, incoming in links
-        if outgoing in stage.wires
-    ]
+    speeds = [(here, here + end.neighbour, speed) for end, speed in probe_links(stage).items()]
     stage.end_step()  # what was told last has gone
     return ok("", speeds)
-
-
-def _probe(stage: Endpoint, outgoing: End, incoming: End) -> Speed:
-    there, back = (
-        Wire(stage.wires[end].peer, stage.device, stage.wires[end].group) for end in (outgoing, incoming)
-    )
-    speaker = Speaker(partial(stage.tell, outgoing), partial(stage.hear, incoming))
-    return probe(there, back, speaker, leads=outgoing == ACTIVATIONS_TO_NEXT)
 
 
 def compare_speeds(facts: Sequence[Sequence[tuple[int, int, Speed]]]) -> Finding | None:

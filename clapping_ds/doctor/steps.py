@@ -103,7 +103,7 @@ def take_step(endpoints: Endpoints, visit: Visit, step: int) -> float:
     (stage,) = endpoints.stages
     endpoints.begin_step(NUM_SLOTS, [None])
     sizes = NUM_SLOTS, visit.launch.world_size, stage.stage_id, stage.in_flight
-    stage.leads = dict(zip((ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT), find_leads(*sizes), strict=True))
+    stage.leads = find_leads(*sizes)
     for end in stage.leads if step > 0 else ():
         if end in stage.channels:
             stage.look_ahead(end, [SPEC])

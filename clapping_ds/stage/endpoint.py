@@ -100,8 +100,9 @@ class Endpoint:
         self._num_sent: Counter[End] = Counter()
         self._num_received: Counter[End] = Counter()
         self._num_announced: Counter[End] = Counter()
-        self._order: dict[End, Sequence[int]] = {}
-        """By receiving end, the step's slots as the peer sends them."""
+        self.order: dict[End, Sequence[int]] = {}
+        """By receiving end, the step's slots as the peer sends them: ascending, unless a host sets it after
+        `begin_step`."""
         self._specs: dict[End, Sequence[Spec]] = {}
         """Of the messages to come at an end, where all will have the same."""
         self._tellers: dict[End, Wire] = {}
@@ -124,7 +125,7 @@ class Endpoint:
         for counter in (self._num_sent, self._num_received, self._num_announced):
             counter.clear()
         self._specs.clear()
-        self._order = {end: range(len(fresh)) for end in self.channels if not end.sends}
+        self.order = {end: range(len(fresh)) for end in self.channels if not end.sends}
         for channel in self.channels.values():
             channel.begin_step(step, len(fresh), measures_error)
 
@@ -143,9 +144,9 @@ class Endpoint:
         self.channels[end].send(slot, self.fresh[slot], values)
         self._announce(end.way_back)
 
-    def set_order(self, end: End, slots: Sequence[int]) -> None:
-        """Before a step's messages: the order in which the peer sends them. Else slots ascend."""
-        self._order[end] = slots
+    def next_slot(self, end: End) -> int:
+        """Of the message that is received next at an end."""
+        return self.order[end][self._num_received[end]]
 
     def look_ahead(self, end: End, specs: Sequence[Spec]) -> None:
         """From now on the messages of an end, all of these specs, are announced as early as may be."""
@@ -155,7 +156,7 @@ class Endpoint:
     def expect(self, end: End, specs: Sequence[Spec], number: int) -> None:
         """Announces the messages of an end up to the step's `number`-th (from 0), all of these specs."""
         while self._num_announced[end] <= number:
-            slot = self._order[end][self._num_announced[end]]
+            slot = self.order[end][self._num_announced[end]]
             self.channels[end].expect(slot, self.fresh[slot], specs)
             self._num_announced[end] += 1
 

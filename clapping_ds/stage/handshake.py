@@ -4,6 +4,7 @@ what no host, or no host with a schedule of its own, can do is refused.
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,6 +30,7 @@ def agree_on_config(
     Raises ValueError on every rank, with the same text, if one rank's block is wrong, if ranks differ, or if
     a rank has no such device. Raises ConnectionError if a rank is missing.
     """
+    read = cache(read)
     control = Control(_find_timeout_s(read))
     config = control.check(lambda: ClappingConfig.from_ds_config(read()))
     control.check_equal({**dict(_flatten(BLOCK_NAME, config.model_dump())), **_list_versions(), **facts})

@@ -7,12 +7,12 @@ pytest itself, where Triton interprets its kernels.
 import sys
 
 from benchmarks.kernels.static_analysis import analysed
-from benchmarks.kernels.variants import variants
+from benchmarks.kernels.variants import heavy_variants, variants
 
 
 def main(only: str = "") -> int:
     total = 0
-    for code in analysed(variants(only)):
+    for code in analysed([*variants(only), *heavy_variants(only)]):
         total += code.spills
         print(f"{code.variant.label} {code.target.arch}: {code.spills} spills", flush=True)
     return int(total > 0)

@@ -9,6 +9,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSche
 
 from clapping_ds.autotune.depth import count_warmup, find_hiding_depth, find_leads, order_work
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
+from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT
 
 SHAPES = [(m, s) for m in (1, 2, 3, 8, 16) for s in (2, 3, 4, 8)]
 
@@ -78,10 +79,10 @@ def test_depth_hides_random_links():
 
 def list_blocking_acts(num_slots, num_stages, stage, in_flight):
     """What a stage sends and announces in a step, in its order, with the leads that it has on NCCL."""
-    to_previous, to_next = find_leads(num_slots, num_stages, stage, in_flight)
+    leads = find_leads(num_slots, num_stages, stage, in_flight)
     links = {
-        "activations": (stage > 0, to_previous, "gradients"),
-        "gradients": (stage < num_stages - 1, to_next, "activations"),
+        "activations": (stage > 0, leads[ACTIVATIONS_FROM_PREVIOUS], "gradients"),
+        "gradients": (stage < num_stages - 1, leads[GRADIENTS_FROM_NEXT], "activations"),
     }
     acts, sent, announced = [], Counter(), Counter()
 

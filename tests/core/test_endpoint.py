@@ -81,7 +81,7 @@ def test_messages_are_counted_unless_their_slot_is_named():
     begin(sender, receiver)
     for slot in (1, 0):
         sender.send(ACTIVATIONS_TO_NEXT, [values[slot]], slot)
-    receiver.set_order(ACTIVATIONS_FROM_PREVIOUS, (1, 0))
+    receiver.order[ACTIVATIONS_FROM_PREVIOUS] = (1, 0)
     named = [receiver.receive(ACTIVATIONS_FROM_PREVIOUS, specs)[0] for _ in values]
     assert torch.equal(named[0], counted[1])
     assert torch.equal(named[1], counted[0])

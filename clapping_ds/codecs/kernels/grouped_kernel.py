@@ -20,6 +20,10 @@ TILE = 2048
 """Values of one segment per program."""
 MOST_UNROLLED = 4
 """Segments; with 8 and two at a time, registers spill."""
+LARGEST_GROUP = 1024
+VALUES_PER_THREAD_OF_LARGEST = 8
+"""To encode with rotation and noise. With 16, int8 spills on sm_90 (fp32 values, fp16 memory); with 8, codes
+are stored 8 bytes at a time."""
 LARGEST = tl.constexpr(grouped_reference.LARGEST)
 SMALLEST_EXPONENT = tl.constexpr(grouped_reference.SMALLEST_EXPONENT)
 LARGEST_EXPONENT = tl.constexpr(239)
@@ -159,6 +163,8 @@ def encode_(
 ) -> None:
     """As `grouped_reference.encode_`, in one pass on the GPU."""
     grid, constants = choose_launch(family, scheme, value.numel())
+    if scheme.rotates and scheme.draws_noise and scheme.group_size == LARGEST_GROUP:
+        constants["num_warps"] = num.choose_num_warps(TILE, VALUES_PER_THREAD_OF_LARGEST)
     memory, of_memory = num.make_memory_arguments(value, context)
     encode_kernel[grid](
         value, memory, codes, scales.view(torch.int16), value.numel(), *rotation.split_seed(context.seed),

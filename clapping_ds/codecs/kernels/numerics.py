@@ -34,8 +34,8 @@ TWO_TO_23 = tl.constexpr(8388608.0)
 ONE_AND_A_HALF_TIMES_TWO_TO_23 = tl.constexpr(12582912.0)
 
 
-def choose_num_warps(values_per_program: int) -> int:
-    return max(1, values_per_program // VALUES_PER_THREAD // WARP_SIZE)
+def choose_num_warps(values_per_program: int, values_per_thread: int = VALUES_PER_THREAD) -> int:
+    return max(1, values_per_program // values_per_thread // WARP_SIZE)
 
 
 def make_memory_arguments(tensor: torch.Tensor, context: Context) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -60,7 +60,7 @@ class ClappingPipeline:
         facts = _list_facts(schedule, first)
         self.config, self.control = agree_on_config(lambda: config, facts, first.device)
         _check(self.config, schedule, self.stages)
-        self.orders = _order_messages(schedule, self.stages[0].num_stages, self.num_slots)
+        self.orders = _order_messages(schedule, first.num_stages, self.num_slots)
         # State
         self.endpoints = Endpoints(
             self.config,

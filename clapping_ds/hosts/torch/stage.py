@@ -9,7 +9,6 @@ Sends do not wait, so that no order of work can deadlock that does not with torc
 of a whole step are held at once for that; the stock stage holds a receive buffer per micro-batch, too.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,10 +45,7 @@ class ClappingStage(PipelineStage):
         """Starts a step whose messages go through channels. orders: for each end that may receive, the
         micro-batches as the peer sends them."""
         self.endpoint = endpoint
-        self._orders = orders
-        self._due = {end: deque(order) for end, order in orders.items()}
-        for end, order in orders.items():
-            endpoint.set_order(end, order)
+        endpoint.order.update(orders)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         """As the stock stage's; what it would receive is announced to the channel."""
@@ -99,14 +95,14 @@ class ClappingStage(PipelineStage):
         if buffered:
             specs = [Spec.of(info.buffer) for info in buffered]
             endpoint.look_ahead(end, specs)
-            endpoint.expect(end, specs, self._orders[end].index(slot))
+            endpoint.expect(end, specs, endpoint.order[end].index(slot))
 
     def _receive(self, endpoint: Endpoint, end: End, slot: int) -> None:
         """Puts the end's next message where the stock stage looks for it."""
         buffered = self._buffered(end, slot) if end in endpoint.channels else []
         if not buffered:
             return
-        due = self._due[end].popleft()
+        due = endpoint.next_slot(end)
         if due != slot:
             raise ValueError(
                 f"stage {self.stage_index} needs the {end} for micro-batch {slot}, where {due} is next; "

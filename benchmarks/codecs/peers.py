@@ -1,4 +1,4 @@
-"""Quantisers of other libraries, where installed, as methods of `benchmarks.codecs.quality`.
+"""Quantisers of other libraries, where installed, and of a paper, as methods of the benchmarks.
 
 torchao's affine primitives with groups of 128 values and bitsandbytes' blockwise ones. `bits` is what a
 wire would need: codes packed without gaps (torchao's are not: it spends a byte on each), and scales and
@@ -91,7 +91,7 @@ def bitsandbytes_peers() -> list[Peer]:
             "bitsandbytes",
             4 + 32 / GROUP,
             lambda x: bnb.quantize_4bit(x, blocksize=GROUP, quant_type=kind),
-            lambda message, x: bnb.dequantize_4bit(*message, blocksize=GROUP, quant_type=kind),
+            lambda message, x: bnb.dequantize_4bit(message[0], message[1], blocksize=GROUP, quant_type=kind),
         )
 
     def eight_bit() -> Peer:
@@ -104,3 +104,57 @@ def bitsandbytes_peers() -> list[Peer]:
         )
 
     return [eight_bit(), four_bit("nf4"), four_bit("fp4")]
+
+
+def tah_quant() -> Peer:
+    """TAH-Quant (arXiv 2506.01352) with its authors' settings.
+
+    Tiles of 64 values. 4 bits for the four fifths of a sample's tokens whose magnitudes have the largest
+    entropy, 3 for the others. Tiles whose largest value is at least twice the second get it swapped to the
+    front, and are Hadamard-transformed. A minimum and a scale in fp16 per tile.
+    bits: with a pivot's index for every tile, for which its buffers have room.
+    """
+    bits = 0.8 * 4 + 0.2 * 3 + (2 * 16 + 1 + 6) / TILE
+    return Peer("TAH-Quant", "TAH-Quant", bits, _tah_quant, lambda message, x: message)
+
+
+TILE = 64
+LARGE_BITS, SMALL_BITS, SMALL_SHARE = 4, 3, 0.2
+
+
+def _tah_quant(x: torch.Tensor) -> torch.Tensor:
+    """What arrives of fp32 x [samples, tokens, channels]."""
+    share_BTC = x.abs() / (x.abs().sum(-1, keepdim=True) + 1e-30)
+    entropy_BT = -(share_BTC * (share_BTC + 1e-30).log()).sum(-1)
+    num_small = int(x.shape[1] * SMALL_SHARE)
+    highest_BT = torch.full_like(entropy_BT, 2**LARGE_BITS - 1)
+    highest_BT.scatter_(1, entropy_BT.argsort(1)[:, :num_small], 2**SMALL_BITS - 1)
+
+    x_NK = x.reshape(-1, TILE)
+    largest_N2 = x_NK.abs().topk(2, 1).values
+    swaps_N1 = (largest_N2[:, :1] >= 2 * largest_N2[:, 1:]).expand(-1, TILE)
+    pivot_N = x_NK.abs().argmax(1)
+    tile_NK = torch.where(swaps_N1, _swap(x_NK, pivot_N) @ _hadamard(), x_NK)
+    lowest_N1 = tile_NK.amin(1, keepdim=True)
+    highest_N1 = highest_BT[..., None].expand(-1, -1, x.shape[2] // TILE).reshape(-1, 1)
+    scale_N1 = ((tile_NK.amax(1, keepdim=True) - lowest_N1) / highest_N1).clamp(min=1e-30)
+    code_NK = torch.minimum(((tile_NK - lowest_N1) / scale_N1).round().clamp(min=0), highest_N1)
+    out_NK = code_NK * scale_N1.half().float() + lowest_N1.half().float()
+    out_NK = torch.where(swaps_N1, _swap(out_NK @ _hadamard(), pivot_N), out_NK)
+    return out_NK.view(x.shape)
+
+
+def _swap(x_NK: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+    """The first of a tile's values and another one, exchanged."""
+    rows, swapped_NK = torch.arange(len(x_NK)), x_NK.clone()
+    swapped_NK[rows, index_N] = x_NK[:, 0]
+    swapped_NK[:, 0] = x_NK[rows, index_N]
+    return swapped_NK
+
+
+def _hadamard() -> torch.Tensor:
+    """[TILE, TILE], orthonormal and symmetric."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < TILE:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / TILE**0.5

@@ -1,0 +1,206 @@
+"""What compression does to the loss of a pretrained LLM: codec x bits x {1, 3, 7} links, forward only.
+
+    python -m benchmarks.model.damage
+
+SmolLM2-135M reads held-out text, and what its blocks put out at the cuts crosses a link: the package's codecs
+through its own channels, those of others (torchao, bitsandbytes, TAH-Quant) as they are. Nothing is trained.
+The text is torch's C++ headers; some rows are on English prose besides (the Python standard library's
+language reference), to show how far a text moves them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from pydoc_data import topics
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.codecs.peers import Peer, peers, tah_quant
+from benchmarks.files import RESULTS, new_figure, read_csv, save_figure, write_results
+from benchmarks.model.links import Links
+from clapping_ds.codecs import CODECS
+from clapping_ds.codecs.base import bits_per_value
+from clapping_ds.report import format_table
+from launch import llm
+from launch.data import Windows, tokens
+from launch.finetune import C10
+
+CUTS = {1: (15,), 3: (7, 15, 23), 7: (4, 8, 12, 16, 20, 24, 28)}
+"""By number of links: the blocks, counted from 1, whose output crosses one."""
+CODECS_HERE: tuple[dict[str, Any], ...] = (
+    {"name": "none"},
+    *({"name": f"int{bits}"} for bits in (8, 4, 3, 2)),
+    *({"name": f"int{bits}", "rotate": True} for bits in (4, 3)),
+    *({"name": f"eden{bits}"} for bits in (4, 3, 2, 1)),
+    {"name": "sign"},
+    *({"name": name} for name in ("fp8_e4m3", "fp8_e5m2")),
+    *({"name": "topk", "ratio": bits / 32} for bits in (4, 2)),
+    {"name": "randk", "ratio": 4 / 16},
+    {"name": "lowrank", "rank": 32},
+)
+ON_PROSE = ("none", "eden4", "eden3", "int4", "int8")
+TEXTS: dict[str, Path] = {"C++": C10, "prose": Path(topics.__file__)}
+LENGTH = 512
+NUM_WINDOWS = 8
+SHAPE = torch.Size((1, LENGTH, 576))
+"""Of what crosses a link. Bits are counted for 4,096 tokens x 4,096 channels, as in a large model; those of
+`lowrank` for this, as its share shrinks with the shape."""
+SEED = 1
+
+
+class Row(NamedTuple):
+    """One line of the table, before it is measured."""
+
+    text: str
+    codec: str
+    family: str
+    bits: float
+    num_links: int
+    options: dict[str, Any] | None
+    """Of a codec of the package; None: it is another's."""
+
+
+def list_rows() -> list[Row]:
+    found = []
+    for options in CODECS_HERE:
+        codec = CODECS[options["name"]].model_validate(options)
+        name = " ".join(str(value) if key == "name" else f"{key} {value}" for key, value in options.items())
+        bits = bits_per_value(codec, torch.bfloat16)
+        if options["name"] == "lowrank":
+            bits = 8 * codec.nbytes(SHAPE, torch.bfloat16) / SHAPE.numel()
+        family = options["name"].split("_")[0].rstrip("0123456789") + " rotate" * ("rotate" in options)
+        for text in TEXTS if name in ON_PROSE else ("C++",):
+            found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
+    for peer in _list_peers():
+        found += [Row("C++", peer.name, peer.family, peer.bits, num_links, None) for num_links in CUTS]
+    return found
+
+
+def _list_peers() -> list[Peer]:
+    return [*peers(), tah_quant()]
+
+
+class Study:
+    """The model and the texts, in one process."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.model: Any
+        self.model, tokenizer = llm.load(llm.SMOLLM2)
+        self.model.eval()
+        self.peers = {peer.name: peer for peer in _list_peers()}
+        self.windows = {}
+        for name, path in TEXTS.items():
+            corpus, _ = tokens(path, tokenizer.backend_tokenizer)
+            held_out = Windows(corpus, LENGTH, 1, validation=True).batches(SEED)
+            self.windows[name] = list(islice(held_out, NUM_WINDOWS))
+
+    @torch.no_grad()
+    def measure(self, row: Row) -> list[float]:
+        """The loss of each window."""
+        cuts = [self.model.base_model.layers[number - 1] for number in CUTS[row.num_links]]
+        losses = []
+        if row.options is not None:
+            links = Links({"activations": {"codec": row.options}}, len(cuts))
+            with links.behind(cuts):
+                for step, window in enumerate(self.windows[row.text]):
+                    links.begin_step(step, [True])
+                    losses.append(self._find_loss(window))
+            return losses
+        peer = self.peers[row.codec]
+        handles = [block.register_forward_hook(partial(_replace, peer)) for block in cuts]
+        losses = [self._find_loss(window) for window in self.windows[row.text]]
+        for handle in handles:
+            handle.remove()
+        return losses
+
+    def _find_loss(self, window: tuple[torch.Tensor, torch.Tensor]) -> float:
+        ids, labels = window
+        return llm.loss(self.model(ids, use_cache=False).logits, labels).item()
+
+
+def _replace(peer: Peer, block: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
+    return peer.decode(peer.encode(out), out)
+
+
+STUDY: list[Study] = []
+"""Of a worker process."""
+
+
+def _start() -> None:
+    STUDY.append(Study())
+
+
+def _measure(row: Row) -> list[float]:
+    return STUDY[0].measure(row)
+
+
+def describe(row: Row, losses: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    """without: the losses of the same windows without compression."""
+    differences = [loss - base for loss, base in zip(losses, without, strict=True)]
+    return {
+        "text": row.text,
+        "codec": row.codec,
+        "family": row.family,
+        "bits per value": round(row.bits, 3),
+        "links": row.num_links,
+        "loss": round(mean(losses), 4),
+        "damage": round(mean(differences), 5),
+        "standard error": round(stdev(differences) / len(differences) ** 0.5, 5),
+    }
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draws what the CSV says of the first text: damage against bits, a panel for each number of links."""
+    points = [point for point in read_csv(source) if point["text"] == "C++" and point["codec"] != "none"]
+    figure, axes = new_figure(1, len(CUTS), inches=(12, 4.2), sharey=True)
+    for axis, num_links in zip(axes, CUTS, strict=True):
+        for family in dict.fromkeys(point["family"] for point in points):
+            mine = sorted(
+                (float(point["bits per value"]), max(LEAST_DRAWN, float(point["damage"])))
+                for point in points
+                if point["family"] == family and int(point["links"]) == num_links
+            )
+            axis.plot(*zip(*mine, strict=True), marker="o", linewidth=0.8, label=family)
+        axis.set_title(f"{num_links} link{'s' if num_links > 1 else ''}")
+        axis.set_xlabel("bits per value")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("added loss, nats per token")
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    save_figure(figure, target)
+
+
+LEAST_DRAWN = 1e-4
+"""Damage below it, and what helped by chance, is drawn there."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = list_rows()
+    with ProcessPoolExecutor(options.processes, initializer=_start) as pool:
+        losses = list(tqdm(pool.map(_measure, rows), total=len(rows), desc="damage", mininterval=1.0))
+    without = {row.text: found for row, found in zip(rows, losses, strict=True) if row.codec == "none"}
+    table = [describe(row, found, without[row.text]) for row, found in zip(rows, losses, strict=True)]
+    target = options.results / "damage"
+    write_results(
+        target,
+        table,
+        {"model": llm.SMOLLM2, "cuts": CUTS, "tokens": LENGTH * NUM_WINDOWS, "texts": TEXTS, "seed": SEED},
+    )
+    plot(target.with_suffix(".csv"), target.with_suffix(".png"))
+    print(format_table(table))
+    print(f"written to {options.results}: damage.csv, damage.json, damage.png")
+
+
+if __name__ == "__main__":
+    main()

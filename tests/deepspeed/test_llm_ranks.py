@@ -1,0 +1,140 @@
+"""A Hugging Face model over two real ranks, of DeepSpeed and of torch, trains as in one process with the same
+channels between its blocks: `benchmarks.model.links`."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import clapping_ds
+from benchmarks.model.links import Links
+from benchmarks.training.finetune import train
+from launch import llm
+from launch.finetune import Finetuning, pipeline
+from launch.finetune_torch import Trainer
+from launch.trainer import learning_rate_schedule, optimizer
+from tests.cluster import free_groups
+from tests.core.test_llm import make
+from tests.models import DIRECT, INT2, NONE
+
+STEPS, NUM_SLOTS, LENGTH = 4, 4, 64
+SIZES = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": NUM_SLOTS}
+QUIET = {"steps_per_print": 10**6, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+"""Also without DeepSpeed's default clipping, which in a pipeline of fp32 knows one stage's gradients only."""
+RUN = Finetuning(steps=STEPS, warmup_steps=1, learning_rate=1e-3)
+BLOCKS = {"none": NONE, "direct int4": DIRECT, "fc int2": INT2}
+CASES = [("llama", 0), ("gpt2", 4), ("gemma3_text", 4)]
+"""Models, and the rank of their adapters; 0: all weights are trained."""
+
+
+def feed():
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        window = torch.randint(3, 97, (1, LENGTH + 1), generator=generator)
+        yield window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def prepare(name, rank):
+    model = make(name)
+    if rank:
+        torch.manual_seed(1)
+        llm.add_lora(model, rank)
+    return model
+
+
+def train_with_deepspeed(name, rank, block):
+    module = pipeline(llm.Cuts(prepare(name, rank), 2))
+    engine, *_ = clapping_ds.initialize(
+        model=module,
+        optimizer=optimizer(module, RUN),
+        lr_scheduler=lambda adam: learning_rate_schedule(adam, RUN),
+        config={**SIZES, **QUIET, "clapping": block},
+    )
+    data = feed()
+    losses = [float(engine.train_batch(data_iter=data)) for _ in range(STEPS)]
+    (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
+    return losses, stage.state_of_whole()
+
+
+def train_with_torch(name, rank, block):
+    trainer = Trainer(prepare(name, rank), RUN, {**SIZES, "clapping": block})
+    data = feed()
+    losses = [trainer.step(data) for _ in range(STEPS)]
+    return losses, trainer.stage.state_of_whole()
+
+
+def train_in_one_process(name, rank, block):
+    model = prepare(name, rank).train()
+    cuts = llm.Cuts(model, 2)
+    last = getattr(model.base_model, cuts.parts.blocks)[cuts.blocks[0].stop - 1]
+    adam = optimizer(model, RUN)
+    schedule = learning_rate_schedule(adam, RUN)
+    losses = train(model, [last], Links(block, 1), adam, schedule, partial(next, feed()), STEPS)
+    return list(losses), model.state_dict()
+
+
+def run(host, cases):
+    found = []
+    for name, rank, block in cases:
+        losses, state = {"deepspeed": train_with_deepspeed, "torch": train_with_torch}[host](
+            name, rank, block
+        )
+        found.append((losses, {key: weight.clone() for key, weight in state.items()}))
+        free_groups()
+    return found
+
+
+@pytest.mark.parametrize("host", ["deepspeed", "torch"])
+def test_ranks_train_as_one_process_does(two_ranks, host):
+    """Every weight is the same, bit for bit, after some steps. The loss is a mean of four, in fp32 there and
+    in fp64 here: four roundings of 2^-24."""
+    cases = [(name, rank, block) for name, rank in CASES for block in BLOCKS.values()]
+    outcomes = two_ranks.run(run, host, cases)
+    for number, case in enumerate(cases):
+        losses, weights = train_in_one_process(*case)
+        for of_rank in outcomes:
+            told, state = of_rank[number]
+            assert told == pytest.approx(losses, rel=4 * 2**-24)
+            assert all(torch.equal(weight, weights[key]) for key, weight in state.items())
+
+
+def sum_tied_gradients(host):
+    """One step of plain descent with rate 1, after which the tied weight has moved by its gradient."""
+    model = make("llama, tied")
+    before = model.get_input_embeddings().weight.detach().clone()
+    if host == "deepspeed":
+        module = pipeline(llm.Cuts(model, 2))
+        sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+        config = {**SIZES, **QUIET, "clapping": NONE}
+        engine, *_ = clapping_ds.initialize(model=module, optimizer=sgd, config=config)
+        engine.train_batch(data_iter=feed())
+        (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
+    else:
+        trainer = Trainer(model, RUN, {**SIZES, "clapping": NONE})
+        trainer.optimizer = torch.optim.SGD(trainer.stage.parameters(), lr=1.0)
+        trainer.step(feed())
+        stage = trainer.stage
+    moved = before - stage.tied_weight.detach()
+    free_groups()
+    return moved
+
+
+@pytest.mark.parametrize("host", ["deepspeed", "torch"])
+def test_both_ends_of_a_tied_weight_move_by_the_sum_of_their_gradients(two_ranks, host):
+    """Eight gradients of fp32 are added in another order, and the weight is rounded once: 2^-24 each, of
+    their sum of magnitudes and of the weight."""
+    first, last = two_ranks.run(sum_tied_gradients, host)
+    assert torch.equal(first, last)
+    model, data = make("llama, tied"), feed()
+    weight = model.get_input_embeddings().weight
+    total, magnitude = torch.zeros_like(weight), torch.zeros_like(weight)
+    for ids, labels in (next(data) for _ in range(NUM_SLOTS)):
+        hidden = model.get_input_embeddings()(ids)
+        output = model(inputs_embeds=hidden).logits
+        loss = llm.loss(output, labels) / NUM_SLOTS
+        (of_head, of_hidden) = torch.autograd.grad(loss, [weight, hidden], retain_graph=True)
+        of_table = torch.autograd.grad(hidden, weight, of_hidden)[0]
+        of_head = of_head - of_table  # `hidden` is of the same weight
+        total += of_head + of_table
+        magnitude += of_head.abs() + of_table.abs()
+    assert ((first - total).abs() <= (2 * NUM_SLOTS * magnitude + weight.abs()) * 2**-23).all()

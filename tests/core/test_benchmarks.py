@@ -34,13 +34,12 @@ def with_outliers(x):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_captured_file_has_the_documented_shape_and_finite_values(direction):
     origin = json.loads(CAPTURED.with_suffix(".json").read_text())
-    gpt = origin["gpt"]
-    num_tokens = gpt["length"] // capture.TOKEN_STRIDE
+    num_tokens = origin["tokens per sample"] // capture.TOKEN_STRIDE
     with np.load(CAPTURED) as file:
         values = file[direction]
     assert (origin["steps"], origin["depths"]) == (list(capture.STEPS), list(capture.DEPTHS))
     assert values.shape == (
-        len(capture.STEPS), len(capture.DEPTHS), 2, capture.BATCH_SIZE, num_tokens, gpt["width"]
+        len(capture.STEPS), len(capture.DEPTHS), 2, 1, num_tokens, origin["width"]
     )  # fmt: skip
     assert values.dtype == np.float32
     assert np.isfinite(values).all()
@@ -57,13 +56,15 @@ def test_a_delta_is_what_one_optimizer_step_changed(captured):
         assert torch.equal(delta[index], torch.from_numpy(after - before))
 
 
-def test_every_configuration_exists_and_loses_a_finite_part(captured):
+def test_every_configuration_exists_and_keeps_something(captured):
+    # Not: loses less than all. Beside a massive channel, int3 and int2 with the maximum scale, and sign, make
+    # values that are smaller than their least level larger than they are.
     methods = list(quality.ours())
     assert len({method.name for method in methods}) == len(quality.CONFIGURATIONS)
     assert len({method.codec for method in methods}) == len(quality.CONFIGURATIONS), "two are the same codec"
     for method in methods:
         error, cosine = quality.errors(method, captured["activations", "key"][:1])
-        assert 0.0 < error < 1.0 and 0.0 < cosine <= 1.0, method.name
+        assert 0.0 < error < math.inf and 0.0 < cosine <= 1.0, method.name
 
 
 def test_speed_names_the_paths_that_there_are(monkeypatch):
@@ -78,8 +79,6 @@ def test_speed_names_the_paths_that_there_are(monkeypatch):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_rotation_lowers_the_error_of_int4_where_there_are_outliers(captured, direction):
-    # The outliers are made here: the captured tensors of this small model have few, and on most of them
-    # rotation does not help.
     for number, x in enumerate(captured[direction, "key"]):
         tensors = [with_outliers(x)]
         rotated = squared_error(Quantizer(name="int4", rotate=True), tensors)

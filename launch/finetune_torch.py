@@ -2,29 +2,37 @@
 
     torchrun --nproc_per_node 2 -m launch.finetune_torch --config launch/finetune.json
 
-One rank per stage. Of the JSON, besides the "clapping" block, the sizes of a step are read.
+One rank per stage, and nothing but the sizes of a step and the "clapping" block is read of the JSON: weights
+are trained in the dtype that they were loaded in.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
 from torch.distributed.pipelining import Schedule1F1B
-from transformers import PreTrainedModel
 
 import clapping_ds
-from clapping_ds.report import format_table
+from clapping_ds.link.groups import Control
 from launch import llm
-from launch.data import Windows, tokens
-from launch.finetune import Finetuning, row
+from launch.data import Windows
+from launch.finetuning import Finetuning, Prepared, continue_prompt, prepare, report, save
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, trained_steps
+
+BATCH_SIZE, NUM_MICRO_BATCHES = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+"""DeepSpeed's keys."""
+CONTROL_S = 600.0
+"""For every rank to have loaded its model."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,14 @@ class Options:
 class Trainer:
     """One stage of the model, its optimizer, and the steps of the pipeline."""
 
-    def __init__(self, model: PreTrainedModel, run: Finetuning, config: dict[str, Any]) -> None:
-        index, num_stages = dist.get_rank(), dist.get_world_size()
+    def __init__(self, cuts: llm.Cuts, run: Finetuning, config: Mapping[str, Any]) -> None:
+        index, num_stages = dist.get_rank(), cuts.num_stages
         on_gpu = dist.get_backend() == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        self.cuts = llm.Cuts(model, num_stages)
-        self.stage = llm.Stage(self.cuts, index).to(device).train()
-        self.cuts.model = None
-        self.num_micro_batches = config["gradient_accumulation_steps"]
-        self.tied_group = dist.new_group([0, num_stages - 1]) if self.cuts.is_tied else None
+        self.stage = llm.Stage(cuts, index).to(device).train()
+        cuts.model = None
+        self.num_micro_batches = config[NUM_MICRO_BATCHES]
+        self.tied_group = dist.new_group([0, num_stages - 1]) if cuts.is_tied else None
         schedule = Schedule1F1B(
             clapping_ds.ClappingStage(self.stage, index, num_stages, device),
             n_microbatches=self.num_micro_batches,
@@ -58,10 +65,10 @@ class Trainer:
         self.optimizer = optimizer(self.stage, run)
         self.scheduler = learning_rate_schedule(self.optimizer, run)
 
-    def step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def step(self, batches: Iterator[Batch]) -> float:
         """One training step; the loss, on every rank."""
         losses: list[torch.Tensor] = []
-        self.pipeline.step(batches, losses=losses)
+        self.pipeline.step(batches, losses=losses, return_outputs=False)
         if self.tied_group is not None and (self.stage.is_first or self.stage.is_last):
             dist.all_reduce(self.stage.tied_weight.grad, group=self.tied_group)
         self.optimizer.step()
@@ -69,17 +76,20 @@ class Trainer:
         self.scheduler.step()
         return _tell(losses)
 
-    def validate(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], num_batches: int) -> float:
+    def validate(self, batches: Iterator[Batch], num_batches: int) -> float:
         """The mean loss, with uncompressed messages."""
         found = []
+        self.stage.eval()
         for _ in range(num_batches):
             micro_batches = [next(batches) for _ in range(self.num_micro_batches)]
             inputs, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
             losses: list[torch.Tensor] = []
             given = (inputs,) if self.stage.is_first else ()
             target = labels if self.stage.is_last else None
-            self.pipeline.schedule.eval(*given, target=target, losses=losses)
+            with torch.no_grad():
+                self.pipeline.schedule.eval(*given, target=target, losses=losses, return_outputs=False)
             found.append(_tell(losses))
+        self.stage.train()
         return sum(found) / num_batches
 
 
@@ -90,18 +100,11 @@ def _tell(losses: Sequence[torch.Tensor]) -> float:
     return items[0]  # type: ignore[return-value]
 
 
-def finetune(run: Finetuning, config: dict[str, Any]) -> RunResult:
-    """Trains, and saves the result where `run.save` says."""
-    torch.manual_seed(run.seed)
-    model, tokenizer = llm.load(run.model)
-    configuration = model.config
-    lora = llm.add_lora(model, run.lora_rank) if run.lora_rank else None
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = Trainer(model, run, config)
-    del model
-    batch_size = config["train_micro_batch_size_per_gpu"]
-    corpus, _ = tokens(run.data, tokenizer.backend_tokenizer)
+def finetune(
+    run: Finetuning, config: Mapping[str, Any], prepared: Prepared, folder: Path | None
+) -> RunResult:
+    """Trains, and saves the result. folder: as `launch.finetune.finetune`'s."""
+    trainer, corpus, batch_size = Trainer(prepared.cuts, run, config), prepared.corpus, config[BATCH_SIZE]
     batches = Windows(corpus, run.length, batch_size, validation=False).batches(run.seed * 1000)
     held_out = Windows(corpus, run.length, batch_size, validation=True)
     result = RunResult()
@@ -117,12 +120,8 @@ def finetune(run: Finetuning, config: dict[str, Any]) -> RunResult:
     ):
         if step % run.eval_interval == 0 or step == run.steps:
             validate(step)
-    if run.save is not None:
-        llm.save(trainer.stage, dist.get_rank(), trainer.cuts, run.save, _gather, lora)
-        if dist.get_rank() == 0:
-            tokenizer.save_pretrained(run.save)
-            if lora is None:
-                configuration.save_pretrained(run.save)
+    if folder is not None:
+        save(prepared, trainer.stage, dist.get_rank(), folder, _gather)
     return result
 
 
@@ -134,15 +133,30 @@ def _gather(item: Any) -> list[Any]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    run = options.run
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    result = finetune(options.run, json.loads(options.config.read_text()))
-    if dist.get_rank() == 0:
-        raw_bytes = sum(channel["raw_bytes"] for channel in result.report)
-        print(format_table([row("clapping_ds", result, raw_bytes)]))
+    control, is_first = Control(CONTROL_S), dist.get_rank() == 0
+    config = control.check(lambda: _read(options.config))
+    before = control.check(lambda: continue_prompt(run, None) if is_first and run.prompt else None)
+    prepared = control.check(lambda: prepare(run, dist.get_world_size()))
+    with TemporaryDirectory() as scratch:
+        folder = run.save or (Path(scratch) if run.lora_rank else None)
+        result = finetune(run, config, prepared, folder)
+        control.wait_for_all()
+        if is_first:
+            report(run, {"clapping_ds": result}, before, folder)
     dist.destroy_process_group()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(path.read_text())
+    for key in (BATCH_SIZE, NUM_MICRO_BATCHES):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise ValueError(f"{key} = {config.get(key)!r} in {path}; accepted: a number from 1 on")
+    return config
 
 
 if __name__ == "__main__":

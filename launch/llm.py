@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -55,7 +56,29 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
             f"model = {name!r}: {error}; accepted: {SMOLLM2!r}, a folder, a .gguf file, a name on the hub"
         ) from error
     find_parts(model)
+    if path.suffix == ".gguf":
+        _forget_gguf(model)
     return model, tokenizer
+
+
+def _forget_gguf(model: Any) -> None:
+    """Of a model whose weights were dequantized: else transformers refuses to save it."""
+    model.is_quantized, model.hf_quantizer = False, None
+    model.config.architectures = [type(model).__name__]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def find_encoder(tokenizer: Any) -> Tokenizer:
+    """Of the tokenizers library, for text of any length. Raises ValueError for a tokenizer without one."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"a tokenizer of type {type(tokenizer).__name__}; accepted: a fast one of transformers"
+        )
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
 
 
 def _find_smollm2() -> Path:
@@ -154,9 +177,12 @@ class Cuts:
         blocks = getattr(self.whole.base_model, self.parts.blocks)
         head = self.whole.get_output_embeddings()
         self.blocks = share_blocks([_count(block) for block in blocks], _count(head), self.num_stages)
-        weights = head.weight, self.whole.get_input_embeddings().weight
-        self.is_tied = weights[0] is weights[1] and weights[0].requires_grad
+        self.has_one_table = head.weight is self.whole.get_input_embeddings().weight
+        """Whether the head's weight is the embedding's."""
+        self.is_tied = self.has_one_table and head.weight.requires_grad and self.num_stages > 1
         """Whether first and last stage train one weight."""
+        self.head_name = next(f"{name}.weight" for name, part in self.whole.named_modules() if part is head)
+        self.configuration, self.generation = self.whole.config, self.whole.generation_config
 
     @property
     def whole(self) -> PreTrainedModel:
@@ -262,41 +288,56 @@ def save(
     """Writes what `from_pretrained` reads: of a whole model each stage its own file of weights, of adapters,
     which are small, the first stage one file.
 
-    folder   of weights the same on every machine, or to be joined afterwards
+    folder   without other files; of weights the same on every machine, or to be joined afterwards
     gather   what every stage's rank passed, in the order of stages
     """
-    state = {name: weight.detach().cpu().contiguous() for name, weight in stage.state_of_whole().items()}
+    state = stage.state_of_whole()
     if lora is not None:
+        marker = f".{ADAPTER}."
+        state = {name.replace(marker, "."): weight for name, weight in state.items() if marker in name}
         _save_adapters(state, index, folder, gather, lora)
-    else:
-        _save_weights(state, index, cuts, folder, gather)
+        return
+    if cuts.has_one_table:
+        state.pop(cuts.head_name, None)
+    _save_weights(state, index, cuts, folder, gather)
+
+
+def _copy_to_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
 
 
 def _save_adapters(
     state: Mapping[str, torch.Tensor], index: int, folder: Path, gather: Any, lora: LoraConfig
 ) -> None:
-    mine = {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight
-        for name, weight in state.items()
-        if f".{ADAPTER}." in name
-    }
-    told = gather(mine)
+    told = gather({f"base_model.model.{name}": weight for name, weight in _copy_to_cpu(state).items()})
     if index == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight for of_stage in told for name, weight in of_stage.items()},
-                  folder / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+        whole = {name: weight for of_stage in told for name, weight in of_stage.items()}
+        save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
         lora.save_pretrained(str(folder))
 
 
-def _save_weights(state: dict[str, torch.Tensor], index: int, cuts: Cuts, folder: Path, gather: Any) -> None:
-    if cuts.is_tied and index > 0:
-        state = {name: weight for name, weight in state.items() if not name.startswith("lm_head.")}
+def _save_weights(
+    state: Mapping[str, torch.Tensor], index: int, cuts: Cuts, folder: Path, gather: Any
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = f"model-{index + 1:05d}-of-{cuts.num_stages:05d}.safetensors"
-    save_file(state, folder / file, {"format": "pt"})
-    num_bytes = sum(weight.nbytes for weight in state.values())
-    told = gather((file, list(state), num_bytes))
+    save_file(_copy_to_cpu(state), folder / file, {"format": "pt"})
+    told = gather((file, list(state), sum(weight.nbytes for weight in state.values())))
     if index == 0:
         names = {name: file for file, names, _ in told for name in names}
         about = {"metadata": {"total_size": sum(size for *_, size in told)}, "weight_map": names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(about, indent=2))
+        (folder / INDEX).write_text(json.dumps(about, indent=2))
+        cuts.configuration.dtype = next(weight.dtype for weight in state.values())
+        cuts.configuration.save_pretrained(folder)
+        if cuts.generation is not None:
+            cuts.generation.save_pretrained(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files of weights that the folder's index names are there."""
+    files = json.loads((folder / INDEX).read_text())["weight_map"].values()
+    return all((folder / file).exists() for file in files)

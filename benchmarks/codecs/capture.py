@@ -26,7 +26,7 @@ from benchmarks.training.compare import block
 from benchmarks.training.finetune import LEARNING_RATES, LENGTH, NUM_SLOTS, Batch, train
 from launch import llm
 from launch.data import Windows, tokens
-from launch.finetune import C10
+from launch.finetuning import C10
 
 STEPS = (1, 8)
 DEPTHS = (4, 15, 26)

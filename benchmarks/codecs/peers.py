@@ -107,7 +107,7 @@ def bitsandbytes_peers() -> list[Peer]:
 
 
 def tah_quant() -> Peer:
-    """TAH-Quant (arXiv 2506.01352) with its authors' settings.
+    """TAH-Quant (arXiv 2506.01352v1), as its authors' published code has it, with their settings.
 
     Tiles of 64 values. 4 bits for the four fifths of a sample's tokens whose magnitudes have the largest
     entropy, 3 for the others. Tiles whose largest value is at least twice the second get it swapped to the

@@ -29,7 +29,7 @@ from clapping_ds.codecs.base import bits_per_value
 from clapping_ds.report import format_table
 from launch import llm
 from launch.data import Windows, tokens
-from launch.finetune import C10
+from launch.finetuning import C10
 
 CUTS = {1: (15,), 3: (7, 15, 23), 7: (4, 8, 12, 16, 20, 24, 28)}
 """By number of links: the blocks, counted from 1, whose output crosses one."""

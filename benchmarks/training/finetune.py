@@ -11,6 +11,7 @@ same number of samples in shuffled epochs, uncompressed, as well as against all-
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from clapping_ds.report import format_table
 from clapping_ds.stage.sampling import Coin, LazySampler
 from launch import llm
 from launch.data import Windows, tokens
-from launch.finetune import C10
+from launch.finetuning import C10
 
 P_NEW = 0.25
 LAZY = {"lazy": {"p_new": P_NEW, "refresh": "cycle"}}
@@ -168,20 +169,26 @@ def validate(model: Any, batches: Sequence[Batch]) -> float:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each run: mean over seeds, and how much worse than uncompressed with the same seed."""
-    base = {(row["weights"], row["seed"]): float(row["loss"]) for row in rows if row["run"] == "uncompressed"}
+    base = {(row["weights"], row["seed"]): row["loss"] for row in rows if row["run"] == "uncompressed"}
     found = []
     for run in dict.fromkeys((row["run"], row["weights"], row["links"]) for row in rows):
         mine = [row for row in rows if (row["run"], row["weights"], row["links"]) == run]
-        worse = [
-            float(row["loss"]) - base[key] for row in mine if (key := (row["weights"], row["seed"])) in base
-        ]
+        worse = [row["loss"] - base[key] for row in mine if (key := (row["weights"], row["seed"])) in base]
         found.append({
             "run": run[0], "weights": run[1], "links": run[2], "bits per value": mine[0]["bits per value"],
-            "seeds": len(mine), "loss": f"{mean(float(row['loss']) for row in mine):.4f}",
+            "seeds": len(mine), "loss": f"{mean(row['loss'] for row in mine):.4f}",
             "against uncompressed": f"{mean(worse):+.4f}" if worse else "-",
             "spread": f"{stdev(worse):.4f}" if len(worse) > 1 else "-",
         })  # fmt: skip
     return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """As `measure` gives them."""
+    return [
+        {name: value if name in ("run", "weights") else json.loads(value) for name, value in row.items()}
+        for row in read_csv(path)
+    ]
 
 
 def main() -> None:
@@ -193,13 +200,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     target = options.results / "finetune.csv"
-    rows: list[dict[str, Any]] = list(read_csv(target)) if target.exists() else []
-    known = {(row["run"], row["weights"], str(row["links"]), str(row["seed"])) for row in rows}
+    rows = read_rows(target) if target.exists() else []
+    known = {(row["run"], row["weights"], row["links"], row["seed"], row["steps"]) for row in rows}
     wanted = [
         (run, seed)
         for seed in options.seeds
         for run in list_runs()
-        if options.only in run.name and (run.name, run.weights, str(run.num_links), str(seed)) not in known
+        if options.only in run.name
+        and (run.name, run.weights, run.num_links, seed, options.steps) not in known
     ]
     with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(measure, run, seed, options.steps) for run, seed in wanted]):
@@ -209,7 +217,7 @@ def main() -> None:
     facts = {"model": llm.SMOLLM2, "steps": options.steps, "tokens per step": NUM_SLOTS * LENGTH}
     facts |= {"cuts": CUTS, "learning rates": LEARNING_RATES}
     write_json(target.with_suffix(".json"), {**provenance(), **facts})
-    print(format_table(summarize(rows)))
+    print(format_table(summarize([row for row in rows if row["steps"] == options.steps])))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Hugging Face models as stages: the whole model's logits, whatever the cut; errors; saving."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
 
 from launch import llm
+from launch.finetuning import Finetuning, prepare
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -144,7 +148,6 @@ def test_a_saved_model_gives_the_same_logits(name, tmp_path):
             weight.add_(0.01)  # as after training
         expected = run(stages, make_ids())
     save(stages, cuts, tmp_path)
-    model.config.save_pretrained(tmp_path)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(make_ids()).logits, expected)
@@ -174,3 +177,76 @@ def test_saved_adapters_give_the_same_logits(name, tmp_path):
     loaded = PeftModel.from_pretrained(make(name), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(make_ids()).logits, expected)
+
+
+def test_one_stage_with_a_tied_weight_is_saved_once(tmp_path):
+    cuts, stages = make_stages(make("gemma2"), 1)
+    save(stages, cuts, tmp_path)
+    assert "lm_head" not in (tmp_path / llm.INDEX).read_text()
+
+
+def test_a_folder_lacks_what_another_machine_wrote(tmp_path):
+    cuts, stages = make_stages(make("llama"), 2)
+    save(stages, cuts, tmp_path)
+    assert llm.is_complete(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert not llm.is_complete(tmp_path)
+
+
+def test_a_tokenizer_without_an_encoder_is_refused():
+    with pytest.raises(ValueError, match="a tokenizer of type str; accepted: a fast one"):
+        llm.find_encoder("")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return llm.load(llm.SMOLLM2)
+
+
+def test_smollm2_is_read_and_can_be_saved_again(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    assert model.config.num_hidden_layers == 30 and model.num_parameters() == 134_515_008
+    assert llm.Cuts(model, 2).blocks == [range(19), range(19, 30)]
+    assert (
+        llm.find_encoder(tokenizer).encode("tensor " * 3000).ids[:2] == tokenizer("tensor tensor").input_ids
+    )
+    model.config.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+PREPARE = {"model": "small", "data": Path(__file__), "lora_rank": 0, "length": 16}
+
+
+@pytest.fixture
+def small(monkeypatch, smollm2):
+    """A small random model with SmolLM2's tokenizer, which is all that `prepare` looks at."""
+    config = hf.LlamaConfig(**{**SIZES, "vocab_size": 49152})
+    monkeypatch.setattr(llm, "load", lambda name: (hf.AutoModelForCausalLM.from_config(config), smollm2[1]))
+
+
+def test_what_fits_is_prepared(small):
+    prepared = prepare(Finetuning(**PREPARE), 2)
+    assert prepared.cuts.num_stages == 2 and prepared.lora is None and prepared.corpus.max() < 49152
+
+
+def test_a_folder_with_files_is_refused(small, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"--save = .* has files; accepted: an empty folder, or a new one"):
+        prepare(Finetuning(**PREPARE, save=tmp_path), 2)
+
+
+def test_samples_longer_than_the_model_reads_are_refused(small):
+    with pytest.raises(ValueError, match="--length = 65; accepted: at most 64, the model's positions"):
+        prepare(Finetuning(**{**PREPARE, "length": 65}), 2)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(small, tmp_path):
+    path = tmp_path / "numbers.u16"
+    np.array([1, 49152], np.uint16).tofile(path)
+    with pytest.raises(ValueError, match="has token 49152; accepted: below 49152, the model's"):
+        prepare(Finetuning(**{**PREPARE, "data": path}), 2)
+
+
+def test_text_that_is_not_there_is_refused(small, tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        prepare(Finetuning(**{**PREPARE, "data": tmp_path / "nothing"}), 2)

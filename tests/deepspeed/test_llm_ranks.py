@@ -10,8 +10,9 @@ import clapping_ds
 from benchmarks.model.links import Links
 from benchmarks.training.finetune import train
 from launch import llm
-from launch.finetune import Finetuning, pipeline
+from launch.finetune import pipeline
 from launch.finetune_torch import Trainer
+from launch.finetuning import Finetuning
 from launch.trainer import learning_rate_schedule, optimizer
 from tests.cluster import free_groups
 from tests.core.test_llm import make
@@ -57,7 +58,7 @@ def train_with_deepspeed(name, rank, block):
 
 
 def train_with_torch(name, rank, block):
-    trainer = Trainer(prepare(name, rank), RUN, {**SIZES, "clapping": block})
+    trainer = Trainer(llm.Cuts(prepare(name, rank), 2), RUN, {**SIZES, "clapping": block})
     data = feed()
     losses = [trainer.step(data) for _ in range(STEPS)]
     return losses, trainer.stage.state_of_whole()
@@ -110,7 +111,7 @@ def sum_tied_gradients(host):
         engine.train_batch(data_iter=feed())
         (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
     else:
-        trainer = Trainer(model, RUN, {**SIZES, "clapping": NONE})
+        trainer = Trainer(llm.Cuts(model, 2), RUN, {**SIZES, "clapping": NONE})
         trainer.optimizer = torch.optim.SGD(trainer.stage.parameters(), lr=1.0)
         trainer.step(feed())
         stage = trainer.stage

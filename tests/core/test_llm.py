@@ -207,9 +207,8 @@ def test_smollm2_is_read_and_can_be_saved_again(smollm2, tmp_path):
     model, tokenizer = smollm2
     assert model.config.num_hidden_layers == 30 and model.num_parameters() == 134_515_008
     assert llm.Cuts(model, 2).blocks == [range(19), range(19, 30)]
-    assert (
-        llm.find_encoder(tokenizer).encode("tensor " * 3000).ids[:2] == tokenizer("tensor tensor").input_ids
-    )
+    ids = llm.find_encoder(tokenizer).encode("tensor " * 9000).ids
+    assert len(ids) > 9000 and ids[:2] == tokenizer("tensor tensor").input_ids
     model.config.save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
 

@@ -38,7 +38,7 @@ class Finetuning(Training):
     """Folder for the result, as `from_pretrained` reads it: the model's, or PEFT's. None: not saved."""
     prompt: str = PROMPT
     """Continued by the model before and after. Empty: it is not."""
-    steps: int = 32
+    steps: int = 28
     """Optimizer steps."""
     learning_rate: float = 5e-4
     """At the end of the warm-up; a cosine takes it down to a tenth."""

@@ -1,9 +1,9 @@
 """Fine-tuning a pretrained LLM over compressed links: what is lost, at 1, 3 and 7 links.
 
-    python -m benchmarks.training.finetune [--seeds 1 2 3] [--only TEXT]
+    python -m benchmarks.training.finetune [--seeds 1 2 3] [--only NAME ...] [--links 1 3 7]
 
 SmolLM2-135M on torch's C++ headers, all weights or LoRA, the whole pipeline in one process
-(`benchmarks.model.links`): two at a time, about ten minutes each on one core. Validation is uncompressed.
+(`benchmarks.model.links`): two at a time, about eight minutes each on one core. Validation is uncompressed.
 Rows that `finetune.csv` has are not measured again.
 
 Lazy sampling trains on fewer samples, each several times. What it costs is read against the run that uses the
@@ -40,7 +40,7 @@ LENGTH = 256
 NUM_SLOTS = 4
 NUM_HELD_OUT = 16
 LORA_RANK = 8
-STEPS = 48
+STEPS = 32
 WARM_UP_STEPS = 4
 LEARNING_RATES = {"all weights": 1e-4, "LoRA": 5e-4}
 
@@ -194,7 +194,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", default="", help="runs whose name contains it")
+    parser.add_argument("--only", nargs="+", default=[EPOCHS, *BLOCKS], help="names of runs")
+    parser.add_argument("--links", type=int, nargs="+", default=list(CUTS))
+    parser.add_argument("--weights", nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -206,7 +208,9 @@ def main() -> None:
         (run, seed)
         for seed in options.seeds
         for run in list_runs()
-        if options.only in run.name
+        if run.name in options.only
+        and run.num_links in options.links
+        and run.weights in options.weights
         and (run.name, run.weights, run.num_links, seed, options.steps) not in known
     ]
     with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:

@@ -9,6 +9,7 @@ language reference), to show how far a text moves them.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -70,16 +71,21 @@ def list_rows() -> list[Row]:
     found = []
     for options in CODECS_HERE:
         codec = CODECS[options["name"]].model_validate(options)
-        name = " ".join(str(value) if key == "name" else f"{key} {value}" for key, value in options.items())
+        name = _name(options)
         bits = bits_per_value(codec, torch.bfloat16)
         if options["name"] == "lowrank":
             bits = 8 * codec.nbytes(SHAPE, torch.bfloat16) / SHAPE.numel()
-        family = options["name"].split("_")[0].rstrip("0123456789") + " rotate" * ("rotate" in options)
+        family = re.sub(r"(?<!fp)\d+", "", options["name"].split("_")[0]) + " rotate" * ("rotate" in options)
         for text in TEXTS if name in ON_PROSE else ("C++",):
             found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
     for peer in _list_peers():
         found += [Row("C++", peer.name, peer.family, peer.bits, num_links, None) for num_links in CUTS]
     return found
+
+
+def _name(options: dict[str, Any]) -> str:
+    parts = (key if value is True else f"{key} {value}" for key, value in options.items() if key != "name")
+    return " ".join([options["name"], *parts])
 
 
 def _list_peers() -> list[Peer]:

@@ -8,7 +8,7 @@ With `--beside-stock` the same run goes first over stock DeepSpeed's uncompresse
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,13 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
-import tyro
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
 import clapping_ds
 from clapping_ds.link.groups import Control
 from launch import llm
 from launch.finetuning import Finetuning, continue_prompt, prepare, report, save
-from launch.pretrain_gpt import start_distributed
+from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, train_engine
 
 STOCK = "stock DeepSpeed"
@@ -95,18 +94,8 @@ def _gather(group: Any, num_stages: int, item: Any) -> list[Any]:
     return items
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options; every field of Finetuning is one. None: those of this process."""
-    return tyro.cli(
-        Options,
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
-    )
-
-
 def main() -> None:
-    options = parse()
+    options = parse(Options, __doc__)
     run = options.run
     start_distributed()
     control = Control(CONTROL_S)

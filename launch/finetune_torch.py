@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.pipelining import Schedule1F1B
 
 import clapping_ds
@@ -25,6 +24,7 @@ from clapping_ds.link.groups import Control
 from launch import llm
 from launch.data import Windows
 from launch.finetuning import Finetuning, Prepared, continue_prompt, prepare, report, save
+from launch.pretrain_gpt import parse
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, trained_steps
 
 BATCH_SIZE, NUM_MICRO_BATCHES = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
@@ -132,7 +132,7 @@ def _gather(item: Any) -> list[Any]:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = parse(Options, __doc__)
     run = options.run
     torch.set_num_threads(1)
     if torch.cuda.is_available():

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -15,6 +16,8 @@ import tyro
 
 import clapping_ds
 from launch.trainer import RunConfig, train
+
+AnyOptions = TypeVar("AnyOptions")
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,16 @@ def start_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options; every field of RunConfig and GPTConfig is one. None: those of this process."""
-    return tyro.cli(
-        Options,
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
-    )
+def parse(
+    options: type[AnyOptions], description: str | None, arguments: Sequence[str] | None = None
+) -> AnyOptions:
+    """The options of a script; every field of its nested dataclasses is one. None: this process's arguments."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
+    return tyro.cli(options, description=description, args=arguments, config=config)
 
 
 def main() -> None:
-    options = parse()
+    options = parse(Options, __doc__)
     start_distributed()
     ds_config = json.loads(options.deepspeed_config.read_text())
     result = train(options.run, ds_config, clapping_ds.initialize)

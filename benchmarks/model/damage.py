@@ -2,7 +2,7 @@
 
     python -m benchmarks.model.damage
 
-SmolLM2-135M reads held-out text, and what its blocks put out at the cuts crosses a link: the package's codecs
+SmolLM2-135M reads text, and what its blocks put out at the cuts crosses a link: the package's codecs
 through its own channels, those of others (torchao, bitsandbytes, TAH-Quant) as they are. Nothing is trained.
 The text is torch's C++ headers; some rows are on English prose besides (the Python standard library's
 language reference), to show how far a text moves them.

@@ -94,13 +94,17 @@ def test_the_example_block_is_valid():
     assert ClappingConfig.from_ds_config(config).plan("gradients").key.name == "eden4"
 
 
+def parse(arguments):
+    return pretrain_gpt.parse(pretrain_gpt.Options, None, arguments)
+
+
 def test_options_of_the_script():
     started = ["--local_rank=1", "--deepspeed_config", "ds.json"]
-    assert pretrain_gpt.parse(started) == pretrain_gpt.Options(Path("ds.json"), RunConfig(), 1)
+    assert parse(started) == pretrain_gpt.Options(Path("ds.json"), RunConfig(), 1)
     dashes = ["--local-rank", "1", "--deepspeed-config=ds.json"]
-    assert pretrain_gpt.parse(dashes) == pretrain_gpt.parse(started)
+    assert parse(dashes) == parse(started)
     more = "--num-stages 4 --steps 9 --data text --save out --learning-rate 1e-3 --warmup_steps 2 --width 64"
-    run = pretrain_gpt.parse([*started, *more.split()]).run
+    run = parse([*started, *more.split()]).run
     assert (run.num_stages, run.steps, run.data, run.save) == (4, 9, Path("text"), Path("out"))
     assert (run.learning_rate, run.warmup_steps, run.gpt.width) == (1e-3, 2, 64)
 
@@ -116,7 +120,7 @@ def test_options_of_the_script():
 )
 def test_wrong_options_are_named(arguments, named, capsys):
     with pytest.raises(SystemExit):
-        pretrain_gpt.parse(arguments.split())
+        parse(arguments.split())
     assert named in "".join(capsys.readouterr())
 
 

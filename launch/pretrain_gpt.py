@@ -43,7 +43,7 @@ def start_distributed() -> None:
 def parse(
     options: type[AnyOptions], description: str | None, arguments: Sequence[str] | None = None
 ) -> AnyOptions:
-    """The options of a script; every field of its nested dataclasses is one. None: this process's arguments."""
+    """The options of a script: every field of its nested dataclasses. None: this process's arguments."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
     return tyro.cli(options, description=description, args=arguments, config=config)
 

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import clapping_ds
 from benchmarks.model.links import Links
@@ -15,7 +17,7 @@ from launch.finetune_torch import Trainer
 from launch.finetuning import Finetuning
 from launch.trainer import learning_rate_schedule, optimizer
 from tests.cluster import free_groups
-from tests.core.test_llm import make
+from tests.core.test_llm import make, make_ids
 from tests.models import DIRECT, INT2, NONE
 
 STEPS, NUM_SLOTS, LENGTH = 4, 4, 64
@@ -36,15 +38,14 @@ def feed():
 
 
 def prepare(name, rank):
+    """A model, and what its adapters are, or None."""
     model = make(name)
-    if rank:
-        torch.manual_seed(1)
-        llm.add_lora(model, rank)
-    return model
+    torch.manual_seed(1)
+    return model, llm.add_lora(model, rank) if rank else None
 
 
-def train_with_deepspeed(name, rank, block):
-    module = pipeline(llm.Cuts(prepare(name, rank), 2))
+def train_with_deepspeed(cuts, block):
+    module = pipeline(cuts)
     engine, *_ = clapping_ds.initialize(
         model=module,
         optimizer=optimizer(module, RUN),
@@ -54,49 +55,66 @@ def train_with_deepspeed(name, rank, block):
     data = feed()
     losses = [float(engine.train_batch(data_iter=data)) for _ in range(STEPS)]
     (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
-    return losses, stage.state_of_whole()
+    return losses, stage
 
 
-def train_with_torch(name, rank, block):
-    trainer = Trainer(llm.Cuts(prepare(name, rank), 2), RUN, {**SIZES, "clapping": block})
+def train_with_torch(cuts, block):
+    trainer = Trainer(cuts, RUN, {**SIZES, "clapping": block})
     data = feed()
-    losses = [trainer.step(data) for _ in range(STEPS)]
-    return losses, trainer.stage.state_of_whole()
+    return [trainer.step(data) for _ in range(STEPS)], trainer.stage
 
 
 def train_in_one_process(name, rank, block):
-    model = prepare(name, rank).train()
+    model = prepare(name, rank)[0].train()
     cuts = llm.Cuts(model, 2)
     last = getattr(model.base_model, cuts.parts.blocks)[cuts.blocks[0].stop - 1]
     adam = optimizer(model, RUN)
     schedule = learning_rate_schedule(adam, RUN)
     losses = train(model, [last], Links(block, 1), adam, schedule, partial(next, feed()), STEPS)
-    return list(losses), model.state_dict()
+    return list(losses), model
 
 
-def run(host, cases):
-    found = []
-    for name, rank, block in cases:
-        losses, state = {"deepspeed": train_with_deepspeed, "torch": train_with_torch}[host](
-            name, rank, block
-        )
-        found.append((losses, {key: weight.clone() for key, weight in state.items()}))
+def gather(item):
+    items = [None, None]
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def run(host, cases, folder):
+    """Of each case, losses and this rank's weights; the result is saved in a folder of the case's number."""
+    train_there, found = {"deepspeed": train_with_deepspeed, "torch": train_with_torch}[host], []
+    for number, (name, rank, block) in enumerate(cases):
+        model, lora = prepare(name, rank)
+        cuts = llm.Cuts(model, 2)
+        losses, stage = train_there(cuts, block)
+        found.append((losses, {key: weight.clone() for key, weight in stage.state_of_whole().items()}))
+        llm.save(stage, torch.distributed.get_rank(), cuts, folder / str(number), gather, lora)
         free_groups()
     return found
 
 
+def load(folder, name, rank):
+    if rank:
+        return PeftModel.from_pretrained(make(name), folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 @pytest.mark.parametrize("host", ["deepspeed", "torch"])
-def test_ranks_train_as_one_process_does(two_ranks, host):
-    """Every weight is the same, bit for bit, after some steps. The loss is a mean of four, in fp32 there and
-    in fp64 here: four roundings of 2^-24."""
+def test_ranks_train_as_one_process_does(two_ranks, host, tmp_path):
+    """Every weight is the same, bit for bit, after some steps, and what is saved gives the same logits. The
+    loss is a mean of four, in fp32 there and in fp64 here: four roundings of 2^-24."""
     cases = [(name, rank, block) for name, rank in CASES for block in BLOCKS.values()]
-    outcomes = two_ranks.run(run, host, cases)
-    for number, case in enumerate(cases):
-        losses, weights = train_in_one_process(*case)
+    outcomes = two_ranks.run(run, host, cases, tmp_path)
+    for number, (name, rank, block) in enumerate(cases):
+        losses, model = train_in_one_process(name, rank, block)
+        weights = model.state_dict()
         for of_rank in outcomes:
             told, state = of_rank[number]
             assert told == pytest.approx(losses, rel=4 * 2**-24)
             assert all(torch.equal(weight, weights[key]) for key, weight in state.items())
+        with torch.no_grad():
+            found = load(tmp_path / str(number), name, rank)(make_ids()).logits
+            assert torch.equal(found, model.eval()(make_ids()).logits)
 
 
 def sum_tied_gradients(host):

@@ -27,6 +27,8 @@ from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, train_engine
 
 STOCK = "stock DeepSpeed"
+CONTROL_S = 600.0
+"""For every rank to have loaded its model."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,6 @@ def main() -> None:
         if is_first:
             report(run, results, before, folder)
     dist.destroy_process_group()
-
-
-CONTROL_S = 600.0
-"""For every rank to have loaded its model."""
 
 
 if __name__ == "__main__":

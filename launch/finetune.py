@@ -22,13 +22,11 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 import clapping_ds
 from clapping_ds.link.groups import Control
 from launch import llm
-from launch.finetuning import Finetuning, continue_prompt, prepare, report, save
+from launch.finetuning import CONTROL_S, Finetuning, continue_prompt, gather, prepare, report, save
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, train_engine
 
 STOCK = "stock DeepSpeed"
-CONTROL_S = 600.0
-"""For every rank to have loaded its model."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Options:
 def pipeline(cuts: llm.Cuts) -> PipelineModule:
     """The model's stages for DeepSpeed, of which this rank makes its own."""
     specs = [LayerSpec(llm.Stage, cuts, index) for index in range(cuts.num_stages)]
-    if cuts.is_tied and cuts.num_stages > 1:
+    if cuts.is_tied:
         for index in (0, cuts.num_stages - 1):
             specs[index] = TiedLayerSpec("embedding", llm.Stage, cuts, index, tied_weight_attr="tied_weight")
     module = PipelineModule(
@@ -84,16 +82,10 @@ def finetune(
     result = train_engine(engine, run, prepared.corpus, run.length, title, validates_first=True)
     if folder is not None and engine.grid.get_data_parallel_id() == 0:
         (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
-        gather = partial(_gather, engine.grid.get_pipe_parallel_group(), run.num_stages)
-        save(prepared, stage, engine.stage_id, folder, gather)
+        gather_stages = partial(gather, engine.grid.get_pipe_parallel_group())
+        save(prepared, stage, engine.stage_id, folder, gather_stages)
     control.wait_for_all()
     return result
-
-
-def _gather(group: Any, num_stages: int, item: Any) -> list[Any]:
-    items: list[Any] = [None] * num_stages
-    dist.all_gather_object(items, item, group=group)
-    return items
 
 
 def main() -> None:

@@ -23,14 +23,12 @@ import clapping_ds
 from clapping_ds.link.groups import Control
 from launch import llm
 from launch.data import Windows
-from launch.finetuning import Finetuning, Prepared, continue_prompt, prepare, report, save
+from launch.finetuning import CONTROL_S, Finetuning, Prepared, continue_prompt, gather, prepare, report, save
 from launch.pretrain_gpt import parse
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, trained_steps
 
 BATCH_SIZE, NUM_MICRO_BATCHES = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 """DeepSpeed's keys."""
-CONTROL_S = 600.0
-"""For every rank to have loaded its model."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -121,14 +119,8 @@ def finetune(
         if step % run.eval_interval == 0 or step == run.steps:
             validate(step)
     if folder is not None:
-        save(prepared, trainer.stage, dist.get_rank(), folder, _gather)
+        save(prepared, trainer.stage, dist.get_rank(), folder, partial(gather, None))
     return result
-
-
-def _gather(item: Any) -> list[Any]:
-    items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 
 from clapping_ds.report import format_table, say
@@ -18,6 +19,8 @@ C10 = Path(torch.__file__).parent / "include" / "c10"
 """torch's own C++ headers: 1.7 MB of text that every machine with torch has."""
 PROMPT = "// Returns the number of elements of the tensor\n"
 NUM_NEW_TOKENS = 48
+CONTROL_S = 600.0
+"""For every rank to have loaded its model."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,16 @@ def _check_fits(run: Finetuning, model: Any, corpus: np.ndarray) -> None:
         )
 
 
-def save(prepared: Prepared, stage: llm.Stage, index: int, folder: Path, gather: Any) -> None:
+def gather(group: Any, item: Any) -> list[Any]:
+    """What every rank of a process group passed, in its order. None: of all ranks."""
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def save(prepared: Prepared, stage: llm.Stage, index: int, folder: Path, gather_stages: Any) -> None:
     """As `llm.save`, with the tokenizer."""
-    llm.save(stage, index, prepared.cuts, folder, gather, prepared.lora)
+    llm.save(stage, index, prepared.cuts, folder, gather_stages, prepared.lora)
     if index == 0:
         prepared.tokenizer.save_pretrained(folder)
 

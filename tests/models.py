@@ -166,7 +166,7 @@ def losses(clapping: dict[str, Any] | None, options: dict[str, Any], steps: int 
 
 
 def memories(engine: Any) -> dict[tuple[str, str], dict[Any, list[tuple[str, bytes]]]]:
-    """By (link, direction): the bits of every memory and codec state at this rank's end."""
+    """By (link, direction): the bits of every memory at this rank's end, and of what codecs learned."""
     return channel_memories(engine._endpoint.channels.values())
 
 
@@ -176,13 +176,20 @@ def channel_memories(
     """The same of some channels."""
     return {
         (channel.link, channel.direction): {
-            (slot, index): [
-                (str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes())
-                for tensor in (held.memory, held.key_state, held.delta_state)
-                if tensor is not None
-            ]
-            for slot, tensors in channel.held.items()
-            for index, held in tensors.items()
+            **{
+                (slot, index): list(map(_bits, [] if held.memory is None else [held.memory]))
+                for slot, tensors in channel.held.items()
+                for index, held in tensors.items()
+            },
+            **{
+                place: list(map(_bits, learned.state.shared.values()))
+                for place, learned in channel.learned.items()
+                if learned.state is not None
+            },
         }
         for channel in channels
     }
+
+
+def _bits(tensor: torch.Tensor) -> tuple[str, bytes]:
+    return str(tensor.dtype), tensor.view(-1).view(torch.uint8).numpy().tobytes()

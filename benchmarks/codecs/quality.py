@@ -101,7 +101,7 @@ class Ours:
 
     def context_for(self, x: torch.Tensor) -> Context:
         """The state is new: lowrank starts cold."""
-        return Context(seed=SEED, state=self.codec.new_state(tuple(x.shape), x.device))
+        return Context(seed=SEED, state=self.codec.new_state(x.shape[-1], x.device))
 
 
 def ours() -> Iterator[Ours]:

@@ -14,7 +14,7 @@ import torch
 from triton.testing import do_bench
 
 from benchmarks.kernels.variants import SEED, SITUATIONS, Situation, named_codecs
-from clapping_ds.codecs import AnyCodec, Context
+from clapping_ds.codecs import AnyCodec, Context, State
 
 CHECKED_SHAPE = (768, 1024)
 TIMED_SHAPE = (16384, 4096)
@@ -35,7 +35,7 @@ class Message:
         self.payload = torch.zeros(codec.nbytes(shape, situation.dtype), dtype=torch.uint8, device=device)
         of_memory = situation.memory_dtype
         memory = None if of_memory is None else torch.zeros_like(self.value, dtype=of_memory)
-        state = codec.new_state(shape, torch.device(device))
+        state = codec.new_state(shape[-1], torch.device(device))
         self.context = Context(memory, memory is not None, SEED, state)
 
     def encode_(self) -> None:
@@ -70,7 +70,7 @@ def difference(codec: AnyCodec, situation: Situation) -> str | None:
         for name, ours, theirs in (
             ("output", here.out, there.out),
             ("memory after decode_", here.context.memory, there.context.memory),
-            ("state", here.context.state, there.context.state),
+            ("state", learned(here.context.state), learned(there.context.state)),
         ):
             if not _same(ours, theirs):
                 return name
@@ -79,12 +79,17 @@ def difference(codec: AnyCodec, situation: Situation) -> str | None:
 
 def _copy_(source: Message, target: Message) -> None:
     target.payload.copy_(source.payload)
-    for theirs, ours in (
-        (target.context.memory, source.context.memory),
-        (target.context.state, source.context.state),
-    ):
-        if theirs is not None and ours is not None:
-            theirs.copy_(ours)
+    theirs, ours = target.context, source.context
+    if theirs.memory is not None and ours.memory is not None:
+        theirs.memory.copy_(ours.memory)
+    if theirs.state is not None and ours.state is not None:
+        for name, tensor in ours.state.shared.items():
+            theirs.state.shared[name].copy_(tensor)
+
+
+def learned(state: State | None) -> torch.Tensor | None:
+    """What a state has that both ends hold alike, in one piece."""
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
 
 
 def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:

@@ -35,7 +35,7 @@ class Situation:
 
     def context(self, codec: AnyCodec) -> Context:
         memory = None if self.memory_dtype is None else torch.zeros(SHAPE, dtype=self.memory_dtype)
-        return Context(memory, memory is not None, SEED, codec.new_state(SHAPE, torch.device("cpu")))
+        return Context(memory, memory is not None, SEED, codec.new_state(SHAPE[-1], torch.device("cpu")))
 
 
 SITUATIONS = (

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clapping_ds.autotune.decision import Candidate, Speed
 from clapping_ds.codecs import AnyCodec, Context, Raw
+from clapping_ds.codecs.base import width_of
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
@@ -98,7 +99,7 @@ def _codec_s(plan: Plan, spec: Spec, channel: Channel) -> float:
     value = torch.randn(spec.shape, device=device).to(spec.dtype)
     payload = torch.empty(codec.nbytes(*spec), dtype=torch.uint8, device=device)
     memory = torch.zeros_like(value) if plan.holds_memory else None
-    state = codec.new_state(spec.shape, device)
+    state = codec.new_state(width_of(spec.shape), device)
     context = Context(memory, memory is not None, 0, state, channel.compiles)
 
     def once() -> float:

@@ -1,6 +1,6 @@
 """The codecs by name. A codec is a frozen pydantic model: its JSON is its configuration."""
 
-from clapping_ds.codecs.base import COMPRESSIBLE_DTYPES, Codec, Context, bits_per_value
+from clapping_ds.codecs.base import COMPRESSIBLE_DTYPES, Codec, Context, State, bits_per_value
 from clapping_ds.codecs.eden import Eden
 from clapping_ds.codecs.float8 import Float8
 from clapping_ds.codecs.lowrank import LowRank
@@ -41,6 +41,7 @@ __all__ = [
     "Quantizer",
     "RandK",
     "Raw",
+    "State",
     "TopK",
     "bits_per_value",
 ]

@@ -1,6 +1,8 @@
 """What a codec is: pure arithmetic on one tensor, what both ends know of it, and its section of a payload."""
 
-from typing import Annotated, ClassVar, NamedTuple, Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -37,6 +39,41 @@ GroupSize = Annotated[
 ]
 
 
+@dataclass
+class State:
+    """What a codec learns from the messages of one tensor, whatever their slots."""
+
+    shared: dict[str, torch.Tensor]
+    """Equal at both ends."""
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of this end alone."""
+    num_messages: int = 0
+    pending: Future[dict[str, torch.Tensor]] | None = None
+    """What is computed beside the messages, to become part of `own`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in (self.shared, self.own) for tensor in tensors.values())
+
+    def settle(self) -> None:
+        """Waits for what is computed beside the messages."""
+        if self.pending is not None:
+            self.own |= self.pending.result()
+            self.pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return {"shared": self.shared, "own": self.own, "num_messages": self.num_messages}
+
+    def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Takes what `state_dict` of the same end gave."""
+        self.settle()
+        self.num_messages = saved["num_messages"]
+        self.shared, self.own = (
+            {name: tensor.to(device) for name, tensor in saved[part].items()} for part in ("shared", "own")
+        )
+
+
 class Context(NamedTuple):
     """What both ends know alike of one tensor of one message, before it is sent."""
 
@@ -46,7 +83,7 @@ class Context(NamedTuple):
     """True: what crosses the wire is the difference to `memory`; False: the value itself."""
     seed: int = 0
     """64 bits, new for every message: what the codec draws at random, both ends draw alike."""
-    state: torch.Tensor | None = None
+    state: State | None = None
     """What `new_state` gave, as the messages since have left it."""
     compiles: bool = False
     """Whether tensors on the CPU take the path that torch's C++ compiler makes of the reference."""
@@ -60,7 +97,7 @@ class Context(NamedTuple):
 class Codec(Protocol):
     """Turns a value into a section of a payload and back.
 
-    Both methods leave the same bits in `context.memory` and `context.state`, and `decode_` leaves in
+    Both methods leave the same bits in `context.memory` and `context.state.shared`, and `decode_` leaves in
     `out` what the receiving stage computes with: the memory, or without one the decompressed value.
 
     value, out   contiguous tensor of any shape; fp32, fp16 or bf16 (`none`: any dtype)
@@ -79,11 +116,17 @@ class Codec(Protocol):
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None: ...
+    def new_state(self, width: int, device: torch.device) -> State | None:
+        """width: the tensors' last dimension, which is all of their shape that a state may know."""
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None: ...
 
     def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None: ...
+
+
+def width_of(shape: tuple[int, ...]) -> int:
+    """The last dimension; 1 of a scalar."""
+    return shape[-1] if shape else 1
 
 
 def check_block(name: str, block: int, shape: tuple[int, ...]) -> None:

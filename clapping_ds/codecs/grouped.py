@@ -62,7 +62,7 @@ class GroupedCodec(BaseModel):
         codes_nbytes, num_groups = self._sizes(torch.Size(shape).numel())
         return pad_nbytes(codes_nbytes + 2 * num_groups)
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def new_state(self, width: int, device: torch.device) -> None:
         return None
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:

@@ -7,8 +7,9 @@ For x = fp32(v - m) as a matrix [N, D], D the last dimension, and the state Q [D
 
 P and Q are rounded to bfloat16 before they are sent, and Q after P was, so that it fits the P that
 arrives. Products of two bfloat16 values are exact in fp32 and are added in the order of the rank, so
-both ends compute the same memory on any machine. The next message starts from the Q of this one;
-where a column of Q is zero, from what was there before. At first Q is random, from a fixed seed.
+both ends compute the same memory on any machine. The next message of the tensor, of whatever slot,
+starts from the Q of this one; where a column of Q is zero, from what was there before. At first Q is
+random, from a fixed seed.
 
 Wire: P as [r, N], then Q as [r, D], both bfloat16, then padding to 16 bytes. A row of x that is not
 finite is left out and has NaN in P. r is at most N and D.
@@ -23,7 +24,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import BaseModel, Field
 
-from clapping_ds.codecs.base import STRICT, Context, pad_nbytes
+from clapping_ds.codecs.base import STRICT, Context, State, pad_nbytes, width_of
 from clapping_ds.codecs.reference import lowrank_reference
 from clapping_ds.codecs.reference.numerics_reference import subtract_base
 
@@ -46,17 +47,17 @@ class LowRank(BaseModel):
         rank, num_rows, num_columns = self._sizes(shape)
         return pad_nbytes(2 * rank * (num_rows + num_columns))
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """bfloat16 [r, D]: the right factor that the first message starts from."""
-        rank, _, num_columns = self._sizes(shape)
-        start = torch.randn(rank, num_columns, generator=torch.Generator().manual_seed(0))
-        return start.bfloat16().to(device)
+    def new_state(self, width: int, device: torch.device) -> State:
+        """bfloat16 [min(rank, D), D]: the right factor that the first message starts from."""
+        start = torch.randn(min(self.rank, width), width, generator=torch.Generator().manual_seed(0))
+        return State({"right_RD": start.bfloat16().to(device)})
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         left_RN, right_RD, padding = self._sections(payload, value.shape)
         assert context.state is not None
         x_ND, _, finite_N = subtract_base(value, context.base, left_RN.shape[1], right_RD.shape[1])
-        factor(x_ND, finite_N, context.state, left_RN, right_RD)
+        start_RD = context.state.shared["right_RD"][: len(right_RD)]
+        factor(x_ND, finite_N, start_RD, left_RN, right_RD)
         self._apply_(left_RN, right_RD, value, None, context)
         padding.zero_()
 
@@ -73,14 +74,15 @@ class LowRank(BaseModel):
         context: Context,
     ) -> None:
         assert context.state is not None
-        context.state.copy_(torch.where((right_RD != 0).any(1, keepdim=True), right_RD, context.state))
+        known_RD = context.state.shared["right_RD"][: len(right_RD)]
+        known_RD.copy_(torch.where((right_RD != 0).any(1, keepdim=True), right_RD, known_RD))
         if out is None and context.memory is None:
             return
         _implementation(like).apply_(left_RN, right_RD, like, out, context)
 
     def _sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Rank, rows and columns."""
-        num_columns = shape[-1] if shape else 1
+        num_columns = width_of(shape)
         num_rows = torch.Size(shape).numel() // max(1, num_columns)
         return min(self.rank, num_rows, num_columns), num_rows, num_columns
 

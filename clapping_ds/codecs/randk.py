@@ -53,7 +53,7 @@ class RandK(BaseModel):
         check_block(self.name, self.block, shape)
         return pad_nbytes(self._num_bytes(torch.Size(shape).numel()))
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def new_state(self, width: int, device: torch.device) -> None:
         return None
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:

@@ -29,7 +29,7 @@ class Raw(BaseModel):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return pad_nbytes(torch.Size(shape).numel() * dtype.itemsize)
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def new_state(self, width: int, device: torch.device) -> None:
         return None
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:

@@ -56,7 +56,7 @@ class TopK(BaseModel):
         check_block(self.name, self.block, shape)
         return pad_nbytes(self._ends(num_values)[2])
 
-    def new_state(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def new_state(self, width: int, device: torch.device) -> None:
         return None
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:

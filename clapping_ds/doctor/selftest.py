@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Float8, LowRank, Quantizer, RandK, TopK
+from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Float8, LowRank, Quantizer, RandK, State, TopK
 from clapping_ds.doctor.visit import Finding, Visit, fail, ok
 
 SEED = 0x9ABCDEF012345678
@@ -92,16 +92,21 @@ def _exchange(
     """
     codec, device = case.codec, value.device
     memories = [None if memory is None else memory.clone() for _ in range(2)]
-    states = [codec.new_state(value.shape, device) for _ in range(2)]
+    states = [codec.new_state(value.shape[-1], device) for _ in range(2)]
     sender, receiver = (Context(memories[end], bool(case.carry), SEED, states[end]) for end in range(2))
     found: dict[str, Any] = {}
     if payload is None or not isinstance(codec, LowRank):
         made = torch.full((codec.nbytes(value.shape, value.dtype),), POISON, dtype=torch.uint8, device=device)
         codec.encode_(value, made, sender)
-        found = {"payload": made, "sender's memory": memories[0], "sender's state": states[0]}
+        found = {"payload": made, "sender's memory": memories[0], "sender's state": _learned(states[0])}
     out = torch.full_like(value, 7)
     codec.decode_(found["payload"] if payload is None else payload.to(device), out, receiver)
-    return {**found, "receiver's memory": memories[1], "receiver's state": states[1], "output": out}
+    return {**found, "receiver's memory": memories[1], "receiver's state": _learned(states[1]), "output": out}
+
+
+def _learned(state: State | None) -> torch.Tensor | None:
+    """What a state has that both ends must hold alike."""
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

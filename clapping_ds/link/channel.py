@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Codec, Context, Raw
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Codec, Context, Raw, State
+from clapping_ds.codecs.base import width_of
 from clapping_ds.config import Plan
 from clapping_ds.link import verification
-from clapping_ds.link.message import Held, Message, Part, Spec, Wire
+from clapping_ds.link.message import Held, Learned, Message, Part, Spec, Wire
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.link.verification import Header, VerificationError
@@ -70,6 +71,9 @@ class Channel:
         # State
         self.step = 0
         self.held: dict[int, dict[int, Held]] = {}
+        """By slot and tensor."""
+        self.learned: dict[tuple[int, str], Learned] = {}
+        """By tensor, and whether messages are keys or deltas."""
         self.traffic = Traffic()
         self.measures_error = False
         self.specs: Sequence[Spec] = ()
@@ -137,7 +141,9 @@ class Channel:
     @property
     def memory_nbytes(self) -> int:
         """Bytes that error feedback and codecs hold at this end."""
-        return sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
+        held = sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
+        states = [learned.state for learned in self.learned.values()]
+        return held + sum(state.nbytes for state in states if state is not None)
 
     def rescale(self, factor: float) -> None:
         """Multiplies what is held, at both ends: the values to come are so many times larger."""
@@ -157,7 +163,12 @@ class Channel:
             slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
             for slot, tensors in self.held.items()
         }
-        return {"traffic": asdict(self.traffic), "held": held}
+        learned = {
+            place: {"width": learned.width, "state": learned.state.state_dict()}
+            for place, learned in self.learned.items()
+            if learned.state is not None
+        }
+        return {"traffic": asdict(self.traffic), "held": held, "learned": learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
@@ -169,18 +180,22 @@ class Channel:
                 slot: {index: self._load_held(saved) for index, saved in tensors.items()}
                 for slot, tensors in state["held"].items()
             }
+            for (index, kind), saved in state["learned"].items():
+                learned = self._state(index, kind, saved["width"])
+                assert learned is not None
+                learned.load_state_dict(saved["state"], self.wire.device)
         self.wire.side.wait()
 
     def forget(self) -> None:
-        """Forgets what is held."""
+        """Forgets what is held and what codecs have learned."""
         self._visits.end()
         self.held.clear()
+        self.learned.clear()
 
     def _load_held(self, saved: dict[str, Any]) -> Held:
         held = self._new(Spec(*saved["spec"]))
-        for name in ("memory", "key_state", "delta_state"):
-            if saved[name] is not None:
-                getattr(held, name).copy_(saved[name])
+        if held.memory is not None:
+            held.memory.copy_(saved["memory"])
         return held
 
     def _encode(self, part: Part, value: torch.Tensor, section: torch.Tensor) -> None:
@@ -268,15 +283,27 @@ class Channel:
             tensors[index] = self._new(spec)
         held = tensors[index]
         is_delta = not fresh and (is_known or not plan.holds_memory)
-        codec = plan.delta if is_delta else plan.key
+        kind = "delta" if is_delta else "key"
+        codec = self._codec(kind)
         context = Context(
             memory=held.memory,
             carry=held.memory is not None and (is_delta or plan.carries),
             seed=draw_word(self.seed, self.step, slot, index),
-            state=held.delta_state if is_delta else held.key_state,
+            state=self._state(index, kind, width_of(spec.shape)),
             compiles=self.compiles,
         )
         return Part(codec, context, codec.nbytes(*spec))
+
+    def _codec(self, kind: str) -> AnyCodec:
+        return self.plan.delta if kind == "delta" else self.plan.key
+
+    def _state(self, index: int, kind: str, width: int) -> State | None:
+        """Kept while the tensor's last dimension stays, and the codec."""
+        codec, known = self._codec(kind), self.learned.get((index, kind))
+        if known is None or (known.codec, known.width) != (codec, width):
+            known = Learned(codec, width, codec.new_state(width, self.wire.device))
+            self.learned[index, kind] = known
+        return known.state
 
     def _new(self, spec: Spec) -> Held:
         """What is held of a tensor before its first message: zeros."""
@@ -286,8 +313,7 @@ class Channel:
             dtype = plan.memory.torch_dtype(spec.dtype)
             is_pinned = device != self.wire.device
             memory = torch.zeros(spec.shape, dtype=dtype, device=device, pin_memory=is_pinned)
-        states = [codec.new_state(spec.shape, self.wire.device) for codec in (plan.key, plan.delta)]
-        return Held(spec, memory, *states)
+        return Held(spec, memory)
 
 
 def is_compressed(spec: Spec, min_numel: int) -> bool:

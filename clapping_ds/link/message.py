@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from clapping_ds.codecs import Codec, Context
+from clapping_ds.codecs import Codec, Context, State
 from clapping_ds.link.streams import SideStream
 
 
@@ -70,11 +70,16 @@ class Held(NamedTuple):
     spec: Spec
     memory: torch.Tensor | None
     """The reconstruction."""
-    key_state: torch.Tensor | None
-    delta_state: torch.Tensor | None
-    """What the codecs keep besides."""
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.memory, self.key_state, self.delta_state)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return 0 if self.memory is None else self.memory.nbytes
+
+
+class Learned(NamedTuple):
+    """What one codec has learned of one tensor, whatever the slot."""
+
+    codec: Codec
+    width: int
+    """The tensor's last dimension."""
+    state: State | None

@@ -49,6 +49,12 @@ class QueueWire:
         pass
 
 
+def same_state(state, other):
+    return state.num_messages == other.num_messages and all(
+        torch.equal(tensor, other.shared[name]) for name, tensor in state.shared.items()
+    )
+
+
 class Ends:
     def __init__(self, **block):
         self.config = ClappingConfig.from_ds_config({"clapping": block})
@@ -74,8 +80,13 @@ class Ends:
             assert tensors.keys() == others.keys()
             for index, held in tensors.items():
                 assert held.spec == others[index].spec
-                for mine, other in zip(held[1:], others[index][1:], strict=True):
-                    assert mine is other is None or torch.equal(mine, other)
+                assert held.memory is others[index].memory is None or torch.equal(
+                    held.memory, others[index].memory
+                )
+        assert self.sender.learned.keys() == self.receiver.learned.keys()
+        for place, learned in self.sender.learned.items():
+            other = self.receiver.learned[place].state
+            assert learned.state is other is None or same_state(learned.state, other)
 
 
 def value_of(seed, shape=SHAPE, dtype=torch.float32):
@@ -254,3 +265,36 @@ def test_empty_tensors_and_views_travel():
         assert (empty.shape, also_empty.shape) == ((0, 64), (4, 0))
         assert received.shape == (80, 64)
         assert torch.nn.functional.cosine_similarity(received.flatten(), turned.flatten(), dim=0) > 0.5
+
+
+# What codecs learn
+
+
+def test_what_a_codec_learns_belongs_to_the_tensor_and_not_to_the_slot():
+    codecs = {"key": "lowrank", "delta": {"name": "lowrank", "rank": 2}}
+    ends = Ends(strategy="key_delta", **dict.fromkeys(DIRECTIONS, codecs))
+    for slot in range(3):
+        ends.pass_on(slot, True, value_of(slot))
+        ends.pass_on(slot, False, value_of(slot))
+    learned = ends.sender.learned
+    assert learned.keys() == {(0, "key"), (0, "delta")}
+    assert [len(learned[0, kind].state.shared["right_RD"]) for kind in ("key", "delta")] == [4, 2]
+
+
+def test_what_a_codec_learned_outlives_a_new_batch_size_but_not_a_new_width():
+    ends = Ends(strategy="fc", activations={"delta": "lowrank"})
+    ends.pass_on(0, True, value_of(0))
+    state = ends.sender.learned[0, "key"].state
+    ends.pass_on(0, True, value_of(1, (90, 64)))
+    assert ends.sender.learned[0, "key"].state is state
+    ends.pass_on(0, True, value_of(1, (190, 32)))
+    assert ends.sender.learned[0, "key"].state is not state
+
+
+def test_what_a_codec_learned_is_in_checkpoints():
+    ends = Ends(strategy="fc", activations={"delta": "lowrank"})
+    ends.pass_on(0, True, value_of(0))
+    other = Ends(strategy="fc", activations={"delta": "lowrank"})
+    other.sender.load_state_dict(ends.sender.state_dict())
+    assert same_state(other.sender.learned[0, "key"].state, ends.sender.learned[0, "key"].state)
+    assert other.sender.memory_nbytes == ends.sender.memory_nbytes

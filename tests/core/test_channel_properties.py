@@ -83,10 +83,9 @@ class ChannelRun:
         sender, receiver = self.both
         assert models.channel_memories([sender]) == models.channel_memories([receiver])
         for held in (held for tensors in sender.held.values() for held in tensors.values()):
-            for tensor in (held.memory, held.key_state, held.delta_state):
-                assert tensor is None or tensor.isfinite().all()
+            assert held.memory is None or held.memory.isfinite().all()
         assert sender.traffic.payload_bytes == receiver.traffic.payload_bytes == self.known.num_bytes
-        assert sender.memory_nbytes == receiver.memory_nbytes
+        assert sender.memory_nbytes >= receiver.memory_nbytes
         assert not self.ends.sender.wire.payloads
         assert not self.ends.sender.wire.expected
 

@@ -31,14 +31,14 @@ ALL = [
 def encode(codec, value, context=None):
     context = Context() if context is None else context
     payload = torch.full((codec.nbytes(value.shape, value.dtype),), 0xA5, dtype=torch.uint8)
-    codec.encode_(value, payload, context._replace(state=codec.new_state(value.shape, value.device)))
+    codec.encode_(value, payload, context._replace(state=codec.new_state(value.shape[-1], value.device)))
     return payload
 
 
 def decode(codec, payload, value, seed=0):
     """What a receiver without memory gets."""
     out = torch.empty_like(value)
-    codec.decode_(payload, out, Context(seed=seed, state=codec.new_state(value.shape, value.device)))
+    codec.decode_(payload, out, Context(seed=seed, state=codec.new_state(value.shape[-1], value.device)))
     return out
 
 
@@ -136,7 +136,7 @@ def test_lowrank_is_exact_for_a_matrix_of_its_rank_and_stays_warm():
     value = torch.randn(60, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     value += 0.1 * torch.randn(60, 40, generator=generator)
     codec = LowRank(rank=2)
-    state = codec.new_state(value.shape, value.device)
+    state = codec.new_state(value.shape[-1], value.device)
     best = torch.linalg.svdvals(value)[2:].norm()
     errors = []
     for _ in range(3):

@@ -45,7 +45,7 @@ def digest_of(codec) -> str:
         for memory_dtype, carry in ((None, False), (torch.float32, True), (torch.bfloat16, True)):
             start = values_of(value.numel(), 7).view(value.shape)
             memories = [None if memory_dtype is None else start.to(memory_dtype) for _ in range(2)]
-            states = [codec.new_state(value.shape, value.device) for _ in range(2)]
+            states = [codec.new_state(value.shape[-1], value.device) for _ in range(2)]
             if isinstance(codec, LowRank):  # its factors are the library's: their product is ours
                 payload = values_of(codec.nbytes(value.shape, dtype) // 2, 9).bfloat16().view(torch.uint8)
             else:

@@ -8,8 +8,9 @@ from clapping_ds.codecs.quant import Quantizer
 from clapping_ds.codecs.randk import RandK
 from clapping_ds.codecs.raw import Raw
 from clapping_ds.codecs.topk import TopK
+from clapping_ds.codecs.transform import Transform
 
-AnyCodec = Raw | Quantizer | Eden | Float8 | TopK | RandK | LowRank
+AnyCodec = Raw | Quantizer | Eden | Float8 | TopK | RandK | LowRank | Transform
 
 CODECS: dict[str, type[AnyCodec]] = {
     "none": Raw,
@@ -27,6 +28,7 @@ CODECS: dict[str, type[AnyCodec]] = {
     "topk": TopK,
     "randk": RandK,
     "lowrank": LowRank,
+    "transform": Transform,
 }
 
 __all__ = [
@@ -43,5 +45,6 @@ __all__ = [
     "Raw",
     "State",
     "TopK",
+    "Transform",
     "bits_per_value",
 ]

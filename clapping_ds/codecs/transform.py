@@ -1,0 +1,293 @@
+"""The codec `transform`: bits where the variance is, and outlier tokens apart.
+
+Tensors between the blocks of a trained model are far from noise: a few channels are a hundred times larger
+than the others, a few tokens a hundred times larger still, and what tokens have in common is half of the
+rest. For the rows (tokens) of x = fp32(v - base) as a matrix [N, D], D the last dimension:
+
+1. *Outliers*: the ceil(N / 128) rows of largest norm travel in bfloat16, with their indexes.
+2. *Coordinates* y of the other rows: with `basis: "channel"` the channels as they are; with "eigen" what is
+   below.
+3. *Gain* g_n of each row: the root mean square over k of y_nk / (root mean square of coordinate k).
+4. *Mean* mu_k and *deviation* sigma_k of y_nk / g_n, for each coordinate.
+5. *Bits*: coordinates are sorted by deviation and cut into blocks of 16; whole bits, 0 to 8 per block, are
+   given out one by one to the block whose error they lower most (reverse water-filling), `bits` per value
+   in all.
+6. *Codes*: (y_nk / g_n - mu_k) / sigma_k, random signs drawn afresh for every message, the Hadamard matrix of
+   each block, and the Lloyd-Max code of a Gaussian.
+
+    r_nk = mu_k + sigma_k w_nk       w: signs and Hadamard of the levels, over 4
+    D(x)_n = g_n r_n                 "channel"
+    D(x)_n = g_n r_n U               "eigen"
+
+Everything but outliers and codes is computed by the sender for every message and sent with it, so that a
+message is coded well whatever the ones before it were.
+
+Both ends hold the same bits, whatever their libraries and GPUs: levels are multiples of 2^-8, so that w is
+exact; gains, means and deviations are bfloat16 and are used as they arrive; what is rounded is one sum and
+one product, and with "eigen" a product of integers (see `eigenbasis`), whose sums are exact in any order. A
+row that is not finite arrives as NaN throughout, and leaves its part of the memory as it was. Values
+saturate at 2^112.
+
+Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
+(int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), means (bfloat16 [C]),
+deviations (bfloat16 [C]), bits of blocks (uint8 [C / 16]), with "eigen" a slice of the next basis (int8),
+padding to 16 bytes; then codes: M rows of W words of 16 bits, where a block of b bits has b words, word i the
+i-th bits of its 16 codes; padding to 16 bytes.
+"""
+
+from types import ModuleType
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import AfterValidator, BaseModel, Field
+from torch.nn.functional import pad
+
+from clapping_ds.codecs import eigenbasis
+from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
+from clapping_ds.codecs.reference import transform_reference
+from clapping_ds.codecs.reference.numerics_reference import (
+    deliver_,
+    keep_,
+    load_base_like,
+    subtract_base,
+    update,
+)
+from clapping_ds.codecs.reference.transform_reference import BLOCK, ERRORS, LARGEST, MOST_BITS, Coding, invert
+from clapping_ds.codecs.statistics import Statistics, find_statistics
+
+ROWS_PER_OUTLIER = 128
+UNIT = 1 / 16
+
+
+class Sizes(NamedTuple):
+    """Of a message."""
+
+    num_rows: int
+    num_outliers: int
+    num_channels: int
+    num_blocks: int
+    num_words: int
+    """Of a row's codes: the bits that are given out to its blocks."""
+    slice_nbytes: int
+
+    @property
+    def num_coded(self) -> int:
+        return self.num_rows - self.num_outliers
+
+    @property
+    def num_coordinates(self) -> int:
+        return self.num_blocks * BLOCK
+
+
+class Sections(NamedTuple):
+    """Views of a payload."""
+
+    places: torch.Tensor
+    """Of the outliers."""
+    outliers: torch.Tensor
+    gains: torch.Tensor
+    """NaN: the row is not finite."""
+    means: torch.Tensor
+    deviations: torch.Tensor
+    bits: torch.Tensor
+    basis: torch.Tensor
+    codes: torch.Tensor
+
+    @property
+    def coding(self) -> Coding:
+        """How coordinates are coded: derived alike at both ends."""
+        order_C = self.deviations.view(torch.int16).argsort(descending=True, stable=True)
+        end_B = self.bits.cumsum(0, dtype=torch.int32)
+        return Coding(self.means.float(), self.deviations.float(), order_C, self.bits, end_B)
+
+
+class Rows(NamedTuple):
+    """What the sender has, in units in which the largest value is 1 to 2, so that no square overflows."""
+
+    places: torch.Tensor
+    """int64 [K], ascending: of the outliers."""
+    outliers: torch.Tensor
+    """fp32 [K, D]; NaN where a row is not finite."""
+    coded: torch.Tensor
+    """fp32 [M, C]: the others, padded with zeros to whole blocks."""
+    finite: torch.Tensor
+    """bool [M]: which of these are finite; those that are not are zeros."""
+    unit: torch.Tensor
+    """A power of two."""
+
+
+def _check_unit(bits: float) -> float:
+    if bits % UNIT:
+        raise ValueError("a multiple of 1/16")
+    return bits
+
+
+class Transform(BaseModel):
+    """Variance per coordinate, outlier tokens apart, blocks of 16 coordinates with 0 to 8 bits each."""
+
+    model_config = STRICT
+    carries_by_default: ClassVar[bool] = False
+
+    name: Literal["transform"] = "transform"
+    bits: Annotated[float, Field(ge=UNIT, le=MOST_BITS), AfterValidator(_check_unit)] = 3.0
+    """Of codes, per value: a multiple of 1/16. Outlier tokens add 1/8."""
+    basis: Literal["channel", "eigen"] = "channel"
+    """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""
+    refresh: Annotated[int, Field(ge=2, le=1 << 20)] = 256
+    """With "eigen": a new basis every so many messages of a tensor, a slice with each; the first is used from
+    the message with twice this number on, and until then it is as with "channel"."""
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Outliers, and what rows and coordinates have in common, then codes, each padded to 16."""
+        sizes = self._sizes(shape)
+        return pad_nbytes(_count_side_bytes(sizes)) + pad_nbytes(2 * sizes.num_coded * sizes.num_words)
+
+    def new_state(self, width: int, device: torch.device) -> State | None:
+        """With "eigen" the bases; see `eigenbasis`."""
+        if self.basis == "channel":
+            return None
+        return eigenbasis.new_state(ceil_div(width, BLOCK) * BLOCK, device)
+
+    def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
+        sizes, state = self._sizes(value.shape), context.state
+        payload.zero_()
+        sections = _split(payload, sizes)
+        has_basis = state is not None and eigenbasis.begin_message(state, self.refresh)
+        rows = _part_rows(value, context, sizes)
+        y_MC = eigenbasis.analyse(state, rows.coded) if state is not None and has_basis else rows.coded
+        found = find_statistics(y_MC, rows.finite)
+        _write_side_(rows, found, sections, sizes.num_words)
+        coding = sections.coding._replace(means=found.means, deviations=found.deviations)  # in units
+        z_MC = y_MC * invert(found.gains)[:, None]
+        _implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
+        if state is not None:
+            eigenbasis.learn_(state, self.refresh, rows.coded, rows.finite)
+            eigenbasis.put_slice_(state, self.refresh, sections.basis)
+        if context.memory is not None:
+            sent_ND, finite_N = self._read(sections, sizes, has_basis, context)
+            bound = limit(value, context.memory)
+            keep_(context.memory, update(load_base_like(sent_ND, context), sent_ND, bound), finite_N)
+        if state is not None:
+            eigenbasis.end_message(state)
+
+    def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
+        sizes, state = self._sizes(out.shape), context.state
+        sections = _split(payload, sizes)
+        has_basis = state is not None and eigenbasis.begin_message(state, self.refresh)
+        sent_ND, finite_N = self._read(sections, sizes, has_basis, context)
+        deliver_(out, sent_ND, finite_N, context)
+        if state is not None:
+            eigenbasis.take_slice_(state, self.refresh, sections.basis)
+            eigenbasis.end_message(state)
+
+    def _read(
+        self, sections: Sections, sizes: Sizes, has_basis: bool, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [N, D]: what a message says; and which of its rows are finite."""
+        coding = sections.coding
+        r_MC = _implementation(sections.codes).read_codes(sections.codes, coding, context.seed)
+        if has_basis and context.state is not None:
+            r_MC = eigenbasis.synthesise(context.state, r_MC, coding, is_exact=context.memory is not None)
+        coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
+        places_K = sections.places.long()
+        sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
+        sent_ND.index_copy_(0, _list_others(places_K, sizes.num_rows), coded_MD)
+        sent_ND.index_copy_(0, places_K, sections.outliers.float())
+        return sent_ND, sent_ND.isfinite().all(1)
+
+    def _sizes(self, shape: tuple[int, ...]) -> Sizes:
+        num_channels = width_of(shape)
+        num_rows = torch.Size(shape).numel() // max(1, num_channels)
+        num_blocks = ceil_div(num_channels, BLOCK)
+        num_words = min(MOST_BITS * num_blocks, int(self.bits * num_channels / BLOCK))
+        slice_nbytes = 0
+        if self.basis == "eigen":
+            slice_nbytes = eigenbasis.count_slice_bytes(num_blocks * BLOCK, self.refresh)
+        outliers = ceil_div(num_rows, ROWS_PER_OUTLIER)
+        return Sizes(num_rows, outliers, num_channels, num_blocks, num_words, slice_nbytes)
+
+
+def _list_sections(sizes: Sizes) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """What comes before the codes. Each begins at a multiple of its dtype's size."""
+    return [
+        (torch.int32, (sizes.num_outliers,)),
+        (torch.bfloat16, (sizes.num_outliers, sizes.num_channels)),
+        (torch.bfloat16, (sizes.num_coded,)),
+        (torch.bfloat16, (sizes.num_coordinates,)),
+        (torch.bfloat16, (sizes.num_coordinates,)),
+        (torch.uint8, (sizes.num_blocks,)),
+        (torch.int8, (sizes.slice_nbytes,)),
+    ]
+
+
+def _count_side_bytes(sizes: Sizes) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in _list_sections(sizes))
+
+
+def _split(payload: torch.Tensor, sizes: Sizes) -> Sections:
+    found: list[torch.Tensor] = []
+    start = 0
+    for dtype, shape in _list_sections(sizes):
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        found.append(payload[start : start + num_bytes].view(dtype).view(shape))
+        start += num_bytes
+    codes = payload[pad_nbytes(start) :][: 2 * sizes.num_coded * sizes.num_words].view(torch.int16)
+    found.append(codes.view(sizes.num_coded, sizes.num_words))
+    return Sections(*found)
+
+
+def _list_others(places_K: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """int64 [M], ascending: the rows that are no outliers."""
+    is_outlier_N = places_K.new_zeros(num_rows).index_fill_(0, places_K, 1)
+    return is_outlier_N.argsort(stable=True)[: num_rows - len(places_K)]
+
+
+# The sender alone
+
+
+def _part_rows(value: torch.Tensor, context: Context, sizes: Sizes) -> Rows:
+    """Those of largest norm, or not finite where there is room, and the others."""
+    x_ND, _, finite_N = subtract_base(value, context.base, sizes.num_rows, sizes.num_channels)
+    x_ND = x_ND.clamp_(-LARGEST, LARGEST)
+    largest = x_ND.abs().amax() if x_ND.numel() else x_ND.new_zeros(())
+    exponent = torch.floor(torch.log2(largest.clamp(min=1 / LARGEST)))
+    x_ND *= torch.exp2(-exponent)
+    norm_N = x_ND.square().sum(1).where(finite_N, -1.0)
+    places_K = norm_N.topk(sizes.num_outliers).indices.sort().values
+    others_M = _list_others(places_K, sizes.num_rows)
+    outliers_KD = x_ND[places_K].masked_fill(~finite_N[places_K, None], torch.nan)
+    coded_MC = pad(x_ND[others_M], (0, sizes.num_coordinates - sizes.num_channels))
+    return Rows(places_K, outliers_KD, coded_MC, finite_N[others_M], torch.exp2(exponent))
+
+
+def _write_side_(rows: Rows, found: Statistics, sections: Sections, num_words: int) -> None:
+    """All but codes and basis."""
+    sections.places.copy_(rows.places)
+    sections.outliers.copy_(rows.outliers * rows.unit)
+    sections.gains.copy_(found.gains.masked_fill(~rows.finite, torch.nan))
+    sections.means.copy_(found.means * rows.unit)
+    sections.deviations.copy_(found.deviations * rows.unit)
+    in_order_C = sections.deviations.float()[sections.coding.order]
+    sections.bits.copy_(_give_out_bits(in_order_C, num_words))
+
+
+def _give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """uint8 [B]: the bits of each block of sorted coordinates. A block's error falls ever less with each bit,
+    so the largest falls of all are those that giving out one bit after the other would reach."""
+    variance_B = deviation_C.double().square().view(-1, BLOCK).sum(1)
+    errors = torch.tensor(ERRORS, dtype=torch.float64, device=deviation_C.device)
+    fall_B8 = variance_B[:, None] * (errors[:-1] - errors[1:])
+    taken = fall_B8.flatten().argsort(descending=True, stable=True)[:num_bits]
+    given_B = torch.zeros(len(variance_B), dtype=torch.int32, device=deviation_C.device)
+    return given_B.index_add_(0, taken // MOST_BITS, torch.ones_like(taken, dtype=torch.int32)).to(
+        torch.uint8
+    )
+
+
+def _implementation(tensor: torch.Tensor) -> ModuleType:
+    """In Triton for tensors on a GPU, in plain torch for others."""
+    if tensor.is_cuda:
+        from clapping_ds.codecs.kernels import transform_kernel
+
+        return transform_kernel
+    return transform_reference

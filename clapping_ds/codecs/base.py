@@ -70,7 +70,8 @@ class State:
         self.settle()
         self.num_messages = saved["num_messages"]
         self.shared, self.own = (
-            {name: tensor.to(device) for name, tensor in saved[part].items()} for part in ("shared", "own")
+            {name: tensor.to(device, copy=True) for name, tensor in saved[part].items()}
+            for part in ("shared", "own")
         )
 
 

@@ -148,8 +148,8 @@ def _read(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
-    """int32: e with 2^e <= x < 2^(e + 1), at least -100."""
-    return ((x.view(torch.int32) >> 23) - 127).clamp(min=-100)
+    """int32: e with 2^e <= x < 2^(e + 1), at least -113, so that 2^(13 - e) is finite."""
+    return ((x.view(torch.int32) >> 23) - 127).clamp(min=-113)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ Both ends hold the same bits, whatever their libraries and GPUs: levels are mult
 exact; gains, means and deviations are bfloat16 and are used as they arrive; what is rounded is one sum and
 one product, and with "eigen" a product of integers (see `eigenbasis`), whose sums are exact in any order. A
 row that is not finite arrives as NaN throughout, and leaves its part of the memory as it was. Values
-saturate at 2^112.
+saturate at 2^112, and where the largest of a message is below 2^-112, it arrives as zeros.
 
 Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
 (int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), means (bfloat16 [C]),
@@ -35,6 +35,7 @@ padding to 16 bytes; then codes: M rows of W words of 16 bits, where a block of 
 i-th bits of its 16 codes; padding to 16 bytes.
 """
 
+import math
 from types import ModuleType
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -130,7 +131,7 @@ class Transform(BaseModel):
 
     name: Literal["transform"] = "transform"
     bits: Annotated[float, Field(ge=UNIT, le=MOST_BITS), AfterValidator(_check_unit)] = 3.0
-    """Of codes, per value: a multiple of 1/16. Outlier tokens add 1/8."""
+    """Of codes, per value: a multiple of 1/16, rounded up to a bit per block. Outlier tokens add 1/8."""
     basis: Literal["channel", "eigen"] = "channel"
     """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""
     refresh: Annotated[int, Field(ge=2, le=1 << 20)] = 256
@@ -199,7 +200,7 @@ class Transform(BaseModel):
         num_channels = width_of(shape)
         num_rows = torch.Size(shape).numel() // max(1, num_channels)
         num_blocks = ceil_div(num_channels, BLOCK)
-        num_words = min(MOST_BITS * num_blocks, int(self.bits * num_channels / BLOCK))
+        num_words = math.ceil(self.bits * num_blocks)
         slice_nbytes = 0
         if self.basis == "eigen":
             slice_nbytes = eigenbasis.count_slice_bytes(num_blocks * BLOCK, self.refresh)

@@ -22,6 +22,7 @@ two, the smallest with which all stay below 2^14, times Q_k. Such sums are exact
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import torch
 
@@ -38,6 +39,15 @@ REMEMBERED = 0.25
 INTEGER_BITS = 14
 """Of a coordinate's magnitude."""
 LARGEST_INT8 = 127
+
+
+def implementation(tensor: torch.Tensor) -> ModuleType:
+    """Of codes and of products of integers: Triton's for a tensor on a GPU, plain torch elsewhere."""
+    if tensor.is_cuda:
+        from clapping_ds.codecs.kernels import transform_kernel
+
+        return transform_kernel
+    return transform_reference
 
 
 def new_state(size: int, device: torch.device) -> State:
@@ -90,7 +100,7 @@ def synthesise(state: State, r_MC: torch.Tensor, coding: Coding, is_exact: bool)
         return t_MC @ basis_CC.float()
     bound = ((coding.means.abs() + LARGEST_W * coding.deviations) * down_C).amax()
     up = _power_of_two(INTEGER_BITS - 1 - _exponent(bound))
-    return transform_reference.multiply((t_MC * up).round(), basis_CC) * (1.0 / up)
+    return implementation(r_MC).multiply((t_MC * up).round(), basis_CC) * (1.0 / up)
 
 
 def learn_(state: State, refresh: int, x_MC: torch.Tensor, finite_M: torch.Tensor) -> None:

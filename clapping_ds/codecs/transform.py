@@ -36,7 +36,6 @@ i-th bits of its 16 codes; padding to 16 bytes.
 """
 
 import math
-from types import ModuleType
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -45,7 +44,6 @@ from torch.nn.functional import pad
 
 from clapping_ds.codecs import eigenbasis
 from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
-from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.numerics_reference import (
     deliver_,
     keep_,
@@ -160,7 +158,7 @@ class Transform(BaseModel):
         _write_side_(rows, found, sections, sizes.num_words)
         coding = sections.coding._replace(means=found.means, deviations=found.deviations)  # in units
         z_MC = y_MC * invert(found.gains)[:, None]
-        _implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
+        eigenbasis.implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
         if state is not None:
             eigenbasis.learn_(state, self.refresh, rows.coded, rows.finite)
             eigenbasis.put_slice_(state, self.refresh, sections.basis)
@@ -186,7 +184,7 @@ class Transform(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 [N, D]: what a message says; and which of its rows are finite."""
         coding = sections.coding
-        r_MC = _implementation(sections.codes).read_codes(sections.codes, coding, context.seed)
+        r_MC = eigenbasis.implementation(sections.codes).read_codes(sections.codes, coding, context.seed)
         if has_basis and context.state is not None:
             r_MC = eigenbasis.synthesise(context.state, r_MC, coding, is_exact=context.memory is not None)
         coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
@@ -283,12 +281,3 @@ def _give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
     return given_B.index_add_(0, taken // MOST_BITS, torch.ones_like(taken, dtype=torch.int32)).to(
         torch.uint8
     )
-
-
-def _implementation(tensor: torch.Tensor) -> ModuleType:
-    """In Triton for tensors on a GPU, in plain torch for others."""
-    if tensor.is_cuda:
-        from clapping_ds.codecs.kernels import transform_kernel
-
-        return transform_kernel
-    return transform_reference

@@ -1,6 +1,7 @@
 """The Triton kernels give the reference's bits. They run in Triton's interpreter, on the CPU."""
 
 import warnings
+from math import prod
 
 import numpy
 import pytest
@@ -17,6 +18,7 @@ from clapping_ds.codecs import (
     RandK,
     Raw,
     TopK,
+    Transform,
 )
 from clapping_ds.codecs.kernels import (
     eden_kernel,
@@ -27,6 +29,7 @@ from clapping_ds.codecs.kernels import (
     randk_kernel,
     raw_kernel,
     topk_kernel,
+    transform_kernel,
 )
 from clapping_ds.codecs.reference import (
     eden_reference,
@@ -37,6 +40,7 @@ from clapping_ds.codecs.reference import (
     randk_reference,
     raw_reference,
     topk_reference,
+    transform_reference,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,7 +103,10 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(twin, name, getattr(kernel, name))
 
 
-TWIN_FUNCTIONS = ("encode_", "decode_", "encode_groups", "decode_level", "apply_", "copy_")
+TWIN_FUNCTIONS = (
+    *("encode_", "decode_", "encode_groups", "decode_level", "apply_", "copy_"),
+    *("write_codes_", "read_codes", "multiply"),
+)
 
 
 TWINS = {
@@ -111,6 +118,7 @@ TWINS = {
     randk_kernel: randk_reference,
     raw_kernel: raw_reference,
     topk_kernel: topk_reference,
+    transform_kernel: transform_reference,
 }
 
 
@@ -118,10 +126,15 @@ def learned(state):
     return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
 
 
-def round_trip(codec, value, memory, carry, compiles=False):
+def new_states(codec, value):
+    """Of both ends."""
+    return [codec.new_state(value.shape[-1], value.device) for _ in range(2)]
+
+
+def round_trip(codec, value, memory, carry, compiles=False, states=None):
     """What both ends hold and send after one message, all outputs poisoned before, by name."""
     memories = [None if memory is None else memory.clone() for _ in range(2)]
-    states = [codec.new_state(value.shape[-1], value.device) for _ in range(2)]
+    states = states or new_states(codec, value)
     sender, receiver = (Context(memories[end], carry, SEED, states[end], compiles) for end in range(2))
     payload = poisoned(codec.nbytes(value.shape, value.dtype))
     codec.encode_(value, payload, sender)
@@ -156,17 +169,23 @@ CODECS = [
     RandK(ratio=1.0, block=64),
     LowRank(rank=1),
     LowRank(rank=4),
+    *(Transform(bits=bits) for bits in (0.0625, 1, 2.5, 3, 8)),
+    Transform(bits=2, basis="eigen"),
     Raw(),
 ]
+MATRIX_SHAPES = {LowRank: [(33, 70)], Transform: [(33, 70), (300, 48)]}
+"""Of codecs that treat rows and columns differently."""
 
 
 def cases(codec):
     """(value, memory, carry): all kinds of values, odd sizes, all dtypes of value and memory."""
     values = []
     for index, dtype in enumerate(DTYPES):
-        if isinstance(codec, LowRank):
-            kind = KINDS[index :: len(DTYPES)]
-            values += [values_of(k, 33 * 70, dtype, seed=index).view(33, 70) for k in kind]
+        if type(codec) in MATRIX_SHAPES:
+            shapes = MATRIX_SHAPES[type(codec)]
+            for place, kind in enumerate(KINDS[index :: len(DTYPES)]):
+                shape = shapes[(index + place) % len(shapes)]
+                values.append(values_of(kind, prod(shape), dtype, seed=index).view(shape))
         else:
             stretch = 2 * codec.block if isinstance(codec, TopK | RandK) else 256
             values.append(mixed_values(stretch, 91, dtype, seed=10 * index))
@@ -189,6 +208,80 @@ def test_bits(codec, monkeypatch):
             assert same_bits(tensor, expectation[name]), f"{name} of {codec} at {tuple(case[0].shape)}"
         assert same_bits(result["sender's memory"], result["receiver's memory"]), "the two ends differ"
         assert same_bits(result["sender's state"], result["receiver's state"]), "the two ends differ"
+
+
+@pytest.mark.parametrize(("holds_memory", "carry"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(150, 70), (9, 48)])
+def test_bits_in_an_eigenbasis(shape, holds_memory, carry, monkeypatch):
+    """Six messages of the same tensor: from the fifth on there is a basis."""
+    codec = Transform(bits=2, basis="eigen", refresh=2)
+    found = [send_in_an_eigenbasis(codec, shape, holds_memory, carry)]
+    on_triton(monkeypatch)
+    found.append(send_in_an_eigenbasis(codec, shape, holds_memory, carry))
+    for number, (expectation, result) in enumerate(zip(*found, strict=True)):
+        for name, tensor in result.items():
+            assert same_bits(tensor, expectation[name]), f"{name} of message {number}"
+        assert same_bits(result["sender's memory"], result["receiver's memory"]), "the two ends differ"
+        assert same_bits(result["sender's state"], result["receiver's state"]), "the two ends differ"
+    assert result["sender's state"].any()
+
+
+def send_in_an_eigenbasis(codec, shape, holds_memory, carry):
+    value = values_of("outliers", prod(shape), torch.float32, seed=3).view(shape)
+    states = new_states(codec, value)
+    results = [{"receiver's memory": torch.zeros_like(value) if holds_memory else None}]
+    for _ in range(6):
+        memory = results[-1]["receiver's memory"]
+        results.append(round_trip(codec, value, memory, carry, states=states))
+    return results[1:]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 45])
+def test_products_of_integers_are_exact(num_rows):
+    generator = torch.Generator().manual_seed(num_rows)
+    integer_MC = torch.randint(-(1 << 14), (1 << 14) + 1, (num_rows, 48), generator=generator).float()
+    integer_MC[: num_rows // 2] = 1 << 14  # what a bound rounds up to
+    basis_CC = torch.randint(-127, 128, (48, 48), generator=generator, dtype=torch.int8)
+    basis_CC[:, :3] = 127
+    expected = (integer_MC.long() @ basis_CC.long()).double().float()
+    for twin in (transform_kernel, transform_reference):
+        assert torch.equal(twin.multiply(integer_MC, basis_CC), expected)
+
+
+@pytest.mark.parametrize("bits", range(9))
+def test_codes_at_and_beside_every_threshold(bits):
+    """Of a row without variance but in its first coordinate all 16 rotated values are equal, up to signs."""
+    levels = torch.tensor(transform_reference.LEVELS.get(bits, (204,))) * transform_reference.LEVEL_UNIT
+    edges = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([0.0, 1e-42, 7.9, 1e30])])
+    beside = [edges.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    z_MC = torch.zeros(3 * len(edges), 16)
+    z_MC[:, 0] = 4.0 * torch.cat([edges, *beside])
+    ones, bits_B = torch.ones(16), torch.tensor([bits], dtype=torch.uint8)
+    coding = transform_reference.Coding(0.0 * ones, ones, torch.arange(16), bits_B, bits_B.int())
+    code_MW, expected_MW = (torch.zeros(len(z_MC), bits, dtype=torch.int16) for _ in range(2))
+    transform_kernel.write_codes_(z_MC, coding, SEED, code_MW)
+    transform_reference.write_codes_(z_MC, coding, SEED, expected_MW)
+    assert torch.equal(code_MW, expected_MW)
+    read = [twin.read_codes(code_MW, coding, SEED) for twin in (transform_kernel, transform_reference)]
+    assert same_bits(*read)
+
+
+def test_codes_of_values_above_two_to_the_31(monkeypatch):
+    """The last programs of 2^16 + 1 rows of 2^15 values."""
+    num_rows, size = (1 << 16) + 1, 1 << 15
+    bits_B = torch.full((size // 16,), 4, dtype=torch.uint8)
+    ends_B = bits_B.cumsum(0, dtype=torch.int32)
+    coding = transform_reference.Coding(
+        torch.zeros(size), torch.ones(size), torch.arange(size), bits_B, ends_B
+    )
+    z_MC = torch.empty(num_rows, size)
+    code_MW = torch.empty(num_rows, size // 4, dtype=torch.int16)
+    tail = values_of("normal", 1024, torch.float32, seed=3)
+    z_MC[-1, -1024:] = tail
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last_programs)
+    transform_kernel.write_codes_(z_MC, coding, SEED, code_MW)
+    out = transform_kernel.read_codes(code_MW, coding, SEED)[-1, -1024:]
+    assert (out - tail).norm() < 0.15 * tail.norm()
 
 
 @pytest.mark.parametrize(

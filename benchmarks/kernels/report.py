@@ -9,14 +9,21 @@ or moves more than 5 % more bytes than it must. Its columns:
 * An argument is *bulk* unless it is small: at most half a bit per value is needed of it (the scales),
   or a program's share of it is no whole number of 16-byte words (the values and indexes that `topk`
   keeps of a block), so that it cannot be cut into aligned 16-byte accesses.
+* An argument is *scattered* where only other data say which places are accessed: `transform` takes each
+  4-byte value from, and puts it to, the place that an order says, and the 2-byte words of a block lie
+  where the bits of those before it end. No such access is 16 bytes wide, and that is no fault here. What
+  it costs is not in this table: a cache moves sectors of 32 bytes, of which tiles of whole rows use all.
 * bytes per value: of bulk arguments the size of all tiles loaded and stored, lanes with copies counted
-  once; of small ones the least, as their tiles are partly masked. An access that is repeated counts
-  twice, even where a cache would serve it.
+  once; of small and scattered ones the least, as their tiles are partly masked. An access that is
+  repeated counts twice, even where a cache would serve it.
 * least: each input read once and each output written once.
 * instructions per value: those executed times threads, divided by values; rare branches, such as a
   division's slow path, count once.
 * us per million values: at the GPU's memory bandwidth, and at one instruction per scheduler and cycle.
   The second is a lower bound: A100 issues fp32 and integer instructions at half that rate each.
+
+A second table says what `transform`, most of which is torch's operations and not a kernel of ours, costs as a
+whole: see `benchmarks.kernels.budget`.
 """
 
 import argparse
@@ -29,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.files import RESULTS, provenance, write_csv, write_json
-from benchmarks.kernels import speed
+from benchmarks.kernels import budget, speed
 from benchmarks.kernels.static_analysis import UNKNOWN, Code, Width, analysed
 from benchmarks.kernels.variants import Variant, variants
 from clapping_ds.report import format_table
@@ -69,19 +76,23 @@ def is_small(argument: str, variant: Variant) -> bool:
     return least > 0 and (least <= SMALL_BYTES_PER_VALUE or share % WIDE_BYTES != 0)
 
 
+def is_bulk(argument: str, variant: Variant) -> bool:
+    return argument not in variant.scattered and not is_small(argument, variant)
+
+
 def bytes_per_value(code: Code) -> float:
     """Bytes that the kernel loads and stores per value, lanes with copies counted once."""
     variant = code.variant
-    tiles = {key: size for key, size in code.tile_bytes.items() if not is_small(key[0], variant)}
-    small = [least for name, least in variant.least_bytes.items() if is_small(name, variant)]
-    return sum(tiles.values()) / variant.values_per_program + sum(small)
+    tiles = {key: size for key, size in code.tile_bytes.items() if is_bulk(key[0], variant)}
+    others = [least for name, least in variant.least_bytes.items() if not is_bulk(name, variant)]
+    return sum(tiles.values()) / variant.values_per_program + sum(others)
 
 
 def narrow(code: Code) -> Counter[str]:
     """Bulk accesses that are not 16 bytes wide: how many of each."""
     found: Counter[str] = Counter()
     for (argument, width), count in code.accesses.items():
-        if width.num_bytes != WIDE_BYTES and not is_small(argument, code.variant):
+        if width.num_bytes != WIDE_BYTES and is_bulk(argument, code.variant):
             found[f"{argument} {'store' if width.is_store else 'load'} {width.num_bytes} B"] += count
     return found
 
@@ -161,7 +172,10 @@ def static_report(only: str, folder: Path) -> int:
         for text in filter(None, (line["faults"], line["notes"])):
             print(f"{line['kernel']} {line['target']}: {text}")
     if not only:
+        costs = budget.rows()
+        print(format_table(costs))
         write(rows, folder, "kernels_static")
+        write(costs, folder, "transform_budget")
     return int(any(line["faults"] for line in rows))
 
 

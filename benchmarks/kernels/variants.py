@@ -15,14 +15,20 @@ from unittest.mock import patch
 import torch
 from triton.runtime import JITFunction
 
-from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK
+from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, State, TopK, Transform
+from clapping_ds.codecs.base import ceil_div
+from clapping_ds.codecs.reference.transform_reference import BLOCK
 
 SHAPE = (1024, 1024)
 """Of the tensor that is sent: every group, segment and block full, as almost all are in use."""
 SEED = 0x0123456789ABCDEF
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-         torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}  # fmt: skip
+         torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}  # fmt: skip
 ALIGNMENT = 16
+CPU = torch.device("cpu")
+SCATTERED = {"write_codes_kernel": ("z", "codes"), "read_codes_kernel": ("codes", "out")}
+"""By kernel: arguments of which only other data say where they are accessed, value by value, or word of 16
+bits by word."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,14 @@ class Situation:
     dtype: torch.dtype
     memory_dtype: torch.dtype | None
 
-    def context(self, codec: AnyCodec) -> Context:
-        memory = None if self.memory_dtype is None else torch.zeros(SHAPE, dtype=self.memory_dtype)
-        return Context(memory, memory is not None, SEED, codec.new_state(SHAPE[-1], torch.device("cpu")))
+    def context(self, codec: AnyCodec, shape: tuple[int, int] = SHAPE, device: torch.device = CPU) -> Context:
+        memory = None
+        if self.memory_dtype is not None:
+            memory = torch.zeros(shape, dtype=self.memory_dtype, device=device)
+        state = codec.new_state(shape[-1], device)
+        if isinstance(codec, Transform) and state is not None:
+            _give_basis_(state, codec, shape[-1], device)
+        return Context(memory, memory is not None, SEED, state)
 
 
 SITUATIONS = (
@@ -48,6 +59,7 @@ OPTIONS: dict[str, AnyCodec] = {
     "int4 stochastic": Quantizer(name="int4", stochastic=True),
     "eden2 unbiased": Eden(name="eden2", scale="unbiased"),
     "topk int8": TopK(values="int8"),
+    "transform eigen": Transform(basis="eigen"),
 }
 """Codecs with options that change their kernels; compiled for the first situation only."""
 HEAVY = (
@@ -77,6 +89,15 @@ class Variant:
     """Of the kernel's one loop, that over the segments of a grouped codec; 1 where it has none."""
     least_bytes: Mapping[str, float]
     """By pointer argument: bytes per value of the tensor that the algorithm must read plus write."""
+    scattered: frozenset[str]
+    """Arguments whose accesses can be neither wide nor counted: of `SCATTERED`."""
+
+
+def _give_basis_(state: State, codec: Transform, width: int, device: torch.device) -> None:
+    """As after two periods, when there is a basis to use."""
+    size = ceil_div(width, BLOCK) * BLOCK
+    state.num_messages = 2 * codec.refresh + 1
+    state.own["used_analysis_CC"] = torch.zeros(size, size, device=device)
 
 
 def named_codecs() -> list[tuple[str, AnyCodec]]:
@@ -120,7 +141,8 @@ def _launches(label: str, codec: AnyCodec, situation: Situation) -> Iterator[Var
             else:
                 codec.decode_(payload, value, context)
         for kernel, arguments, keywords in calls:
-            yield _variant(f"{label} {action}", kernel, arguments, keywords)
+            part = f" {kernel.fn.__name__.removesuffix('_kernel')}" if len(calls) > 1 else ""
+            yield _variant(f"{label} {action}{part}", kernel, arguments, keywords)
 
 
 def _variant(
@@ -146,6 +168,7 @@ def _variant(
         num_values // prod(keywords["grid"]),
         constants.get("SEGMENTS", 1) // min(constants.get("SEGMENTS", 1), constants.get("UNROLL", 1)),
         {name: times.get(name, 1) * tensor.nbytes / num_values for name, tensor in tensors.items()},
+        frozenset(SCATTERED.get(kernel.fn.__name__, ())),
     )
 
 

@@ -50,8 +50,8 @@ def locate_tile(num_rows, num_blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def write_codes_kernel(
-    z, order, means, inverses, bits, ends, magnitudes, codes, num_rows, num_blocks, num_words, seed_low, seed_high,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    z, order, means, inverses, bits, ends, magnitudes, codes,
+    num_rows, num_blocks, num_words, seed_low, seed_high, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """order, means, inverses: of coordinates in that order. magnitudes: by bits and steps."""
     o_row, o_block, m_group = locate_tile(num_rows, num_blocks, ROWS, BLOCKS)
@@ -83,8 +83,8 @@ def write_codes_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def read_codes_kernel(
-    codes, order, means, deviations, bits, ends, levels, out, num_rows, num_blocks, num_words, seed_low, seed_high,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    codes, order, means, deviations, bits, ends, levels, out,
+    num_rows, num_blocks, num_words, seed_low, seed_high, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """order, means, deviations: of coordinates in that order. levels: by bits and magnitude."""
     o_row, o_block, m_group = locate_tile(num_rows, num_blocks, ROWS, BLOCKS)
@@ -153,8 +153,8 @@ def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.T
     sizes = len(z_MC), len(coding.bits)
     grid, constants = choose_launch(*sizes)
     write_codes_kernel[grid](
-        z_MC, *_in_order(coding, invert(coding.deviations)), coding.bits, coding.ends, _magnitudes(z_MC.device),
-        code_MW, *sizes, code_MW.shape[1], *rotation.split_seed(seed), **constants,
+        z_MC, *_in_order(coding, invert(coding.deviations)), coding.bits, coding.ends,
+        _magnitudes(z_MC.device), code_MW, *sizes, code_MW.shape[1], *rotation.split_seed(seed), **constants,
     )  # fmt: skip
 
 
@@ -183,7 +183,8 @@ def multiply(integer_MC: torch.Tensor, basis_CC: torch.Tensor) -> torch.Tensor:
     plane_PC = torch.empty(2 * num_padded // size, size, dtype=torch.int8, device=integer_MC.device)
     sizes = num_rows * size, num_padded
     grid = (ceil_div(num_padded, TILE_OF_PRODUCT),)
-    constants = {"TILE": TILE_OF_PRODUCT, "num_warps": num.choose_num_warps(TILE_OF_PRODUCT)}
+    options = {"num_warps": num.choose_num_warps(TILE_OF_PRODUCT), "enable_fp_fusion": False}
+    constants = {"TILE": TILE_OF_PRODUCT, **options}
     split_kernel[grid](integer_MC, plane_PC, *sizes, **constants)
     join_kernel[grid](torch._int_mm(plane_PC, basis_CC), out_MC, *sizes, **constants)
     return out_MC

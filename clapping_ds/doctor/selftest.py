@@ -5,7 +5,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Float8, LowRank, Quantizer, RandK, State, TopK
+from clapping_ds.codecs import (
+    CODECS,
+    AnyCodec,
+    Context,
+    Eden,
+    Float8,
+    LowRank,
+    Quantizer,
+    RandK,
+    State,
+    TopK,
+    Transform,
+)
 from clapping_ds.doctor.visit import Finding, Visit, fail, ok
 
 SEED = 0x9ABCDEF012345678
@@ -25,6 +37,7 @@ VARIANTS: tuple[AnyCodec, ...] = (
     Float8(name="fp8_e5m2", group_size=16),
     TopK(ratio=0.5, block=128, values="int8"),
     RandK(ratio=1.0, block=64),
+    Transform(bits=1.5, basis="eigen"),
 )
 MOST_NAMED = 4
 
@@ -87,15 +100,15 @@ def _exchange(
 ) -> dict[str, Any]:
     """What both ends hold and send after one message, by name.
 
-    payload   what the receiver gets; None: what the sender has made. A low-rank sender's factors are those of
-              the device's matrix product: what it makes is not looked at then
+    payload   what the receiver gets; None: what the sender has made. Low-rank factors and a transform's
+              statistics are sums as the device adds them: what the sender makes is not looked at then
     """
     codec, device = case.codec, value.device
     memories = [None if memory is None else memory.clone() for _ in range(2)]
     states = [codec.new_state(value.shape[-1], device) for _ in range(2)]
     sender, receiver = (Context(memories[end], bool(case.carry), SEED, states[end]) for end in range(2))
     found: dict[str, Any] = {}
-    if payload is None or not isinstance(codec, LowRank):
+    if payload is None or not isinstance(codec, LowRank | Transform):
         made = torch.full((codec.nbytes(value.shape, value.dtype),), POISON, dtype=torch.uint8, device=device)
         codec.encode_(value, made, sender)
         found = {"payload": made, "sender's memory": memories[0], "sender's state": _learned(states[0])}

@@ -5,7 +5,7 @@ import os
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK
+from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK, Transform
 
 
 def reproducible(num_examples):
@@ -21,6 +21,7 @@ OPTIONS = {
     TopK: {"ratio": [0.01, 0.05, 0.5], "block": [64], "values": ["bfloat16", "int8"]},
     RandK: {"ratio": [0.1, 1], "block": [64]},
     LowRank: {"rank": [1, 2, 16]},
+    Transform: {"bits": [0.0625, 1, 2.5], "basis": ["channel", "eigen"], "refresh": [2, 3]},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clapping_ds.autotune.decision import Speed
-from clapping_ds.codecs import CODECS, Eden, LowRank
+from clapping_ds.codecs import CODECS, Eden, LowRank, Transform
 from clapping_ds.doctor import __main__ as doctor
 from clapping_ds.doctor import machine, network, selftest, steps
 from clapping_ds.doctor import visit as running
@@ -321,7 +321,7 @@ def test_the_kernels_give_what_the_self_test_compares(monkeypatch):
     on_triton(monkeypatch)
     for case, of_case, twin in zip(cases, made, expected, strict=True):
         found = selftest._exchange(case, *of_case, twin["payload"])
-        assert ("payload" in found) != isinstance(case.codec, LowRank)
+        assert ("payload" in found) != isinstance(case.codec, LowRank | Transform)
         assert [name for name in found if not selftest.is_same(found[name], twin[name])] == []
 
 
@@ -339,7 +339,7 @@ def test_broken_codecs_are_named(monkeypatch):
     monkeypatch.setattr(Eden, "decode_", decode_wrongly)
     found = selftest.check_codecs(Visit())
     assert found.status is Status.FAIL
-    assert found.text.startswith("2 of 57 configurations differ: Eden(")
+    assert found.text.startswith("2 of 61 configurations differ: Eden(")
     assert found.text.count("name='eden3'") == 2
     assert "receiver's memory" in found.text
     monkeypatch.setattr(CODECS["topk"], "encode_", encode_wrongly)

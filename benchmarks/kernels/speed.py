@@ -83,13 +83,13 @@ def _copy_(source: Message, target: Message) -> None:
     if theirs.memory is not None and ours.memory is not None:
         theirs.memory.copy_(ours.memory)
     if theirs.state is not None and ours.state is not None:
-        for name, tensor in ours.state.shared.items():
-            theirs.state.shared[name].copy_(tensor)
+        for there, here in zip(theirs.state.list_shared(), ours.state.list_shared(), strict=True):
+            there.copy_(here)
 
 
 def learned(state: State | None) -> torch.Tensor | None:
     """What a state has that both ends hold alike, in one piece."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
 
 
 def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:

@@ -58,7 +58,7 @@ def list_cases() -> Iterator[Case]:
     """Each codec with each dtype and with each kind of memory, each variant with one of each. Every pair of
     them would be minutes of compiling on a GPU."""
     for number, (name, kind) in enumerate(CODECS.items()):
-        codec = kind(name=name)  # type: ignore[arg-type]
+        codec: AnyCodec = kind(name=name)  # type: ignore[arg-type]
         for index, dtype in enumerate(DTYPES):
             yield Case(codec, dtype, MEMORIES[(number + index) % len(MEMORIES)])
     for number, codec in enumerate(VARIANTS):
@@ -119,7 +119,7 @@ def _exchange(
 
 def _learned(state: State | None) -> torch.Tensor | None:
     """What a state has that both ends must hold alike."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

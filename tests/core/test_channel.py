@@ -50,9 +50,8 @@ class QueueWire:
 
 
 def same_state(state, other):
-    return state.num_messages == other.num_messages and all(
-        torch.equal(tensor, other.shared[name]) for name, tensor in state.shared.items()
-    )
+    tensors = zip(state.list_shared(), other.list_shared(), strict=True)
+    return state.num_messages == other.num_messages and all(torch.equal(*pair) for pair in tensors)
 
 
 class Ends:

@@ -32,6 +32,15 @@ def codecs(draw):
     return {"name": name, **{key: draw(st.sampled_from(values)) for key, values in options.items()}}
 
 
+@st.composite
+def sequences(draw):
+    return draw(st.lists(codecs().filter(lambda codec: codec["name"] != "none"), min_size=2, max_size=3))
+
+
+def list_codecs(codec):
+    return codec if isinstance(codec, list) else [codec]
+
+
 MEMBERS = {"direct": ["codec"], "fu": ["delta"], "fc": ["delta"], "key_delta": ["key", "delta"]}
 
 
@@ -41,10 +50,14 @@ def blocks(draw, min_numels, refresh=("step",), **others):
     strategy = draw(st.sampled_from(["fu", "fc", "fc", "key_delta", "key_delta", "direct"]))
     directions, carries = {}, False
     for name in ("activations", "gradients"):
-        direction = {member: draw(codecs()) for member in MEMBERS[strategy]}
-        largest_block = max(codec.get("block", 0) for codec in direction.values())
+        direction = {
+            member: draw(st.one_of(codecs(), codecs(), codecs(), sequences())) for member in MEMBERS[strategy]
+        }
+        largest_block = max(
+            member.get("block", 0) for codec in direction.values() for member in list_codecs(codec)
+        )
         key = direction.get("key", direction.get("delta"))
-        if strategy in ("fc", "key_delta") and key["name"] != "none":
+        if strategy in ("fc", "key_delta") and list_codecs(key)[0]["name"] != "none":
             direction["base"] = draw(st.sampled_from([None, "reset", "carry", "carry"]))
             carries |= direction["base"] == "carry"
         directions[name] = {**direction, "min_numel": max(largest_block, draw(st.sampled_from(min_numels)))}

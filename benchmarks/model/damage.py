@@ -115,7 +115,6 @@ class Study:
         corpus, _ = tokens(TEXTS["C++"], tokenizer.backend_tokenizer)
         self.others = list(islice(Windows(corpus, LENGTH, 1, validation=False).batches(SEED), NUM_WARM_UP))
 
-    @torch.no_grad()
     def measure(self, row: Row) -> list[float]:
         """The loss of each window."""
         cuts = [self.model.base_model.layers[number - 1] for number in CUTS[row.num_links]]
@@ -163,6 +162,7 @@ class Study:
             handle.remove()
         return found
 
+    @torch.no_grad()
     def _find_loss(self, window: tuple[torch.Tensor, torch.Tensor]) -> float:
         ids, labels = window
         return llm.loss(self.model(ids, use_cache=False).logits, labels).item()

@@ -12,8 +12,8 @@ from clapping_ds.codecs import CODECS
 from clapping_ds.config import DIRECTIONS
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
-from clapping_ds.link.streams import SideStream
 from clapping_ds.stage.sampling import Coin
+from clapping_ds.streams import SideStream
 
 SHAPE = (3, 40, 64)
 

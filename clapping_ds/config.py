@@ -15,11 +15,24 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from clapping_ds.codecs import CODECS, AnyCodec, Codec, Eden, Quantizer, RandK, Raw, TopK, bits_per_value
+from clapping_ds.codecs import (
+    CODECS,
+    AnyCodec,
+    Codec,
+    Eden,
+    Quantizer,
+    RandK,
+    Raw,
+    SimpleCodec,
+    TopK,
+    bits_per_value,
+)
 from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.sequence import name_codec
 
 BLOCK_NAME = "clapping"
 DIRECTIONS = ("activations", "gradients")
+SEQUENCE = "sequence"
 
 
 def _show(value: object) -> str:
@@ -32,14 +45,15 @@ def _show(value: object) -> str:
 
 
 def _name_codec(codec: Any) -> Any:
-    """`"int4"` is short for `{"name": "int4"}`."""
-    return {"name": codec} if isinstance(codec, str) else codec
+    """A list is a sequence of codecs, and `"int4"` is short for `{"name": "int4"}`."""
+    return {"name": SEQUENCE, "codecs": codec} if isinstance(codec, list) else name_codec(codec)
 
 
+_ONE: Any = Literal[tuple(CODECS)] | SimpleCodec
 CodecConfig = Annotated[
     AnyCodec,
     Field(discriminator="name"),
-    BeforeValidator(_name_codec, json_schema_input_type=Literal[tuple(CODECS)] | AnyCodec),
+    BeforeValidator(_name_codec, json_schema_input_type=_ONE | list[_ONE]),
 ]
 
 
@@ -388,7 +402,7 @@ def _explain(error: ValidationError) -> list[str]:
         elif detail["type"] in ("union_tag_not_found", "model_attributes_type"):
             accepted = "no codec name; accepted: a name, or an object with the key name"
         elif detail["type"] == "union_tag_invalid":
-            accepted = "unknown codec; accepted: " + ", ".join(CODECS)
+            accepted = "unknown codec; accepted: " + _list_codecs(detail["ctx"]["expected_tags"])
         else:
             accepted = "accepted: " + text.removeprefix("Input should be ").split(" or instance of ")[0]
         lines.append(
@@ -397,10 +411,17 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
+def _list_codecs(tags: str) -> str:
+    """Of pydantic's list of a union's tags."""
+    names = [tag for name in tags.split(", ") if (tag := name.strip("'")) != SEQUENCE]
+    return ", ".join(sorted(names, key=list(CODECS).index))
+
+
 def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
     """As the user wrote them: without pydantic's tag of a codec, and in one line."""
     for before, part in zip(("", *path), path, strict=False):
-        if part not in CODECS or not (before in ("codec", "key", "delta") or isinstance(before, int)):
+        is_codec = before in ("codec", "key", "delta") or isinstance(before, int)
+        if not (is_codec and part in (*CODECS, SEQUENCE)) and before != SEQUENCE:
             yield str(part) if isinstance(part, int) or part.isidentifier() else _show(part)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs import bits_per_value
+from clapping_ds.codecs.base import bits_per_value, label
 from clapping_ds.config import Plan
 from clapping_ds.link.channel import Channel
 
@@ -47,10 +47,10 @@ def describe_cost(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
     rows = []
     for direction, plan in plans.items():
         mean = plan.mean_bits_per_value(dtype)
-        delta = f"{plan.delta.name} {bits_per_value(plan.delta, dtype):.2f} bit"
+        delta = f"{label(plan.delta)} {bits_per_value(plan.delta, dtype):.2f} bit"
         rows.append({
             "direction": direction,
-            "key": f"{plan.key.name} {bits_per_value(plan.key, dtype):.2f} bit",
+            "key": f"{label(plan.key)} {bits_per_value(plan.key, dtype):.2f} bit",
             "delta": delta if plan.p_new < 1 else "-",
             "p_new": plan.p_new,
             "mean bits": mean,

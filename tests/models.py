@@ -182,7 +182,7 @@ def channel_memories(
                 for index, held in tensors.items()
             },
             **{
-                place: list(map(_bits, learned.state.shared.values()))
+                place: list(map(_bits, learned.state.list_shared()))
                 for place, learned in channel.learned.items()
                 if learned.state is not None
             },

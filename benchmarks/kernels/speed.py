@@ -20,7 +20,7 @@ CHECKED_SHAPE = (768, 1024)
 TIMED_SHAPE = (16384, 4096)
 """128 MiB in bfloat16, several times the largest L2 cache."""
 TOLERANT = ("lowrank", "transform")
-"""Codecs that leave sums, a matrix product or a factorisation to a vendor's library, so that payloads differ
+"""Codecs whose payloads hold sums as a library adds them (products, factors, statistics), so that they differ
 in their last bits. Of these the decoded output is compared, given the same payload."""
 
 
@@ -83,13 +83,13 @@ def _copy_(source: Message, target: Message) -> None:
     if theirs.memory is not None and ours.memory is not None:
         theirs.memory.copy_(ours.memory)
     if theirs.state is not None and ours.state is not None:
-        for name, tensor in ours.state.shared.items():
-            theirs.state.shared[name].copy_(tensor)
+        for there, here in zip(theirs.state.list_shared(), ours.state.list_shared(), strict=True):
+            there.copy_(here)
 
 
 def learned(state: State | None) -> torch.Tensor | None:
     """What a state has that both ends hold alike, in one piece."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
 
 
 def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from pydoc_data import topics
@@ -44,6 +44,8 @@ CODECS_HERE: tuple[dict[str, Any], ...] = (
     *({"name": "topk", "ratio": bits / 32} for bits in (4, 2)),
     {"name": "randk", "ratio": 4 / 16},
     {"name": "lowrank", "rank": 32},
+    *({"name": "transform", "bits": bits} for bits in (4, 3, 2, 1)),
+    *({"name": "transform", "bits": bits, "basis": "eigen"} for bits in (3, 2, 1)),
 )
 ON_PROSE = ("none", "eden4", "eden3", "int4", "int8")
 TEXTS: dict[str, Path] = {"C++": C10, "prose": Path(topics.__file__)}
@@ -53,6 +55,9 @@ SHAPE = torch.Size((1, LENGTH, 576))
 """Of what crosses a link. Bits are counted for 4,096 tokens x 4,096 channels, as in a large model; those of
 `lowrank` for this, as its share shrinks with the shape."""
 SEED = 1
+NUM_WARM_UP, REFRESH = 36, 12
+"""An eigenbasis is learned beforehand, from so many windows of text that is trained on, a new one every so
+many: what is measured has the second one, of 18 windows' rows. Its cost is counted over 256 messages."""
 
 
 class Row(NamedTuple):
@@ -76,6 +81,7 @@ def list_rows() -> list[Row]:
         if options["name"] == "lowrank":
             bits = 8 * codec.nbytes(SHAPE, torch.bfloat16) / SHAPE.numel()
         family = re.sub(r"(?<!fp)\d+", "", options["name"].split("_")[0]) + " rotate" * ("rotate" in options)
+        family += f" {options['basis']}" if "basis" in options else ""
         for text in TEXTS if name in ON_PROSE else ("C++",):
             found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
     for peer in _list_peers():
@@ -106,16 +112,22 @@ class Study:
             corpus, _ = tokens(path, tokenizer.backend_tokenizer)
             held_out = Windows(corpus, LENGTH, 1, validation=True).batches(SEED)
             self.windows[name] = list(islice(held_out, NUM_WINDOWS))
+        corpus, _ = tokens(TEXTS["C++"], tokenizer.backend_tokenizer)
+        self.others = list(islice(Windows(corpus, LENGTH, 1, validation=False).batches(SEED), NUM_WARM_UP))
 
-    @torch.no_grad()
     def measure(self, row: Row) -> list[float]:
         """The loss of each window."""
         cuts = [self.model.base_model.layers[number - 1] for number in CUTS[row.num_links]]
         losses = []
         if row.options is not None:
-            links = Links({"activations": {"codec": row.options}}, len(cuts))
+            learns = row.options.get("basis") == "eigen"
+            options = {**row.options, "refresh": REFRESH} if learns else row.options
+            links = Links({"activations": {"codec": options}}, len(cuts))
+            first = 0
+            if learns:
+                first = self._warm_up(links, CUTS[row.num_links])
             with links.behind(cuts):
-                for step, window in enumerate(self.windows[row.text]):
+                for step, window in enumerate(self.windows[row.text], first):
                     links.begin_step(step, [True])
                     losses.append(self._find_loss(window))
             return losses
@@ -126,6 +138,31 @@ class Study:
             handle.remove()
         return losses
 
+    def _warm_up(self, links: Links, cuts: Sequence[int]) -> int:
+        """Sends what the uncompressed model puts out at the cuts; the number of messages."""
+        for number, cut in enumerate(cuts):
+            for step, hidden in enumerate(self.hidden[cut]):
+                links.begin_step(step, [True])
+                links.carry("activations", number, 0, hidden)
+        return NUM_WARM_UP
+
+    @cached_property
+    def hidden(self) -> dict[int, list[torch.Tensor]]:
+        """By block: what it puts out, for each window of text that is trained on."""
+        found: dict[int, list[torch.Tensor]] = {cut: [] for cuts in CUTS.values() for cut in cuts}
+        handles = [
+            self.model.base_model.layers[cut - 1].register_forward_hook(
+                lambda _, __, out, cut=cut: found[cut].append(out.clone())
+            )
+            for cut in found
+        ]
+        for window in self.others:
+            self._find_loss(window)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    @torch.no_grad()
     def _find_loss(self, window: tuple[torch.Tensor, torch.Tensor]) -> float:
         ids, labels = window
         return llm.loss(self.model(ids, use_cache=False).logits, labels).item()

@@ -15,7 +15,7 @@ from clapping_ds.config import ClappingConfig
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
 from clapping_ds.link.seeds import draw_word
-from clapping_ds.link.streams import SideStream
+from clapping_ds.streams import SideStream
 
 CPU = torch.device("cpu")
 

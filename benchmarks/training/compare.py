@@ -23,7 +23,9 @@ from launch.trainer import RunConfig, RunResult, train
 STOCK = "stock DeepSpeed"
 
 
-def block(strategy: str, codec: str | dict[str, Any], key: str | None = None) -> dict[str, Any]:
+def block(
+    strategy: str, codec: str | dict[str, Any], key: str | dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A `"clapping"` block with the same codecs in both directions. codec: of all messages with `direct`,
     else of deltas."""
     if strategy == "direct":

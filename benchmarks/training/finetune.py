@@ -69,6 +69,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "direct eden4": block("direct", "eden4"),
     "direct eden3": block("direct", "eden3"),
     "direct eden2": block("direct", "eden2"),
+    **{
+        f"direct transform {bits}": block("direct", {"name": "transform", "bits": bits}) for bits in (3, 2, 1)
+    },
     "uncompressed, lazy": {**block("fu", "none"), **LAZY},
     "fu eden2": {**block("fu", "eden2"), **LAZY},
     "fc eden4": {**block("fc", "eden4"), **LAZY},
@@ -77,9 +80,13 @@ BLOCKS: dict[str, dict[str, Any]] = {
         **block("key_delta", {"name": "lowrank", "rank": 4}, key="eden4"),
         **LAZY,
     },
+    "key transform 3, delta transform 0.25": {
+        **block("key_delta", {"name": "transform", "bits": 0.25}, key={"name": "transform", "bits": 3}),
+        **LAZY,
+    },
 }
 EPOCHS = "uncompressed, epochs of as many samples as lazy"
-DEEP = ("direct int8", "direct eden4", "direct eden3")
+DEEP = ("direct int8", "direct eden4", "direct eden3", "direct transform 3", "direct transform 2")
 """At 1 and 7 links as well; all at 3."""
 WITH_LORA = ("uncompressed", "direct eden4", "direct eden3")
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from clapping_ds.autotune.depth import count_warmup, find_hiding_depth
 from clapping_ds.codecs import AnyCodec, Raw
-from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.base import STRICT, label
 from clapping_ds.config import ClappingConfig, CodecConfig, LazyConfig
 from clapping_ds.report import format_table
 
@@ -107,7 +107,7 @@ class Decision(BaseModel):
                 "latency ms": choice.latency_ms,
                 "raw ms": choice.raw_ms,
                 "stage ms": self.stage_ms,
-                "codec": choice.codec.name,
+                "codec": label(choice.codec),
                 "on the wire ms": choice.compressed_ms,
             }
             for choice in self.choices

@@ -15,7 +15,6 @@ from clapping_ds.codecs.base import width_of
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
-from clapping_ds.link.streams import Stopwatch
 from clapping_ds.link.wire import Wire
 from clapping_ds.stage.endpoint import (
     ACTIVATIONS_FROM_PREVIOUS,
@@ -25,6 +24,7 @@ from clapping_ds.stage.endpoint import (
     End,
     Endpoint,
 )
+from clapping_ds.streams import Stopwatch
 
 NUM_PINGS = 8
 LONG_ENOUGH_S = 0.1

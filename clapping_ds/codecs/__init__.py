@@ -1,4 +1,5 @@
-"""The codecs by name. A codec is a frozen pydantic model: its JSON is its configuration."""
+"""The codecs by name. A codec is a frozen pydantic model: its JSON is its configuration. A list of them is a
+`CodecSequence`."""
 
 from clapping_ds.codecs.base import COMPRESSIBLE_DTYPES, Codec, Context, State, bits_per_value
 from clapping_ds.codecs.eden import Eden
@@ -7,12 +8,14 @@ from clapping_ds.codecs.lowrank import LowRank
 from clapping_ds.codecs.quant import Quantizer
 from clapping_ds.codecs.randk import RandK
 from clapping_ds.codecs.raw import Raw
+from clapping_ds.codecs.sequence import CodecSequence
 from clapping_ds.codecs.topk import TopK
 from clapping_ds.codecs.transform import Transform
 
-AnyCodec = Raw | Quantizer | Eden | Float8 | TopK | RandK | LowRank | Transform
+SimpleCodec = Raw | Quantizer | Eden | Float8 | TopK | RandK | LowRank | Transform
+AnyCodec = SimpleCodec | CodecSequence
 
-CODECS: dict[str, type[AnyCodec]] = {
+CODECS: dict[str, type[SimpleCodec]] = {
     "none": Raw,
     "int8": Quantizer,
     "int4": Quantizer,
@@ -36,6 +39,7 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "AnyCodec",
     "Codec",
+    "CodecSequence",
     "Context",
     "Eden",
     "Float8",
@@ -43,6 +47,7 @@ __all__ = [
     "Quantizer",
     "RandK",
     "Raw",
+    "SimpleCodec",
     "State",
     "TopK",
     "Transform",

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -50,10 +50,19 @@ class State:
     num_messages: int = 0
     pending: Future[dict[str, torch.Tensor]] | None = None
     """What is computed beside the messages, to become part of `own`."""
+    members: "list[State | None]" = field(default_factory=list)
+    """Of the codecs of a sequence."""
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensors in (self.shared, self.own) for tensor in tensors.values())
+        tensors = [*self.shared.values(), *self.own.values()]
+        members = [member.nbytes for member in self.members if member is not None]
+        return sum(tensor.nbytes for tensor in tensors) + sum(members)
+
+    def list_shared(self) -> list[torch.Tensor]:
+        """All that is equal at both ends."""
+        members = [member.list_shared() for member in self.members if member is not None]
+        return [*self.shared.values(), *(tensor for shared in members for tensor in shared)]
 
     def settle(self) -> None:
         """Waits for what is computed beside the messages."""
@@ -63,12 +72,20 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         self.settle()
-        return {"shared": self.shared, "own": self.own, "num_messages": self.num_messages}
+        return {
+            "shared": self.shared,
+            "own": self.own,
+            "num_messages": self.num_messages,
+            "members": [None if member is None else member.state_dict() for member in self.members],
+        }
 
     def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
         """Takes what `state_dict` of the same end gave."""
         self.settle()
         self.num_messages = saved["num_messages"]
+        for member, of_member in zip(self.members, saved["members"], strict=True):
+            if member is not None:
+                member.load_state_dict(of_member, device)
         self.shared, self.own = (
             {name: tensor.to(device, copy=True) for name, tensor in saved[part].items()}
             for part in ("shared", "own")
@@ -113,7 +130,8 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
-    carries_by_default: ClassVar[bool]
+    @property
+    def carries_by_default(self) -> bool: ...
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
 
@@ -143,6 +161,19 @@ def check_block(name: str, block: int, shape: tuple[int, ...]) -> None:
 def limit(*tensors: torch.Tensor | None) -> float:
     """The largest magnitude that is finite in every given tensor's dtype: where a memory saturates."""
     return min(torch.finfo(tensor.dtype).max for tensor in tensors if tensor is not None)
+
+
+def label(codec: Any) -> str:
+    """For tables: the name, and the options that are not the defaults."""
+    if codec.name == "sequence":
+        return " + ".join(map(label, codec.codecs))
+    fields = type(codec).model_fields
+    options = [
+        f"{name}={getattr(codec, name)}"
+        for name in fields
+        if name != "name" and getattr(codec, name) != fields[name].default
+    ]
+    return " ".join([codec.name, *options])
 
 
 def bits_per_value(codec: Codec, dtype: torch.dtype) -> float:

@@ -21,6 +21,7 @@ Where both ends must have the same bits, r U is a product of integers: r_k 2^-p_
 two, the smallest with which all stay below 2^14, times Q_k. Such sums are exact in any order.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -30,6 +31,7 @@ from clapping_ds.codecs.base import State, ceil_div
 from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.transform_reference import LARGEST_W, Coding, invert
 from clapping_ds.codecs.statistics import find_statistics
+from clapping_ds.streams import start_copy
 
 SAMPLES = 8
 """Rows per coordinate that the covariance gets in half a period, where messages have so many: with the
@@ -79,7 +81,8 @@ def begin_message(state: State, refresh: int) -> bool:
             own["used_analysis_CC"] = own["analysis_CC"]
         if "computed" in own:
             device = state.shared["used"].device
-            own["leaving"], own["analysis_CC"] = (own[name].to(device) for name in ("computed", "inverse_CC"))
+            own["leaving"] = own.pop("computed").to(device, non_blocking=True)
+            own["analysis_CC"] = own.pop("inverse_CC").to(device, non_blocking=True)
     return period > 1
 
 
@@ -118,7 +121,8 @@ def learn_(state: State, refresh: int, x_MC: torch.Tensor, finite_M: torch.Tenso
     own["covariance_CC"].addmm_(z_SC.T, z_SC)
     if state.num_messages % refresh == refresh // 2:
         thread = ThreadPoolExecutor(1)
-        state.pending = thread.submit(_compute, own["covariance_CC"].to("cpu", copy=True))
+        copy = start_copy(own["covariance_CC"])
+        state.pending = thread.submit(_compute, copy, pins=x_MC.is_cuda)
         thread.shutdown(wait=False)
         own["covariance_CC"] *= REMEMBERED
 
@@ -141,14 +145,16 @@ def _slice(basis: torch.Tensor, number: int, section: torch.Tensor) -> torch.Ten
     return basis[number * len(section) :][: len(section)]
 
 
-def _compute(covariance_CC: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A basis, and the inverse of what it stands for; on the CPU."""
-    rows_CC = torch.linalg.eigh(covariance_CC).eigenvectors.T
+def _compute(copy: Callable[[], torch.Tensor], pins: bool) -> dict[str, torch.Tensor]:
+    """The basis of a covariance, and the inverse of what it stands for, on the CPU; pinned, so that nothing
+    waits for a copy to a GPU."""
+    rows_CC = torch.linalg.eigh(copy()).eigenvectors.T
     down_C1 = _power_of_two(_exponent(rows_CC.abs().amax(1, keepdim=True)) - 6)
     integer_CC = (rows_CC / down_C1).round().clamp(-LARGEST_INT8, LARGEST_INT8)
     exponent_C = -_exponent(down_C1[:, 0])
     computed = torch.cat([integer_CC.flatten(), exponent_C]).to(torch.int8)
-    return {"computed": computed, "inverse_CC": torch.linalg.inv(integer_CC * down_C1)}
+    found = {"computed": computed, "inverse_CC": torch.linalg.inv(integer_CC * down_C1)}
+    return {name: tensor.pin_memory() for name, tensor in found.items()} if pins else found
 
 
 def _read(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

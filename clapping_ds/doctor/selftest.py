@@ -37,6 +37,7 @@ VARIANTS: tuple[AnyCodec, ...] = (
     Float8(name="fp8_e5m2", group_size=16),
     TopK(ratio=0.5, block=128, values="int8"),
     RandK(ratio=1.0, block=64),
+    Transform(bits=1.5, basis="eigen"),
 )
 MOST_NAMED = 4
 
@@ -57,7 +58,7 @@ def list_cases() -> Iterator[Case]:
     """Each codec with each dtype and with each kind of memory, each variant with one of each. Every pair of
     them would be minutes of compiling on a GPU."""
     for number, (name, kind) in enumerate(CODECS.items()):
-        codec = kind(name=name)  # type: ignore[arg-type]
+        codec: AnyCodec = kind(name=name)  # type: ignore[arg-type]
         for index, dtype in enumerate(DTYPES):
             yield Case(codec, dtype, MEMORIES[(number + index) % len(MEMORIES)])
     for number, codec in enumerate(VARIANTS):
@@ -99,8 +100,8 @@ def _exchange(
 ) -> dict[str, Any]:
     """What both ends hold and send after one message, by name.
 
-    payload   what the receiver gets; None: what the sender has made. `lowrank` and `transform` send what the
-              device's own sums say: what their sender makes is not looked at then
+    payload   what the receiver gets; None: what the sender has made. Low-rank factors and a transform's
+              statistics are sums as the device adds them: what the sender makes is not looked at then
     """
     codec, device = case.codec, value.device
     memories = [None if memory is None else memory.clone() for _ in range(2)]
@@ -118,7 +119,7 @@ def _exchange(
 
 def _learned(state: State | None) -> torch.Tensor | None:
     """What a state has that both ends must hold alike."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.shared.values()])
+    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from clapping_ds.codecs import Codec, Context, State
-from clapping_ds.link.streams import SideStream
+from clapping_ds.streams import SideStream
 
 
 class Spec(NamedTuple):

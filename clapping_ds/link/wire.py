@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from clapping_ds.link.groups import find_carrier, naming_peer
-from clapping_ds.link.streams import SideStream
+from clapping_ds.streams import SideStream
 
 POLL_S = 1e-3
 

@@ -5,7 +5,7 @@ import os
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK
+from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK, Transform
 
 
 def reproducible(num_examples):
@@ -21,6 +21,7 @@ OPTIONS = {
     TopK: {"ratio": [0.01, 0.05, 0.5], "block": [64], "values": ["bfloat16", "int8"]},
     RandK: {"ratio": [0.1, 1], "block": [64]},
     LowRank: {"rank": [1, 2, 16]},
+    Transform: {"bits": [0.0625, 1, 2.5], "basis": ["channel", "eigen"], "refresh": [2, 3]},
 }
 
 
@@ -29,6 +30,15 @@ def codecs(draw):
     name = draw(st.sampled_from(list(CODECS)))
     options = {} if name == "sign" else OPTIONS.get(CODECS[name], {})
     return {"name": name, **{key: draw(st.sampled_from(values)) for key, values in options.items()}}
+
+
+@st.composite
+def sequences(draw):
+    return draw(st.lists(codecs().filter(lambda codec: codec["name"] != "none"), min_size=2, max_size=3))
+
+
+def list_codecs(codec):
+    return codec if isinstance(codec, list) else [codec]
 
 
 MEMBERS = {"direct": ["codec"], "fu": ["delta"], "fc": ["delta"], "key_delta": ["key", "delta"]}
@@ -40,10 +50,14 @@ def blocks(draw, min_numels, refresh=("step",), **others):
     strategy = draw(st.sampled_from(["fu", "fc", "fc", "key_delta", "key_delta", "direct"]))
     directions, carries = {}, False
     for name in ("activations", "gradients"):
-        direction = {member: draw(codecs()) for member in MEMBERS[strategy]}
-        largest_block = max(codec.get("block", 0) for codec in direction.values())
+        direction = {
+            member: draw(st.one_of(codecs(), codecs(), codecs(), sequences())) for member in MEMBERS[strategy]
+        }
+        largest_block = max(
+            member.get("block", 0) for codec in direction.values() for member in list_codecs(codec)
+        )
         key = direction.get("key", direction.get("delta"))
-        if strategy in ("fc", "key_delta") and key["name"] != "none":
+        if strategy in ("fc", "key_delta") and list_codecs(key)[0]["name"] != "none":
             direction["base"] = draw(st.sampled_from([None, "reset", "carry", "carry"]))
             carries |= direction["base"] == "carry"
         directions[name] = {**direction, "min_numel": max(largest_block, draw(st.sampled_from(min_numels)))}

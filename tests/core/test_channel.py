@@ -12,8 +12,8 @@ from clapping_ds.codecs import CODECS
 from clapping_ds.config import DIRECTIONS
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
-from clapping_ds.link.streams import SideStream
 from clapping_ds.stage.sampling import Coin
+from clapping_ds.streams import SideStream
 
 SHAPE = (3, 40, 64)
 
@@ -50,9 +50,8 @@ class QueueWire:
 
 
 def same_state(state, other):
-    return state.num_messages == other.num_messages and all(
-        torch.equal(tensor, other.shared[name]) for name, tensor in state.shared.items()
-    )
+    tensors = zip(state.list_shared(), other.list_shared(), strict=True)
+    return state.num_messages == other.num_messages and all(torch.equal(*pair) for pair in tensors)
 
 
 class Ends:

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.codecs import CODECS, Eden, Float8, LowRank, Quantizer, RandK, TopK, bits_per_value
+from clapping_ds.codecs import (
+    CODECS,
+    Eden,
+    Float8,
+    LowRank,
+    Quantizer,
+    RandK,
+    TopK,
+    Transform,
+    bits_per_value,
+)
 from clapping_ds.config import DirectionConfig, LazyConfig, LinksConfig, MemoryConfig, schema
 
 NUM_BLOCKS = 10_000
@@ -58,6 +68,7 @@ def valid_codec(rng):
         TopK: {"ratio": [1e-9, 0.05, 0.5], "block": [64, 1024], "values": ["bfloat16", "int8"]},
         RandK: {"ratio": [0.1, 1], "block": [64, 1024]},
         LowRank: {"rank": [1, 4, 64]},
+        Transform: {"bits": [0.0625, 3, 7.5], "basis": ["channel", "eigen"], "refresh": [2, 1000]},
     }.get(codec, {})
     return {"name": name, **some(rng, options)}
 

@@ -339,7 +339,7 @@ def test_broken_codecs_are_named(monkeypatch):
     monkeypatch.setattr(Eden, "decode_", decode_wrongly)
     found = selftest.check_codecs(Visit())
     assert found.status is Status.FAIL
-    assert found.text.startswith("2 of 57 configurations differ: Eden(")
+    assert found.text.startswith("2 of 61 configurations differ: Eden(")
     assert found.text.count("name='eden3'") == 2
     assert "receiver's memory" in found.text
     monkeypatch.setattr(CODECS["topk"], "encode_", encode_wrongly)

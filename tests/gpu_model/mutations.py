@@ -7,16 +7,17 @@ from unittest import mock
 
 import torch
 
+from clapping_ds import streams
 from clapping_ds.autotune import measurement
 from clapping_ds.hosts.deepspeed import engine as deepspeed_engine
-from clapping_ds.link import groups, streams
+from clapping_ds.link import groups
 from clapping_ds.link.channel import Arrivals, Channel
 from clapping_ds.link.groups import Control
-from clapping_ds.link.streams import SideStream, Stopwatch
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.link.visits import Visits
 from clapping_ds.link.wire import Buffers, Pending, Wire
 from clapping_ds.stage.endpoint import Endpoint
+from clapping_ds.streams import SideStream, Stopwatch
 from tests.gpu_model.cases import AllocationError, check
 from tests.gpu_model.machine import ModelError
 from tests.gpu_model.program import Case

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clapping_ds import streams
 from clapping_ds.autotune import measurement
-from clapping_ds.link import groups, streams, wire
+from clapping_ds.link import groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
 

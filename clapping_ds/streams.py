@@ -6,7 +6,7 @@ same names).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,23 @@ class SideStream:
         """The host waits for all that this stream has got so far."""
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def start_copy(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Has a copy on the host made when the current stream comes to it. What is given waits for that and
+    gives the copy; any thread may call it."""
+    if tensor.device.type not in ASYNCHRONOUS:
+        copy = tensor.clone()
+        return lambda: copy
+    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    event = cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        event.synchronize()
+        return pinned
+
+    return wait
 
 
 class Stopwatch:

@@ -1,0 +1,66 @@
+"""The count of what the codec `transform` costs counts what it says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.kernels import budget
+
+NUM_CODED = 4096 - 4096 // 128
+PRODUCT = 2 * NUM_CODED * 4096**2
+SAMPLE = 2 * (4096 // 16) * 4096**2
+"""Of C / 16 rows of a message, for the covariance."""
+PROGRAM = """
+import json
+from benchmarks.kernels import budget
+from benchmarks.kernels.variants import SITUATIONS
+from clapping_ds.codecs import Transform
+
+products = {
+    f"{basis} {situation.label} {end}": [cost.operations["fp32"], cost.operations["int8"]]
+    for basis in ("channel", "eigen")
+    for situation in SITUATIONS
+    for end, cost in budget.count(Transform(bits=2, basis=basis), situation).items()
+}
+print(json.dumps([products, budget.rows()]))
+"""
+
+
+def test_products_are_those_of_the_eigenbasis_and_no_bytes_are_missing():
+    """In a process of its own: here Triton interprets its kernels, and they are not launched but run."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    products, rows = json.loads(done.stdout)
+    assert all(found == [0, 0] for name, found in products.items() if name.startswith("channel"))
+    analysis, _ = products["eigen direct encode"]
+    assert PRODUCT + SAMPLE <= analysis <= PRODUCT + 1.1 * SAMPLE
+    assert products["eigen direct encode"] == [analysis, 0]
+    assert products["eigen direct decode"] == [PRODUCT, 0]
+    assert products["eigen memory encode"] == [analysis, 2 * PRODUCT], "two planes"
+    assert products["eigen memory decode"] == [0, 2 * PRODUCT]
+    assert len(rows) == 12
+    assert all(line["moved / least"] >= 1 and line["passes"] >= 2 for line in rows)
+
+
+def test_bytes_are_those_that_are_read_and_written():
+    x, row = torch.empty(4096, 4096, device="meta"), torch.empty(4096, device="meta")
+    size = x.nbytes
+    for operation, expected in (
+        (lambda: x + 1.0, 2 * size),
+        (lambda: x + row, 2 * size + row.nbytes),
+        (lambda: x + row.expand(4096, 4096), 2 * size + row.nbytes),
+        (lambda: x.mul_(2.0), 2 * size),
+        (lambda: x.zero_(), size),
+        (lambda: x.copy_(row.expand_as(x)), size + row.nbytes),
+        (lambda: x.T, 0),
+        (lambda: torch.empty_like(x), 0),
+        (lambda: torch.where(x > 0, 1.0, x), 2 * (size + size // 4) + size),
+    ):
+        cost = budget.Cost()
+        with budget.Counting(cost):
+            operation()
+        assert abs(cost.num_bytes - expected) <= 16

@@ -40,7 +40,6 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field
-from torch.nn.functional import pad
 
 from clapping_ds.codecs import eigenbasis
 from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
@@ -48,6 +47,7 @@ from clapping_ds.codecs.reference.numerics_reference import (
     deliver_,
     keep_,
     load_base_like,
+    pad_end,
     subtract_base,
     update,
 )
@@ -255,7 +255,7 @@ def _part_rows(value: torch.Tensor, context: Context, sizes: Sizes) -> Rows:
     places_K = norm_N.topk(sizes.num_outliers).indices.sort().values
     others_M = _list_others(places_K, sizes.num_rows)
     outliers_KD = x_ND[places_K].masked_fill(~finite_N[places_K, None], torch.nan)
-    coded_MC = pad(x_ND[others_M], (0, sizes.num_coordinates - sizes.num_channels))
+    coded_MC = pad_end(x_ND[others_M], sizes.num_coordinates)
     return Rows(places_K, outliers_KD, coded_MC, finite_N[others_M], torch.exp2(exponent))
 
 

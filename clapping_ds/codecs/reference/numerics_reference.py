@@ -9,12 +9,15 @@ LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 NAN_BFLOAT16_BITS = 0x7FC0
 
 
+def pad_end(x: torch.Tensor, size: int) -> torch.Tensor:
+    """With zeros, to `size` in the last dimension; the tensor itself where it is that long."""
+    return pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
+
+
 def to_tiles(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
     """[G, S] of the contiguous tensor in its own dtype: a view where it fills the groups, else a copy
     padded with zeros, which `untile_` writes back."""
-    flat = tensor.view(-1)
-    padding = num_groups * size - flat.numel()
-    return (pad(flat, (0, padding)) if padding else flat).view(num_groups, size)
+    return pad_end(tensor.view(-1), num_groups * size).view(num_groups, size)
 
 
 def untile_(tensor: torch.Tensor, tiles_GS: torch.Tensor) -> None:
@@ -25,8 +28,7 @@ def untile_(tensor: torch.Tensor, tiles_GS: torch.Tensor) -> None:
 
 def to_groups(tensor: torch.Tensor, num_groups: int, size: int) -> torch.Tensor:
     """fp32 [G, S] of the flattened tensor, padded with zeros."""
-    flat = tensor.reshape(-1).float()
-    return pad(flat, (0, num_groups * size - flat.numel())).view(num_groups, size)
+    return pad_end(tensor.reshape(-1).float(), num_groups * size).view(num_groups, size)
 
 
 def subtract_base(

@@ -68,7 +68,7 @@ def capture(
     visits: list[list[Visit]] = []
     losses = {}
     coming: list[Batch] = []
-    links = Links(block("direct", "none"), 0)
+    links = Links(block("direct", "none"))
     steps = train(model.train(), [], links, adam, constant, lambda: coming.pop(0), max(STEPS))
     for step in tqdm(range(1, max(STEPS) + 1), desc="capture", mininterval=1.0):
         coming += [next_batch() for _ in range(NUM_SLOTS)]

@@ -9,6 +9,7 @@ language reference), to show how far a text moves them.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -70,6 +71,13 @@ class Row(NamedTuple):
     num_links: int
     options: dict[str, Any] | None
     """Of a codec of the package; None: it is another's."""
+    shares_bits: bool = False
+    """Links with a larger error get more bits, others fewer."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether its codec needs messages before it is at its best."""
+        return self.options is not None and self.options.get("basis") == "eigen"
 
 
 def list_rows() -> list[Row]:
@@ -84,6 +92,10 @@ def list_rows() -> list[Row]:
         family += f" {options['basis']}" if "basis" in options else ""
         for text in TEXTS if name in ON_PROSE else ("C++",):
             found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
+    for row in [row for row in found if row.learns and row.num_links > 1]:
+        found.append(
+            row._replace(codec=f"{row.codec} shared", family=f"{row.family} shared", shares_bits=True)
+        )
     for peer in _list_peers():
         found += [Row("C++", peer.name, peer.family, peer.bits, num_links, None) for num_links in CUTS]
     return found
@@ -120,14 +132,9 @@ class Study:
         cuts = [self.model.base_model.layers[number - 1] for number in CUTS[row.num_links]]
         losses = []
         if row.options is not None:
-            learns = row.options.get("basis") == "eigen"
-            options = {**row.options, "refresh": REFRESH} if learns else row.options
-            links = Links({"activations": {"codec": options}}, len(cuts))
-            first = 0
-            if learns:
-                first = self._warm_up(links, CUTS[row.num_links])
+            links = self._make_links(row)
             with links.behind(cuts):
-                for step, window in enumerate(self.windows[row.text], first):
+                for step, window in enumerate(self.windows[row.text], NUM_WARM_UP):
                     links.begin_step(step, [True])
                     losses.append(self._find_loss(window))
             return losses
@@ -138,13 +145,32 @@ class Study:
             handle.remove()
         return losses
 
-    def _warm_up(self, links: Links, cuts: Sequence[int]) -> int:
-        """Sends what the uncompressed model puts out at the cuts; the number of messages."""
+    def _make_links(self, row: Row) -> Links:
+        """Which have learned."""
+        assert row.options is not None
+        options, cuts = row.options, CUTS[row.num_links]
+        if row.learns:
+            options = {**options, "refresh": REFRESH}
+        links = Links(*[{"activations": {"codec": options}}] * len(cuts))
+        errors = self._warm_up(links, cuts) if row.learns else []
+        if row.shares_bits:
+            shares = share_bits(options["bits"], errors)
+            links = Links(*[{"activations": {"codec": {**options, "bits": bits}}} for bits in shares])
+            self._warm_up(links, cuts)
+        return links
+
+    def _warm_up(self, links: Links, cuts: Sequence[int]) -> list[float]:
+        """Sends what the uncompressed model puts out at the cuts. Of each link the mean squared error of a
+        token relative to its norm, in the last period."""
+        errors = []
         for number, cut in enumerate(cuts):
+            found = []
             for step, hidden in enumerate(self.hidden[cut]):
                 links.begin_step(step, [True])
-                links.carry("activations", number, 0, hidden)
-        return NUM_WARM_UP
+                error = links.carry("activations", number, 0, hidden) - hidden
+                found.append((error.square().sum(-1) / hidden.square().sum(-1)).mean().item())
+            errors.append(mean(found[-REFRESH:]))
+        return errors
 
     @cached_property
     def hidden(self) -> dict[int, list[torch.Tensor]]:
@@ -166,6 +192,13 @@ class Study:
     def _find_loss(self, window: tuple[torch.Tensor, torch.Tensor]) -> float:
         ids, labels = window
         return llm.loss(self.model(ids, use_cache=False).logits, labels).item()
+
+
+def share_bits(mean_bits: float, errors: Sequence[float]) -> list[float]:
+    """Of each link, in multiples of 1/16: what makes errors equal if a bit divides an error by four, hence the
+    least sum of errors then."""
+    middle = mean(math.log2(error) for error in errors)
+    return [round(16 * (mean_bits + (math.log2(error) - middle) / 2)) / 16 for error in errors]
 
 
 def _replace(peer: Peer, block: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
@@ -226,19 +259,33 @@ LEAST_DRAWN = 1e-4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only", default="", help="codecs whose name contains this; other rows stay as they are"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = list_rows()
+    rows = [row for row in list_rows() if options.only in row.codec or row.codec == "none"]
     with ProcessPoolExecutor(options.processes, initializer=_start) as pool:
         losses = list(tqdm(pool.map(_measure, rows), total=len(rows), desc="damage", mininterval=1.0))
     without = {row.text: found for row, found in zip(rows, losses, strict=True) if row.codec == "none"}
     table = [describe(row, found, without[row.text]) for row, found in zip(rows, losses, strict=True)]
     target = options.results / "damage"
+    if options.only:
+        measured = {(line["text"], line["codec"], line["links"]) for line in table}
+        kept = read_csv(target.with_suffix(".csv"))
+        table += [line for line in kept if (line["text"], line["codec"], int(line["links"])) not in measured]
     write_results(
         target,
         table,
-        {"model": llm.SMOLLM2, "cuts": CUTS, "tokens": LENGTH * NUM_WINDOWS, "texts": TEXTS, "seed": SEED},
+        {
+            "model": llm.SMOLLM2,
+            "cuts": CUTS,
+            "tokens": LENGTH * NUM_WINDOWS,
+            "texts": TEXTS,
+            "seed": SEED,
+            "only": options.only,
+        },
     )
     plot(target.with_suffix(".csv"), target.with_suffix(".png"))
     print(format_table(table))

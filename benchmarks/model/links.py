@@ -86,15 +86,16 @@ class Link(torch.autograd.Function):
 class Links:
     """All links of a pipeline.
 
-    block   of the configuration: the "clapping" block
+    blocks   of the configuration: the "clapping" block of each link
     """
 
-    def __init__(self, block: Mapping[str, Any], num_links: int) -> None:
-        self.config = ClappingConfig.from_ds_config({"clapping": block})
+    def __init__(self, *blocks: Mapping[str, Any]) -> None:
+        configs = [ClappingConfig.from_ds_config({"clapping": block}) for block in blocks]
+        self.config = configs[0]
         self.directions = {
-            (name, link): Direction(self.config, link, name)
+            (name, link): Direction(config, link, name)
             for name in ("activations", "gradients")
-            for link in range(num_links)
+            for link, config in enumerate(configs)
         }
         self.fresh: Sequence[bool] = ()
         self.slot = 0

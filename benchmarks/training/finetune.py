@@ -145,7 +145,7 @@ def measure(run: Run, seed: int, steps: int) -> dict[str, Any]:
     rate = LEARNING_RATES[run.weights]
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(adam, 1 / WARM_UP_STEPS, total_iters=WARM_UP_STEPS - 1)
-    links = Links(run.block, run.num_links)
+    links = Links(*[run.block] * run.num_links)
     blocks = [model.base_model.layers[number - 1] for number in CUTS[run.num_links]]
     before = validate(model.eval(), held_out)
     losses = list(train(model.train(), blocks, links, adam, warm_up, partial(next, batches), steps))

@@ -16,7 +16,7 @@ from tests.core.test_llm import make, make_ids
 
 
 def cross(model, block, numbers, ids):
-    links = Links(block, len(numbers))
+    links = Links(*[block] * len(numbers))
     links.begin_step(0, [True])
     with links.behind([model.base_model.layers[number] for number in numbers]):
         return links, model(ids).logits
@@ -105,7 +105,7 @@ def test_runs_are_named_once_and_their_blocks_are_right():
     runs = finetune.list_runs()
     assert len({(run.name, run.weights, run.num_links) for run in runs}) == len(runs)
     for run in runs:
-        Links(run.block, run.num_links)
+        Links(*[run.block] * run.num_links)
 
 
 def test_epochs_use_every_sample_equally_often():
@@ -128,3 +128,9 @@ def test_a_summary_compares_runs_of_the_same_seed():
     ]
     _, found = finetune.summarize(rows)
     assert (found["seeds"], found["loss"], found["against uncompressed"]) == (2, "3.1000", "+0.6000")
+
+
+def test_links_with_larger_errors_get_more_bits():
+    shares = damage.share_bits(2, [0.01, 0.04, 0.01, 0.04])
+    assert shares == [1.5, 2.5, 1.5, 2.5]
+    assert damage.share_bits(3, [0.02] * 7) == [3] * 7

@@ -70,7 +70,7 @@ def train_in_one_process(name, rank, block):
     last = getattr(model.base_model, cuts.parts.blocks)[cuts.blocks[0].stop - 1]
     adam = optimizer(model, RUN)
     schedule = learning_rate_schedule(adam, RUN)
-    losses = train(model, [last], Links(block, 1), adam, schedule, partial(next, feed()), STEPS)
+    losses = train(model, [last], Links(block), adam, schedule, partial(next, feed()), STEPS)
     return list(losses), model
 
 

@@ -195,7 +195,7 @@ class Study:
 
 
 def share_bits(mean_bits: float, errors: Sequence[float]) -> list[float]:
-    """Of each link, in multiples of 1/16: what makes errors equal if a bit divides an error by four, hence the
+    """Of each link, in multiples of 1/16: what makes errors equal, if a bit divides one by four. That is the
     least sum of errors then."""
     middle = mean(math.log2(error) for error in errors)
     return [round(16 * (mean_bits + (math.log2(error) - middle) / 2)) / 16 for error in errors]

@@ -36,6 +36,7 @@ i-th bits of its 16 codes; padding to 16 bytes.
 """
 
 import math
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -274,8 +275,8 @@ def _give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 [B]: the bits of each block of sorted coordinates. A block's error falls ever less with each bit,
     so the largest falls of all are those that giving out one bit after the other would reach."""
     variance_B = deviation_C.double().square().view(-1, BLOCK).sum(1)
-    errors = torch.tensor(ERRORS, dtype=torch.float64, device=deviation_C.device)
-    fall_B8 = variance_B[:, None] * (errors[:-1] - errors[1:])
+    falls = [variance_B * (before - after) for before, after in pairwise(ERRORS)]  # no copy from the host
+    fall_B8 = torch.stack(falls, 1)
     taken = fall_B8.flatten().argsort(descending=True, stable=True)[:num_bits]
     given_B = torch.zeros(len(variance_B), dtype=torch.int32, device=deviation_C.device)
     return given_B.index_add_(0, taken // MOST_BITS, torch.ones_like(taken, dtype=torch.int32)).to(

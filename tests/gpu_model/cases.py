@@ -64,7 +64,13 @@ def _draw_block(draw: random.Random) -> dict[str, Any]:
     overlap = draw.random() < 0.85
     if draw.random() < 0.9:
         return {**_both(codec="none"), "overlap": overlap}
-    delta = draw.choice([{"name": "int8", "group_size": 16}, {"name": "fp8_e4m3", "group_size": 64}])
+    delta = draw.choice(
+        [
+            {"name": "int8", "group_size": 16},
+            {"name": "fp8_e4m3", "group_size": 64},
+            {"name": "transform", "bits": 2},
+        ]
+    )
     device = draw.choice(["same", "cpu"])
     lazy = {"p_new": 0.5, "refresh": draw.choice(["step", "slot", "cycle"])}
     return {

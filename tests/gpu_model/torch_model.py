@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
+from clapping_ds.codecs import eigenbasis
 from clapping_ds.link import groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
@@ -236,6 +237,18 @@ class Clock:
         return self.machine.random.uniform(1.0, 2.0)
 
 
+class Codes:
+    """As the kernels of the transform codec: what they read and write."""
+
+    @staticmethod
+    def write_codes_(rows: torch.Tensor, coding: Any, seed: int, codes: torch.Tensor) -> None:
+        codes.copy_((rows + coding.means)[:, :1].to(torch.int16).expand_as(codes))
+
+    @staticmethod
+    def read_codes(codes: torch.Tensor, coding: Any, seed: int) -> torch.Tensor:
+        return codes[:, :1] * coding.deviations + coding.means
+
+
 @contextmanager
 def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]:
     """The package's streams and process groups are the machine's."""
@@ -249,6 +262,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (wire, "dist", dist),
             (groups, "dist", dist),
             (measurement, "time", Clock(machine)),
+            (eigenbasis, "implementation", lambda tensor: Codes),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

@@ -24,7 +24,9 @@ STOCK = "stock DeepSpeed"
 
 
 def block(
-    strategy: str, codec: str | dict[str, Any], key: str | dict[str, Any] | None = None
+    strategy: str,
+    codec: str | dict[str, Any] | list[Any],
+    key: str | dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A `"clapping"` block with the same codecs in both directions. codec: of all messages with `direct`,
     else of deltas."""

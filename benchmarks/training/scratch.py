@@ -1,0 +1,147 @@
+"""A small GPT from scratch over 3 and 7 compressed links: codecs where the model grows up with them.
+
+    python -m benchmarks.training.scratch [--seeds 1 2 3] [--only NAME ...]
+
+The byte-level GPT of `launch.gpt`, whole in one process (`benchmarks.model.links`), on the Python standard
+library's sources: 4 blocks, or 8, with a link behind each but the last. One to three minutes a row. Rows that
+`scratch.csv` has are not measured again.
+"""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.model.links import Links
+from benchmarks.training.compare import block
+from benchmarks.training.finetune import read_rows, summarize, train, validate
+from clapping_ds.report import format_table
+from launch.data import Windows, tokens
+from launch.gpt import Block, Embedding, GPTConfig, logits
+from launch.trainer import Training, learning_rate_schedule, optimizer
+
+NUM_SAMPLES = 4
+"""Of a micro-batch."""
+NUM_HELD_OUT = 20
+REFRESH = 16
+"""Messages of an eigenbasis: a run has 1,280 per link and direction."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, over how many links."""
+
+    name: str
+    block: dict[str, Any]
+    num_links: int
+
+
+def transform(bits: float, basis: str = "channel") -> dict[str, Any]:
+    options = {"basis": basis, "refresh": REFRESH} if basis == "eigen" else {}
+    return {"name": "transform", "bits": bits, **options}
+
+
+LOW_RANK = ["lowrank", transform(0.5)]
+RUNS: dict[str, dict[str, Any]] = {
+    "uncompressed": block("direct", "none"),
+    **{f"direct {name}": block("direct", name) for name in ("eden4", "eden3", "eden2", "eden1")},
+    **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (3, 2, 1)},
+    **{f"direct transform {bits} eigen": block("direct", transform(bits, "eigen")) for bits in (2, 1)},
+    "uncompressed, lazy": block("fu", "none"),
+    "key eden4, delta eden1": block("key_delta", "eden1", key="eden4"),
+    "key transform 2, delta transform 0.5": block("key_delta", transform(0.5), key=transform(2)),
+    "key transform 2, delta lowrank 4 + transform 0.5": block("key_delta", LOW_RANK, key=transform(2)),
+    "key eden4, delta lowrank 4 + eden1": block("key_delta", ["lowrank", "eden1"], key="eden4"),
+}  # fmt: skip
+DEEP = ("uncompressed", "direct eden4", "direct eden2", "direct transform 2", "direct transform 1")
+"""Over 7 links as well; all over 3."""
+
+
+def list_runs() -> list[Run]:
+    return [
+        *(Run(name, block, 3) for name, block in RUNS.items()),
+        *(Run(name, RUNS[name], 7) for name in (*DEEP, "direct transform 2 eigen")),
+    ]
+
+
+class Model(nn.Module):
+    """All layers of the pipeline, called as a Hugging Face model is."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embedding = Embedding(config)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_blocks)))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        hidden = self.norm(self.blocks(self.embedding(ids)))
+        return SimpleNamespace(logits=logits(self.embedding, hidden))
+
+
+def measure(run: Run, seed: int) -> dict[str, Any]:
+    """One line of the table."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    training = Training()
+    corpus, vocabulary = tokens(None)
+    config = GPTConfig(vocabulary=vocabulary, num_blocks=run.num_links + 1)
+    model = Model(config)
+    held_out = list(islice(_batches(corpus, config, True, 1), NUM_HELD_OUT))
+    batches = _batches(corpus, config, False, seed)
+    adam = optimizer(model, training)
+    links = Links(*[run.block] * run.num_links)
+    schedule = learning_rate_schedule(adam, training)
+    blocks = list(model.blocks)[:-1]
+    losses = list(train(model, blocks, links, adam, schedule, partial(next, batches), training.steps))
+    return {
+        "run": run.name,
+        "weights": "from scratch",
+        "links": run.num_links,
+        "seed": seed,
+        "steps": training.steps,
+        "bits per value": round(links.bits_per_value, 3),
+        "training loss": round(sum(losses[-16:]) / 16, 4),
+        "loss": round(validate(model, held_out), 4),
+    }
+
+
+def _batches(corpus: Any, config: GPTConfig, validation: bool, seed: int) -> Iterator[Any]:
+    return Windows(corpus, config.length, NUM_SAMPLES, validation=validation).batches(seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of runs")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    target = options.results / "scratch.csv"
+    rows = read_rows(target) if target.exists() else []
+    known = {(row["run"], row["links"], row["seed"]) for row in rows}
+    wanted = [
+        (run, seed)
+        for seed in options.seeds
+        for run in list_runs()
+        if run.name in options.only and (run.name, run.num_links, seed) not in known
+    ]
+    with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:
+        for done in as_completed([pool.submit(measure, run, seed) for run, seed in wanted]):
+            rows.append(done.result())
+            print(rows[-1], flush=True)
+            write_csv(target, rows)
+    write_json(target.with_suffix(".json"), {**provenance(), "training": vars(Training())})
+    print(format_table(summarize(rows)))
+
+
+if __name__ == "__main__":
+    main()

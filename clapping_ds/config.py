@@ -19,6 +19,7 @@ from clapping_ds.codecs import (
     CODECS,
     AnyCodec,
     Codec,
+    CodecSequence,
     Eden,
     Quantizer,
     RandK,
@@ -27,7 +28,7 @@ from clapping_ds.codecs import (
     TopK,
     bits_per_value,
 )
-from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.base import STRICT, label
 from clapping_ds.codecs.sequence import name_codec
 
 BLOCK_NAME = "clapping"
@@ -82,6 +83,9 @@ class DirectionConfig(BaseModel):
 
 
 def _check_block(key: str, codec: Codec | None, min_numel: int) -> None:
+    if isinstance(codec, CodecSequence):
+        for number, member in enumerate(codec.codecs):
+            _check_block(f"{key}.{number}", member, min_numel)
     if isinstance(codec, TopK | RandK) and codec.block > min_numel:
         raise ValueError(
             f"{key}.block = {codec.block} is larger than the smallest tensor that is "
@@ -279,7 +283,7 @@ class ClappingConfig(BaseModel):
             for field in ("codec", "key", "delta", "base"):
                 value = getattr(given, field)
                 if value is not None and field not in ACCEPTED[self.strategy]:
-                    text = value if isinstance(value, str) else value.name
+                    text = value if isinstance(value, str) else label(value)
                     raise ValueError(
                         f"{name}.{field} = {text!r} with strategy = {self.strategy!r}; accepted: "
                         + ", ".join((*ACCEPTED[self.strategy], "min_numel"))

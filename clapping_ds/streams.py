@@ -65,7 +65,8 @@ def start_copy(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     event = cuda.current_stream(tensor.device).record_event()
 
     def wait() -> torch.Tensor:
-        event.synchronize()
+        with cuda.device(tensor.device):  # a thread of its own begins on the first GPU
+            event.synchronize()
         return pinned
 
     return wait

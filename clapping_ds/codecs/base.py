@@ -64,11 +64,16 @@ class State:
         members = [member.list_shared() for member in self.members if member is not None]
         return [*self.shared.values(), *(tensor for shared in members for tensor in shared)]
 
+    def list_counts(self) -> list[int]:
+        """Messages so far, also equal at both ends."""
+        members = [member.list_counts() for member in self.members if member is not None]
+        return [self.num_messages, *(count for counts in members for count in counts)]
+
     def settle(self) -> None:
         """Waits for what is computed beside the messages."""
         if self.pending is not None:
-            self.own |= self.pending.result()
-            self.pending = None
+            pending, self.pending = self.pending, None
+            self.own |= pending.result()
 
     def state_dict(self) -> dict[str, Any]:
         self.settle()

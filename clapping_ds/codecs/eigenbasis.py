@@ -18,7 +18,7 @@ which is orthonormal up to its rounding. The sender computes coordinates with th
 rounded, so that x = r U holds all the same, and what rounding costs is a little of the basis being the best.
 
 Where both ends must have the same bits, r U is a product of integers: r_k 2^-p_k as multiples of one power of
-two, the smallest with which all stay below 2^14, times Q_k. Such sums are exact in any order.
+two, the smallest with which all stay below 2^22, times Q_k. Such sums are exact in any order.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,13 @@ from clapping_ds.streams import start_copy
 SAMPLES = 8
 """Rows per coordinate that the covariance gets in half a period, where messages have so many: with the
 default `refresh` of 256, C / 16 rows of each, at 2 * C^2 operations a row."""
+LEAST_ROWS = 32
+"""Of each message: of too few rows little is left when their mean is gone."""
 REMEMBERED = 0.25
 """Of the covariance, from period to period."""
-INTEGER_BITS = 14
-"""Of a coordinate's magnitude."""
+INTEGER_BITS = 22
+"""Of a coordinate's magnitude. The largest coordinate sets the unit of all: one massive channel's mean can be
+ten thousand times another's deviation."""
 LARGEST_INT8 = 127
 
 
@@ -66,6 +69,15 @@ def new_state(size: int, device: torch.device) -> State:
 def count_slice_bytes(size: int, refresh: int) -> int:
     """Of a basis, with each of `refresh` messages."""
     return ceil_div(size * (size + 1), refresh)
+
+
+def put_identity_(state: State, refresh: int) -> None:
+    """Lets a new state be in the middle of a period, with a basis of the coordinates themselves."""
+    used = state.shared["used"]
+    found = _round(torch.eye(_count_coordinates(used), dtype=torch.float32))
+    used.copy_(found["computed"])
+    state.own["used_analysis_CC"] = found["inverse_CC"].to(used.device)
+    state.num_messages = 2 * refresh + 1
 
 
 def begin_message(state: State, refresh: int) -> bool:
@@ -108,10 +120,12 @@ def synthesise(state: State, r_MC: torch.Tensor, coding: Coding, is_exact: bool)
 
 def learn_(state: State, refresh: int, x_MC: torch.Tensor, finite_M: torch.Tensor) -> None:
     """Adds a sample of a message's rows to the covariance. The sender alone."""
-    num_rows = ceil_div(SAMPLES * x_MC.shape[1], refresh // 2)
+    num_rows = max(LEAST_ROWS, ceil_div(SAMPLES * x_MC.shape[1], refresh // 2))
     step = max(1, len(x_MC) // num_rows)
     first = state.num_messages % step
     x_SC = x_MC[first::step]
+    # Of each message alike, whatever its outliers were, which set the unit of `x_MC`.
+    x_SC = x_SC * invert(x_SC.square().mean().sqrt())
     found = find_statistics(x_SC, finite_M[first::step])
     z_SC = x_SC * invert(found.gains)[:, None] - found.means
     z_SC = z_SC * (found.gains > 0)[:, None]
@@ -148,24 +162,35 @@ def _slice(basis: torch.Tensor, number: int, section: torch.Tensor) -> torch.Ten
 def _compute(copy: Callable[[], torch.Tensor], pins: bool) -> dict[str, torch.Tensor]:
     """The basis of a covariance, and the inverse of what it stands for, on the CPU; pinned, so that nothing
     waits for a copy to a GPU."""
-    rows_CC = torch.linalg.eigh(copy()).eigenvectors.T
+    covariance_CC = copy()
+    try:
+        found = _round(torch.linalg.eigh(covariance_CC).eigenvectors.T)
+    except torch.linalg.LinAlgError:  # LAPACK gave up: the channels as they are
+        found = _round(torch.eye(len(covariance_CC), dtype=torch.float32))
+    return {name: tensor.pin_memory() for name, tensor in found.items()} if pins else found
+
+
+def _round(rows_CC: torch.Tensor) -> dict[str, torch.Tensor]:
     down_C1 = _power_of_two(_exponent(rows_CC.abs().amax(1, keepdim=True)) - 6)
     integer_CC = (rows_CC / down_C1).round().clamp(-LARGEST_INT8, LARGEST_INT8)
     exponent_C = -_exponent(down_C1[:, 0])
     computed = torch.cat([integer_CC.flatten(), exponent_C]).to(torch.int8)
-    found = {"computed": computed, "inverse_CC": torch.linalg.inv(integer_CC * down_C1)}
-    return {name: tensor.pin_memory() for name, tensor in found.items()} if pins else found
+    return {"computed": computed, "inverse_CC": torch.linalg.inv(integer_CC * down_C1)}
 
 
 def _read(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The integers of a basis, and 2^-p of each row."""
-    size = int(len(basis) ** 0.5)
+    size = _count_coordinates(basis)
     return basis[: size * size].view(size, size), _power_of_two(-basis[size * size :].int())
 
 
+def _count_coordinates(basis: torch.Tensor) -> int:
+    return int(len(basis) ** 0.5)
+
+
 def _exponent(x: torch.Tensor) -> torch.Tensor:
-    """int32: e with 2^e <= x < 2^(e + 1), at least -113, so that 2^(13 - e) is finite."""
-    return ((x.view(torch.int32) >> 23) - 127).clamp(min=-113)
+    """int32: e with 2^e <= x < 2^(e + 1), at least -105, so that 2^(21 - e) is finite."""
+    return ((x.view(torch.int32) >> 23) - 127).clamp(min=-105)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

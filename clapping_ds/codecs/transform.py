@@ -26,7 +26,7 @@ Both ends hold the same bits, whatever their libraries and GPUs: levels are mult
 exact; gains, means and deviations are bfloat16 and are used as they arrive; what is rounded is one sum and
 one product, and with "eigen" a product of integers (see `eigenbasis`), whose sums are exact in any order. A
 row that is not finite arrives as NaN throughout, and leaves its part of the memory as it was. Values
-saturate at 2^112, and where the largest of a message is below 2^-112, it arrives as zeros.
+saturate at 2^112; a deviation below 2^-60 of a message's largest value is zero.
 
 Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
 (int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), means (bfloat16 [C]),
@@ -57,6 +57,8 @@ from clapping_ds.codecs.statistics import Statistics, find_statistics
 
 ROWS_PER_OUTLIER = 128
 UNIT = 1 / 16
+MOST_COORDINATES = 16384
+"""Of an eigenbasis; what is wider has none."""
 
 
 class Sizes(NamedTuple):
@@ -144,9 +146,11 @@ class Transform(BaseModel):
 
     def new_state(self, width: int, device: torch.device) -> State | None:
         """With "eigen" the bases; see `eigenbasis`."""
-        if self.basis == "channel":
-            return None
-        return eigenbasis.new_state(ceil_div(width, BLOCK) * BLOCK, device)
+        num_blocks = ceil_div(width, BLOCK)
+        return eigenbasis.new_state(num_blocks * BLOCK, device) if self._learns(num_blocks) else None
+
+    def _learns(self, num_blocks: int) -> bool:
+        return self.basis == "eigen" and num_blocks * BLOCK <= MOST_COORDINATES
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         sizes, state = self._sizes(value.shape), context.state
@@ -201,7 +205,7 @@ class Transform(BaseModel):
         num_blocks = ceil_div(num_channels, BLOCK)
         num_words = math.ceil(self.bits * num_blocks)
         slice_nbytes = 0
-        if self.basis == "eigen":
+        if self._learns(num_blocks):
             slice_nbytes = eigenbasis.count_slice_bytes(num_blocks * BLOCK, self.refresh)
         outliers = ceil_div(num_rows, ROWS_PER_OUTLIER)
         return Sizes(num_rows, outliers, num_channels, num_blocks, num_words, slice_nbytes)

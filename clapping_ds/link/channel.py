@@ -180,7 +180,7 @@ class Channel:
                 slot: {index: self._load_held(saved) for index, saved in tensors.items()}
                 for slot, tensors in state["held"].items()
             }
-            for (index, kind), saved in state["learned"].items():
+            for (index, kind), saved in state.get("learned", {}).items():  # none in an old checkpoint
                 learned = self._state(index, kind, saved["width"])
                 assert learned is not None
                 learned.load_state_dict(saved["state"], self.wire.device)
@@ -201,12 +201,13 @@ class Channel:
     def _encode(self, part: Part, value: torch.Tensor, section: torch.Tensor) -> None:
         context = self._visited(part)
         measures_error = self.measures_error and part.codec is not RAW
-        if measures_error and context.memory is None:  # one for this message alone
-            context = context._replace(memory=torch.full_like(value, torch.nan))
+        if measures_error and context.memory is None:  # for this message alone
+            context = context._replace(memory=torch.zeros_like(value, dtype=torch.float32))
         part.codec.encode_(value, section, context)
         if measures_error:
             assert context.memory is not None
-            self.traffic.count_error(value, value if isinstance(part.codec, Raw) else context.memory)
+            received = value if isinstance(part.codec, Raw) else context.memory.to(value.dtype)
+            self.traffic.count_error(value, received)
 
     def _visited(self, part: Part) -> Context:
         """With the memory where the codec can work on it."""
@@ -262,7 +263,7 @@ class Channel:
             return None
         self.wire.side.wait()  # memories on the CPU are read by the host
         codecs = [part.codec for part in message.parts]
-        return Header.of(self.step, message.slot, codecs, [part.context.memory for part in message.parts])
+        return Header.of(self.step, message.slot, codecs, [part.context for part in message.parts])
 
     def _count(self, message: Message) -> None:
         self.specs = message.specs
@@ -288,6 +289,8 @@ class Channel:
         is_delta = not fresh and (is_known or not plan.holds_memory)
         kind = "delta" if is_delta else "key"
         codec = self._codec(kind)
+        if codec.nbytes(*spec) > RAW.nbytes(*spec):
+            codec = RAW
         context = Context(
             memory=held.memory,
             carry=held.memory is not None and (is_delta or plan.carries),

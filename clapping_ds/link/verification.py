@@ -11,6 +11,7 @@ from zlib import crc32
 
 import torch
 
+from clapping_ds.codecs import Context
 from clapping_ds.codecs.base import pad_nbytes
 
 MAGIC = 0x636C617070696E67  # "clapping"
@@ -32,11 +33,9 @@ class Header(NamedTuple):
     payload: int = 0
 
     @classmethod
-    def of(
-        cls, step: int, slot: int, codecs: Sequence[object], memories: Iterable[torch.Tensor | None]
-    ) -> "Header":
-        """memories: before the message changes them."""
-        held = [checksum(memory) for memory in memories if memory is not None]
+    def of(cls, step: int, slot: int, codecs: Sequence[object], contexts: Iterable[Context]) -> "Header":
+        """contexts: before the message changes memories and states."""
+        held = [checksum(tensor) for context in contexts for tensor in _list_held(context)]
         return cls(MAGIC, step, slot, crc32(repr(codecs).encode()), hash(tuple(held)))
 
     def with_payload(self, payload: torch.Tensor) -> "Header":
@@ -59,6 +58,15 @@ class Header(NamedTuple):
         ]
         if wrong:
             raise VerificationError("; ".join(wrong))
+
+
+def _list_held(context: Context) -> list[torch.Tensor]:
+    """All that the two ends must hold alike."""
+    memories = [] if context.memory is None else [context.memory]
+    if context.state is None:
+        return memories
+    counts = torch.tensor(context.state.list_counts(), dtype=torch.int64, device="cpu")
+    return [*memories, *context.state.list_shared(), counts]
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -40,8 +40,8 @@ def test_products_are_those_of_the_eigenbasis_and_no_bytes_are_missing():
     assert PRODUCT + SAMPLE <= analysis <= PRODUCT + 1.1 * SAMPLE
     assert products["eigen direct encode"] == [analysis, 0]
     assert products["eigen direct decode"] == [PRODUCT, 0]
-    assert products["eigen memory encode"] == [analysis, 2 * PRODUCT], "two planes"
-    assert products["eigen memory decode"] == [0, 2 * PRODUCT]
+    assert products["eigen memory encode"] == [analysis, 3 * PRODUCT], "three planes"
+    assert products["eigen memory decode"] == [0, 3 * PRODUCT]
     assert len(rows) == 12
     assert all(line["moved / least"] >= 1 and line["passes"] >= 2 for line in rows)
 

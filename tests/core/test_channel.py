@@ -297,3 +297,12 @@ def test_what_a_codec_learned_is_in_checkpoints():
     other.sender.load_state_dict(ends.sender.state_dict())
     assert same_state(other.sender.learned[0, "key"].state, ends.sender.learned[0, "key"].state)
     assert other.sender.memory_nbytes == ends.sender.memory_nbytes
+
+
+def test_what_would_be_larger_than_raw_is_sent_raw():
+    """Sixteen bytes of codes and padding for a value of four; a key that is raw is a base for deltas."""
+    ends = Ends(strategy="fc", activations={"delta": "transform", "min_numel": 0})
+    narrow, wide = value_of(0, (5000, 1)), value_of(0)
+    assert torch.equal(ends.pass_on(0, True, narrow), narrow)
+    assert not torch.equal(ends.pass_on(0, True, wide), wide)
+    assert ends.sender.traffic.payload_bytes < 5000 * 4 + wide.nbytes

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clapping_ds import report
+from clapping_ds.codecs import Raw
 from clapping_ds.codecs.base import pad_nbytes
 from clapping_ds.link.message import Spec
 from tests import models
@@ -185,7 +186,8 @@ class ChannelRun:
         was, unless nothing is remembered of it."""
         plan = self.ends.config.plan("activations")
         is_known = self.known.sent.get((slot, index)) == spec or not plan.holds_memory
-        return plan.key if fresh or not is_known else plan.delta
+        codec = plan.key if fresh or not is_known else plan.delta
+        return codec if codec.nbytes(*spec) <= pad_nbytes(spec.nbytes) else Raw()
 
     def planned(self, slot, fresh):
         """The codecs of a message that is about to be sent; None for what travels raw."""

@@ -239,8 +239,8 @@ def send_in_an_eigenbasis(codec, shape, holds_memory, carry):
 @pytest.mark.parametrize("num_rows", [0, 1, 16, 45])
 def test_products_of_integers_are_exact(num_rows):
     generator = torch.Generator().manual_seed(num_rows)
-    integer_MC = torch.randint(-(1 << 14), (1 << 14) + 1, (num_rows, 48), generator=generator).float()
-    integer_MC[: num_rows // 2] = 1 << 14  # what a bound rounds up to
+    integer_MC = torch.randint(-(1 << 22), (1 << 22) + 1, (num_rows, 48), generator=generator).float()
+    integer_MC[: num_rows // 2] = 1 << 22  # what a bound rounds up to
     basis_CC = torch.randint(-127, 128, (48, 48), generator=generator, dtype=torch.int8)
     basis_CC[:, :3] = 127
     expected = (integer_MC.long() @ basis_CC.long()).double().float()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from clapping_ds.codecs import Context, Transform, bits_per_value
+from clapping_ds.codecs import Context, Transform, bits_per_value, eigenbasis
 from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.transform_reference import ERRORS
+from clapping_ds.link.verification import VerificationError
 from tests.core.test_channel import Ends, same_state
 
 WIDTH = 64
@@ -177,6 +178,79 @@ def test_what_is_hard_arrives_finite_with_a_bounded_error(kind, basis):
         assert error <= LARGEST_ERRORS.get(kind, 0.02) * size
 
 
+@pytest.mark.parametrize("size", [100, 1000])
+def test_a_massive_channel_leaves_the_others_alone_with_a_memory_too(size):
+    """Its mean sets the unit of the integers that both ends multiply."""
+    direct, remembering = (
+        Pair(Transform(bits=6, basis="eigen", refresh=2), correlated(512), holds_memory=holds_memory)
+        for holds_memory in (False, True)
+    )
+    for seed in range(8):
+        value = correlated(512, seed) / 100
+        value[:, 7] = size + size / 30 * normal(512, seed=seed)
+        errors = []
+        for pair in (direct, remembering):
+            out = pair.send(value)
+            out[:, 7] = value[:, 7]
+            errors.append(relative_error(out, value))
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_a_massive_token_does_not_silence_its_message():
+    """Seven messages of eight have one, and are of other directions than the eighth."""
+    turn = torch.linalg.qr(normal(WIDTH, WIDTH, seed=3)).Q
+
+    def send_all(massive):
+        pair = Pair(Transform(bits=2, basis="eigen", refresh=8), correlated(512))
+        for seed in range(24):
+            value = correlated(512, seed) @ turn if seed % 8 == 7 else correlated(512, seed)
+            if seed % 8 != 7:
+                value[0] *= massive
+            pair.send(value)
+        value = correlated(512, 99)
+        return relative_error(pair.send(value)[1:], value[1:])
+
+    assert send_all(300.0) < 1.2 * send_all(1.0)
+
+
+def test_a_long_period_learns_from_enough_rows():
+    pair = Pair(Transform(bits=1, basis="eigen", refresh=2 * 16 * WIDTH), correlated(512))
+    for seed in range(3):
+        pair.send(correlated(512, seed))
+    assert torch.linalg.matrix_rank(pair.states[0].own["covariance_CC"], rtol=1e-2) >= 8
+
+
+def test_what_is_too_wide_for_a_basis_is_coded_by_channels():
+    wide = Transform(bits=2, basis="eigen")
+    assert wide.new_state(1 << 20, torch.device("cpu")) is None
+    assert wide.nbytes((4, 1 << 20), torch.float32) == Transform(bits=2).nbytes((4, 1 << 20), torch.float32)
+
+
+def test_a_decomposition_that_fails_leaves_the_channels(monkeypatch):
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("not converged")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    channel, eigen = (
+        Pair(Transform(bits=2, basis=basis, refresh=2), correlated(512)) for basis in ("channel", "eigen")
+    )
+    for seed in range(6):
+        without, with_failure = (
+            relative_error(p.send(correlated(512, seed)), correlated(512, seed)) for p in (channel, eigen)
+        )
+    assert with_failure == pytest.approx(without, rel=0.05)
+
+
+def test_another_default_dtype_changes_nothing():
+    value = correlated(256)
+    expected = Pair(Transform(bits=2), value).send(value)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(Pair(Transform(bits=2), value).send(value), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("basis", ["channel", "eigen"])
 def test_what_is_too_small_arrives_as_zeros_and_what_is_too_large_saturates(basis):
     pair = Pair(Transform(bits=3, basis=basis, refresh=2), normal(200, WIDTH), holds_memory=True)
@@ -274,12 +348,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(num_before):
         assert torch.equal(ends.pass_on(0, True, value), others.pass_on(0, True, value))
 
 
-def test_measuring_errors_changes_no_message():
-    ends, measured = eigen_ends(), eigen_ends()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "codec", [{"name": "transform", "bits": 2, "basis": "eigen", "refresh": 2}, ["int8", "int4"]]
+)
+def test_measuring_errors_changes_no_message(codec, dtype):
+    ends, measured = (Ends(activations={"codec": codec}) for _ in range(2))
     for step in range(6):
         for end in (measured.sender, measured.receiver):
             end.begin_step(step, 1, measures_error=True)
         for end in (ends.sender, ends.receiver):
             end.begin_step(step, 1)
-        value = correlated(256, step)
-        assert torch.equal(ends.pass_on(0, True, value), measured.pass_on(0, True, value))
+        value = correlated(256, step).to(dtype)
+        received = measured.pass_on(0, True, value)
+        assert torch.equal(ends.pass_on(0, True, value), received)
+    traffic = measured.sender.traffic
+    traffic.settle()
+    assert traffic.error_square > 0
+
+
+def test_a_basis_that_differs_is_found_by_verify():
+    ends = eigen_ends(verify=True)
+    for step in range(5):
+        ends.pass_on(0, True, correlated(256, step))
+    ends.receiver.learned[0, "key"].state.shared["used"][3] += 1
+    with pytest.raises(VerificationError, match="memory"):
+        ends.pass_on(0, True, correlated(256, 5))
+
+
+def test_a_basis_of_the_coordinates_themselves_is_the_channel_form():
+    """What time is measured with."""
+    channel, eigen = (
+        Pair(Transform(bits=3, basis=basis, refresh=4), correlated(512)) for basis in ("channel", "eigen")
+    )
+    for state in eigen.states:
+        eigenbasis.put_identity_(state, 4)
+    value = correlated(512)
+    errors = [relative_error(pair.send(value), value) for pair in (channel, eigen)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)

@@ -118,23 +118,28 @@ def read_codes_kernel(
 
 @triton.jit
 def split_kernel(integers, planes, num_values, num_padded, TILE: tl.constexpr):
-    """q = 256 high + low, low in -128..127; zeros from `num_values` on."""
+    """q = 65536 high + 256 middle + low, each within int8; zeros from `num_values` on."""
     o_value = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     b_integer = tl.load(integers + o_value, o_value < num_values, other=0.0).to(tl.int32)
-    b_high = (b_integer + 128) >> 8
+    b_middle = (b_integer + 128) >> 8
+    b_high = (b_middle + 128) >> 8
     m_value = o_value < num_padded
+    num_padded = tl.cast(num_padded, tl.int64)
     tl.store(planes + o_value, b_high.to(tl.int8), m_value)
-    tl.store(planes + num_padded + o_value, (b_integer - (b_high << 8)).to(tl.int8), m_value)
+    tl.store(planes + num_padded + o_value, (b_middle - (b_high << 8)).to(tl.int8), m_value)
+    tl.store(planes + 2 * num_padded + o_value, (b_integer - (b_middle << 8)).to(tl.int8), m_value)
 
 
 @triton.jit
 def join_kernel(products, out, num_values, num_padded, TILE: tl.constexpr):
-    """256 high + low, exact, rounded once."""
+    """65536 high + 256 middle + low, exact, rounded once."""
     o_value = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m_value = o_value < num_values
     b_high = tl.load(products + o_value, m_value, other=0).to(tl.int64)
-    b_low = tl.load(products + num_padded + o_value, m_value, other=0).to(tl.int64)
-    tl.store(out + o_value, (b_high * 256 + b_low).to(tl.float32), m_value)
+    num_padded = tl.cast(num_padded, tl.int64)
+    b_middle = tl.load(products + num_padded + o_value, m_value, other=0).to(tl.int64)
+    b_low = tl.load(products + 2 * num_padded + o_value, m_value, other=0).to(tl.int64)
+    tl.store(out + o_value, ((b_high * 256 + b_middle) * 256 + b_low).to(tl.float32), m_value)
 
 
 def choose_launch(num_rows: int, num_blocks: int) -> tuple[tuple[int], dict[str, Any]]:
@@ -173,14 +178,14 @@ def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor
 
 
 def multiply(integer_MC: torch.Tensor, basis_CC: torch.Tensor) -> torch.Tensor:
-    """As `transform_reference.multiply`: one product of int8 matrices, between a pass to split and one to
-    join. Its int32 sums are below 2^14 C in magnitude."""
+    """As `transform_reference.multiply`: one product of int8 matrices, three planes as one, between a
+    pass to split and one to join. Its int32 sums are at most 2^14 C in magnitude."""
     out_MC = torch.empty_like(integer_MC)
     if not out_MC.numel():
         return out_MC
     num_rows, size = integer_MC.shape
     num_padded = ceil_div(num_rows, ROWS_OF_PRODUCT) * ROWS_OF_PRODUCT * size
-    plane_PC = torch.empty(2 * num_padded // size, size, dtype=torch.int8, device=integer_MC.device)
+    plane_PC = torch.empty(3 * num_padded // size, size, dtype=torch.int8, device=integer_MC.device)
     sizes = num_rows * size, num_padded
     grid = (ceil_div(num_padded, TILE_OF_PRODUCT),)
     options = {"num_warps": num.choose_num_warps(TILE_OF_PRODUCT), "enable_fp_fusion": False}
@@ -198,7 +203,7 @@ def _in_order(coding: Coding, scale_C: torch.Tensor) -> tuple[torch.Tensor, torc
 @cache
 def _magnitudes(device: torch.device) -> torch.Tensor:
     """int8 [9, NUM_STEPS]: by bits and steps, how many thresholds are below."""
-    step_S = torch.arange(NUM_STEPS.value) / STEPS_PER_UNIT.value
+    step_S = torch.arange(NUM_STEPS.value, dtype=torch.float32) / STEPS_PER_UNIT.value
     table = torch.zeros(MOST_BITS.value + 1, NUM_STEPS.value, dtype=torch.int8)
     for bits, levels in LEVELS.items():
         level_L = torch.tensor(levels, dtype=torch.float32) * LEVEL_UNIT
@@ -209,7 +214,7 @@ def _magnitudes(device: torch.device) -> torch.Tensor:
 @cache
 def _levels(device: torch.device) -> torch.Tensor:
     """fp32 [9, MOST_LEVELS]: by bits and magnitude."""
-    table = torch.zeros(MOST_BITS.value + 1, MOST_LEVELS.value)
+    table = torch.zeros(MOST_BITS.value + 1, MOST_LEVELS.value, dtype=torch.float32)
     for bits, levels in LEVELS.items():
-        table[bits, : len(levels)] = torch.tensor(levels) * LEVEL_UNIT
+        table[bits, : len(levels)] = torch.tensor(levels, dtype=torch.float32) * LEVEL_UNIT
     return table.to(device)

@@ -25,7 +25,7 @@ LEVELS = {
 distances, the best of them."""
 ERRORS = (1.0, 0.36338, 0.11748, 0.034548, 0.0095017, 0.0025053, 0.0010477, 0.00031175, 0.000088018)
 """By bits: what is left of a Gaussian's variance."""
-WEIGHTS = 2.0 ** torch.arange(BLOCK)
+WEIGHTS = 2.0 ** torch.arange(BLOCK, dtype=torch.float32)
 """Of a word's bits."""
 LARGEST_W = BLOCK**0.5 * 4.0
 """Of signs and Hadamard of 16 levels, over 4."""
@@ -68,7 +68,7 @@ def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.T
 def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor:
     """fp32 [M, C]: mean + deviation * w of each row."""
     num_rows, size = len(code_MW), len(coding.order)
-    y_MB16 = torch.zeros(num_rows, size // BLOCK, BLOCK, device=code_MW.device)
+    y_MB16 = coding.means.new_zeros(num_rows, size // BLOCK, BLOCK)
     bit_16 = torch.arange(BLOCK, dtype=torch.int32, device=code_MW.device)
     for bits, block_b in _group_by_bits(coding.bits):
         code_Mb16 = torch.zeros(num_rows, len(block_b), BLOCK, dtype=torch.int32, device=code_MW.device)
@@ -89,7 +89,7 @@ def invert(x: torch.Tensor) -> torch.Tensor:
 
 
 def multiply(integer_MC: torch.Tensor, basis_CC: torch.Tensor) -> torch.Tensor:
-    """fp32 product of integers, fp32 below 2^14 and int8, exact but for one rounding."""
+    """fp32 product of integers, fp32 up to 2^22 and int8, exact but for one rounding."""
     return (integer_MC.double() @ basis_CC.double()).float()
 
 

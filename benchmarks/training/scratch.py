@@ -60,6 +60,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "key eden4, delta eden1": block("key_delta", "eden1", key="eden4"),
     "key transform 2, delta transform 0.5": block("key_delta", transform(0.5), key=transform(2)),
     "key transform 2, delta lowrank 4 + transform 0.5": block("key_delta", LOW_RANK, key=transform(2)),
+    "key transform 2 eigen, delta lowrank 4 + transform 0.5 eigen": block(
+        "key_delta", ["lowrank", transform(0.5, "eigen")], key=transform(2, "eigen")
+    ),
     "key eden4, delta lowrank 4 + eden1": block("key_delta", ["lowrank", "eden1"], key="eden4"),
 }  # fmt: skip
 DEEP = ("uncompressed", "direct eden4", "direct eden2", "direct transform 2", "direct transform 1")

@@ -1,5 +1,6 @@
 """The studies on a pretrained LLM, on a small random one: what crosses a link, and how it is counted."""
 
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from benchmarks.codecs.peers import TILE, tah_quant
 from benchmarks.model import damage
 from benchmarks.model.links import Links
-from benchmarks.training import finetune
+from benchmarks.training import finetune, scratch
 from clapping_ds.codecs import Context, Eden
 from clapping_ds.link.seeds import draw_word
 from launch import llm
+from launch.trainer import Training
 from tests.core.test_llm import make, make_ids
 
 
@@ -134,3 +136,13 @@ def test_links_with_larger_errors_get_more_bits():
     shares = damage.share_bits(2, [0.01, 0.04, 0.01, 0.04])
     assert shares == [1.5, 2.5, 1.5, 2.5]
     assert damage.share_bits(3, [0.02] * 7) == [3] * 7
+
+
+def test_the_small_gpt_has_a_link_behind_every_block_but_the_last(monkeypatch):
+    """Three steps of it, over links that change nothing."""
+    monkeypatch.setattr(scratch, "Training", partial(Training, steps=3, warmup_steps=2))
+    runs = scratch.list_runs()
+    assert len({(run.name, run.num_links) for run in runs}) == len(runs)
+    found = scratch.measure(runs[0], seed=1)
+    assert (found["links"], found["steps"], found["bits per value"]) == (3, 3, 32.0)
+    assert 4 < found["loss"] < 6

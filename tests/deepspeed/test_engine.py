@@ -130,7 +130,8 @@ def assert_ends_are_equal(by_rank, blocks):
         for channel, (one, other) in ends.items():
             assert one == other, f"{channel} with {block}"
             if block["activations"]["delta"] != "none":
-                assert len(one) == 4, "a memory for each slot"
+                slots = [slot for slot, index in one if isinstance(index, int)]  # not what codecs learned
+                assert len(slots) == 4, "a memory for each slot"
 
 
 @pytest.mark.parametrize("kind", ["plain", "tuple"])

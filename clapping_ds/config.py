@@ -29,7 +29,7 @@ from clapping_ds.codecs import (
     bits_per_value,
 )
 from clapping_ds.codecs.base import STRICT, label
-from clapping_ds.codecs.sequence import name_codec
+from clapping_ds.codecs.sequence import Member, name_codec
 
 BLOCK_NAME = "clapping"
 DIRECTIONS = ("activations", "gradients")
@@ -51,10 +51,12 @@ def _name_codec(codec: Any) -> Any:
 
 
 _ONE: Any = Literal[tuple(CODECS)] | SimpleCodec
+_MEMBER: Any = Literal[tuple(name for name in CODECS if name != "none")] | Member
+_LIST: Any = Annotated[list[_MEMBER], Field(min_length=2, max_length=4)]
 CodecConfig = Annotated[
     AnyCodec,
     Field(discriminator="name"),
-    BeforeValidator(_name_codec, json_schema_input_type=_ONE | list[_ONE]),
+    BeforeValidator(_name_codec, json_schema_input_type=_ONE | _LIST | CodecSequence),
 ]
 
 

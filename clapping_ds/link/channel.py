@@ -295,7 +295,7 @@ class Channel:
             memory=held.memory,
             carry=held.memory is not None and (is_delta or plan.carries),
             seed=draw_word(self.seed, self.step, slot, index),
-            state=self._state(index, kind, width_of(spec.shape)),
+            state=None if codec is RAW else self._state(index, kind, width_of(spec.shape)),
             compiles=self.compiles,
         )
         return Part(codec, context, codec.nbytes(*spec))

@@ -306,3 +306,12 @@ def test_what_would_be_larger_than_raw_is_sent_raw():
     assert torch.equal(ends.pass_on(0, True, narrow), narrow)
     assert not torch.equal(ends.pass_on(0, True, wide), wide)
     assert ends.sender.traffic.payload_bytes < 5000 * 4 + wide.nbytes
+
+
+def test_what_is_sent_raw_has_no_codec_state():
+    """A basis of 16,384 channels would take half a gigabyte at each end."""
+    codec = {"name": "transform", "basis": "eigen", "refresh": 2}
+    ends = Ends(activations={"codec": codec})
+    flat = value_of(0, (1 << 14,))
+    assert torch.equal(ends.pass_on(0, True, flat), flat)
+    assert ends.sender.learned == {}

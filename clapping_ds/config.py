@@ -28,8 +28,8 @@ from clapping_ds.codecs import (
     TopK,
     bits_per_value,
 )
-from clapping_ds.codecs.base import STRICT, label
-from clapping_ds.codecs.sequence import Member, name_codec
+from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.sequence import Member, label, name_codec
 
 BLOCK_NAME = "clapping"
 DIRECTIONS = ("activations", "gradients")

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs.base import bits_per_value, label
+from clapping_ds.codecs import bits_per_value
+from clapping_ds.codecs.sequence import label
 from clapping_ds.config import Plan
 from clapping_ds.link.channel import Channel
 

@@ -70,7 +70,7 @@ def difference(codec: AnyCodec, situation: Situation) -> str | None:
         for name, ours, theirs in (
             ("output", here.out, there.out),
             ("memory after decode_", here.context.memory, there.context.memory),
-            ("state", learned(here.context.state), learned(there.context.state)),
+            ("state", _learned(here.context.state), _learned(there.context.state)),
         ):
             if not _same(ours, theirs):
                 return name
@@ -87,9 +87,8 @@ def _copy_(source: Message, target: Message) -> None:
             there.copy_(here)
 
 
-def learned(state: State | None) -> torch.Tensor | None:
-    """What a state has that both ends hold alike, in one piece."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
+def _learned(state: State | None) -> torch.Tensor | None:
+    return None if state is None else state.join_shared()
 
 
 def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:

@@ -15,9 +15,7 @@ from unittest.mock import patch
 import torch
 from triton.runtime import JITFunction
 
-from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, State, TopK, Transform
-from clapping_ds.codecs.base import ceil_div
-from clapping_ds.codecs.reference.transform_reference import BLOCK
+from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK, Transform, eigenbasis
 
 SHAPE = (1024, 1024)
 """Of the tensor that is sent: every group, segment and block full, as almost all are in use."""
@@ -45,7 +43,7 @@ class Situation:
             memory = torch.zeros(shape, dtype=self.memory_dtype, device=device)
         state = codec.new_state(shape[-1], device)
         if isinstance(codec, Transform) and state is not None:
-            _give_basis_(state, codec, shape[-1], device)
+            eigenbasis.put_identity_(state, codec.refresh)
         return Context(memory, memory is not None, SEED, state)
 
 
@@ -91,13 +89,6 @@ class Variant:
     """By pointer argument: bytes per value of the tensor that the algorithm must read plus write."""
     scattered: frozenset[str]
     """Arguments whose accesses can be neither wide nor counted: of `SCATTERED`."""
-
-
-def _give_basis_(state: State, codec: Transform, width: int, device: torch.device) -> None:
-    """As after two periods, when there is a basis to use."""
-    size = ceil_div(width, BLOCK) * BLOCK
-    state.num_messages = 2 * codec.refresh + 1
-    state.own["used_analysis_CC"] = torch.zeros(size, size, device=device)
 
 
 def named_codecs() -> list[tuple[str, AnyCodec]]:

@@ -20,6 +20,7 @@ from pydoc_data import topics
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -57,6 +58,9 @@ SEED = 1
 NUM_WARM_UP, REFRESH = 36, 12
 """An eigenbasis is learned beforehand, from so many windows of text that is trained on, a new one every so
 many: what is measured has the second one, of 18 windows' rows. Its cost is counted over 256 messages."""
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Row(NamedTuple):
@@ -117,13 +121,9 @@ class Study:
         self.model, tokenizer = llm.load(llm.SMOLLM2)
         self.model.eval()
         self.peers = {peer.name: peer for peer in _list_peers()}
-        self.windows = {}
-        for name, path in TEXTS.items():
-            corpus, _ = tokens(path, tokenizer.backend_tokenizer)
-            held_out = Windows(corpus, LENGTH, 1, validation=True).batches(SEED)
-            self.windows[name] = list(islice(held_out, NUM_WINDOWS))
-        corpus, _ = tokens(TEXTS["C++"], tokenizer.backend_tokenizer)
-        self.others = list(islice(Windows(corpus, LENGTH, 1, validation=False).batches(SEED), NUM_WARM_UP))
+        corpora = {name: tokens(path, tokenizer.backend_tokenizer)[0] for name, path in TEXTS.items()}
+        self.windows = {name: _cut(corpus, True, NUM_WINDOWS) for name, corpus in corpora.items()}
+        self.others = _cut(corpora["C++"], False, NUM_WARM_UP)
 
     def measure(self, row: Row) -> list[float]:
         """The loss of each window."""
@@ -187,9 +187,13 @@ class Study:
         return found
 
     @torch.no_grad()
-    def _find_loss(self, window: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def _find_loss(self, window: Batch) -> float:
         ids, labels = window
         return llm.loss(self.model(ids, use_cache=False).logits, labels).item()
+
+
+def _cut(corpus: np.ndarray, validation: bool, number: int) -> list[Batch]:
+    return list(islice(Windows(corpus, LENGTH, 1, validation=validation).batches(SEED), number))
 
 
 def share_bits(mean_bits: float, errors: Sequence[float]) -> list[float]:

@@ -198,6 +198,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def add_rows(
+    jobs: Sequence[Callable[[], dict[str, Any]]], rows: list[dict[str, Any]], target: Path, processes: int
+) -> None:
+    """Measures each in a process of its own, and writes the table after each."""
+    with ProcessPoolExecutor(processes, max_tasks_per_child=1) as pool:
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            rows.append(done.result())
+            print(rows[-1], flush=True)
+            write_csv(target, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -220,11 +231,8 @@ def main() -> None:
         and run.weights in options.weights
         and (run.name, run.weights, run.num_links, seed, options.steps) not in known
     ]
-    with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(measure, run, seed, options.steps) for run, seed in wanted]):
-            rows.append(done.result())
-            print(rows[-1], flush=True)
-            write_csv(target, rows)
+    jobs = [partial(measure, run, seed, options.steps) for run, seed in wanted]
+    add_rows(jobs, rows, target, options.processes)
     facts = {"model": llm.SMOLLM2, "steps": options.steps, "tokens per step": NUM_SLOTS * LENGTH}
     facts |= {"cuts": CUTS, "learning rates": LEARNING_RATES}
     write_json(target.with_suffix(".json"), {**provenance(), **facts})

@@ -9,7 +9,6 @@ library's sources: 4 blocks, or 8, with a link behind each but the last. One to 
 
 import argparse
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.files import RESULTS, provenance, write_json
 from benchmarks.model.links import Links
 from benchmarks.training.compare import block
-from benchmarks.training.finetune import read_rows, summarize, train, validate
+from benchmarks.training.finetune import add_rows, read_rows, summarize, train, validate
 from clapping_ds.report import format_table
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, logits
@@ -137,11 +136,7 @@ def main() -> None:
         for run in list_runs()
         if run.name in options.only and (run.name, run.num_links, seed) not in known
     ]
-    with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(measure, run, seed) for run, seed in wanted]):
-            rows.append(done.result())
-            print(rows[-1], flush=True)
-            write_csv(target, rows)
+    add_rows([partial(measure, run, seed) for run, seed in wanted], rows, target, options.processes)
     write_json(target.with_suffix(".json"), {**provenance(), "training": vars(Training())})
     print(format_table(summarize(rows)))
 

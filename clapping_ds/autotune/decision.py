@@ -19,7 +19,8 @@ from pydantic import BaseModel, Field
 
 from clapping_ds.autotune.depth import count_warmup, find_hiding_depth
 from clapping_ds.codecs import AnyCodec, Raw
-from clapping_ds.codecs.base import STRICT, label
+from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.sequence import label
 from clapping_ds.config import ClappingConfig, CodecConfig, LazyConfig
 from clapping_ds.report import format_table
 

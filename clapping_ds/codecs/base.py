@@ -64,6 +64,10 @@ class State:
         members = [member.list_shared() for member in self.members if member is not None]
         return [*self.shared.values(), *(tensor for shared in members for tensor in shared)]
 
+    def join_shared(self) -> torch.Tensor:
+        """The same in one piece, for comparisons."""
+        return torch.cat([tensor.flatten() for tensor in self.list_shared()])
+
     def list_counts(self) -> list[int]:
         """Messages so far, also equal at both ends."""
         members = [member.list_counts() for member in self.members if member is not None]
@@ -166,19 +170,6 @@ def check_block(name: str, block: int, shape: tuple[int, ...]) -> None:
 def limit(*tensors: torch.Tensor | None) -> float:
     """The largest magnitude that is finite in every given tensor's dtype: where a memory saturates."""
     return min(torch.finfo(tensor.dtype).max for tensor in tensors if tensor is not None)
-
-
-def label(codec: Any) -> str:
-    """For tables: the name, and the options that are not the defaults."""
-    if codec.name == "sequence":
-        return " + ".join(map(label, codec.codecs))
-    fields = type(codec).model_fields
-    options = [
-        f"{name}={getattr(codec, name)}"
-        for name in fields
-        if name != "name" and getattr(codec, name) != fields[name].default
-    ]
-    return " ".join([codec.name, *options])
 
 
 def bits_per_value(codec: Codec, dtype: torch.dtype) -> float:

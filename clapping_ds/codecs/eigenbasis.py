@@ -23,12 +23,10 @@ two, the smallest with which all stay below 2^22, times Q_k. Such sums are exact
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
 import torch
 
 from clapping_ds.codecs.base import State, ceil_div
-from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.transform_reference import LARGEST_W, Coding, invert
 from clapping_ds.codecs.statistics import find_statistics
 from clapping_ds.streams import start_copy
@@ -44,15 +42,8 @@ INTEGER_BITS = 22
 """Of a coordinate's magnitude. The largest coordinate sets the unit of all: one massive channel's mean can be
 ten thousand times another's deviation."""
 LARGEST_INT8 = 127
-
-
-def implementation(tensor: torch.Tensor) -> ModuleType:
-    """Of codes and of products of integers: Triton's for a tensor on a GPU, plain torch elsewhere."""
-    if tensor.is_cuda:
-        from clapping_ds.codecs.kernels import transform_kernel
-
-        return transform_kernel
-    return transform_reference
+EXPONENT_OF_ONE = 6
+"""p of a row whose largest entry is 1."""
 
 
 def new_state(size: int, device: torch.device) -> State:
@@ -74,9 +65,10 @@ def count_slice_bytes(size: int, refresh: int) -> int:
 def put_identity_(state: State, refresh: int) -> None:
     """Lets a new state be in the middle of a period, with a basis of the coordinates themselves."""
     used = state.shared["used"]
-    found = _round(torch.eye(_count_coordinates(used), dtype=torch.float32))
-    used.copy_(found["computed"])
-    state.own["used_analysis_CC"] = found["inverse_CC"].to(used.device)
+    size = _count_coordinates(used)
+    used[: size * size].view(size, size).fill_diagonal_(1 << EXPONENT_OF_ONE)
+    used[size * size :] = EXPONENT_OF_ONE
+    state.own["used_analysis_CC"] = torch.eye(size, dtype=torch.float32, device=used.device)
     state.num_messages = 2 * refresh + 1
 
 
@@ -107,15 +99,20 @@ def analyse(state: State, x_MC: torch.Tensor) -> torch.Tensor:
     return x_MC @ state.own["used_analysis_CC"]
 
 
-def synthesise(state: State, r_MC: torch.Tensor, coding: Coding, is_exact: bool) -> torch.Tensor:
-    """fp32 r U. is_exact: the same bits on every machine; else up to the rounding of fp32 sums."""
+def synthesise(
+    state: State, r_MC: torch.Tensor, coding: Coding, multiply: Callable[..., torch.Tensor] | None
+) -> torch.Tensor:
+    """fp32 r U.
+
+    multiply   exact, of integers, for the same bits on every machine; None: up to the rounding of fp32 sums
+    """
     basis_CC, down_C = _read(state.shared["used"])
     t_MC = r_MC * down_C
-    if not is_exact:
+    if multiply is None:
         return t_MC @ basis_CC.float()
     bound = ((coding.means.abs() + LARGEST_W * coding.deviations) * down_C).amax()
     up = _power_of_two(INTEGER_BITS - 1 - _exponent(bound))
-    return implementation(r_MC).multiply((t_MC * up).round(), basis_CC) * (1.0 / up)
+    return multiply((t_MC * up).round(), basis_CC) * (1.0 / up)
 
 
 def learn_(state: State, refresh: int, x_MC: torch.Tensor, finite_M: torch.Tensor) -> None:
@@ -171,7 +168,7 @@ def _compute(copy: Callable[[], torch.Tensor], pins: bool) -> dict[str, torch.Te
 
 
 def _round(rows_CC: torch.Tensor) -> dict[str, torch.Tensor]:
-    down_C1 = _power_of_two(_exponent(rows_CC.abs().amax(1, keepdim=True)) - 6)
+    down_C1 = _power_of_two(_exponent(rows_CC.abs().amax(1, keepdim=True)) - EXPONENT_OF_ONE)
     integer_CC = (rows_CC / down_C1).round().clamp(-LARGEST_INT8, LARGEST_INT8)
     exponent_C = -_exponent(down_C1[:, 0])
     computed = torch.cat([integer_CC.flatten(), exponent_C]).to(torch.int8)

@@ -19,6 +19,7 @@ from clapping_ds.codecs.float8 import Float8
 from clapping_ds.codecs.lowrank import LowRank
 from clapping_ds.codecs.quant import Quantizer
 from clapping_ds.codecs.randk import RandK
+from clapping_ds.codecs.raw import Raw
 from clapping_ds.codecs.topk import TopK
 from clapping_ds.codecs.transform import Transform
 
@@ -97,3 +98,11 @@ class CodecSequence(BaseModel):
             for number in range(len(self.codecs))
         ]
         return list(zip(self.codecs, sections, contexts, strict=True))
+
+
+def label(codec: Raw | Member | CodecSequence) -> str:
+    """For tables: the name, and the options that are not the defaults."""
+    if isinstance(codec, CodecSequence):
+        return " + ".join(map(label, codec.codecs))
+    given = codec.model_dump(exclude_defaults=True, exclude={"name"})
+    return " ".join([codec.name, *(f"{option}={value}" for option, value in given.items())])

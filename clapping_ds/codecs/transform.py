@@ -37,6 +37,7 @@ i-th bits of its 16 codes; padding to 16 bytes.
 
 import math
 from itertools import pairwise
+from types import ModuleType
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from clapping_ds.codecs import eigenbasis
 from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
+from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.numerics_reference import (
     deliver_,
     keep_,
@@ -163,7 +165,7 @@ class Transform(BaseModel):
         _write_side_(rows, found, sections, sizes.num_words)
         coding = sections.coding._replace(means=found.means, deviations=found.deviations)  # in units
         z_MC = y_MC * invert(found.gains)[:, None]
-        eigenbasis.implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
+        _implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
         if state is not None:
             eigenbasis.learn_(state, self.refresh, rows.coded, rows.finite)
             eigenbasis.put_slice_(state, self.refresh, sections.basis)
@@ -188,10 +190,11 @@ class Transform(BaseModel):
         self, sections: Sections, sizes: Sizes, has_basis: bool, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 [N, D]: what a message says; and which of its rows are finite."""
-        coding = sections.coding
-        r_MC = eigenbasis.implementation(sections.codes).read_codes(sections.codes, coding, context.seed)
+        coding, implementation = sections.coding, _implementation(sections.codes)
+        r_MC = implementation.read_codes(sections.codes, coding, context.seed)
         if has_basis and context.state is not None:
-            r_MC = eigenbasis.synthesise(context.state, r_MC, coding, is_exact=context.memory is not None)
+            multiply = None if context.memory is None else implementation.multiply
+            r_MC = eigenbasis.synthesise(context.state, r_MC, coding, multiply)
         coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
         places_K = sections.places.long()
         sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
@@ -286,3 +289,12 @@ def _give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
     return given_B.index_add_(0, taken // MOST_BITS, torch.ones_like(taken, dtype=torch.int32)).to(
         torch.uint8
     )
+
+
+def _implementation(tensor: torch.Tensor) -> ModuleType:
+    """Triton's for a tensor on a GPU, plain torch elsewhere."""
+    if tensor.is_cuda:
+        from clapping_ds.codecs.kernels import transform_kernel
+
+        return transform_kernel
+    return transform_reference

@@ -118,8 +118,7 @@ def _exchange(
 
 
 def _learned(state: State | None) -> torch.Tensor | None:
-    """What a state has that both ends must hold alike."""
-    return None if state is None else torch.cat([tensor.flatten() for tensor in state.list_shared()])
+    return None if state is None else state.join_shared()
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

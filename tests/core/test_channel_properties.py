@@ -86,7 +86,7 @@ class ChannelRun:
         for held in (held for tensors in sender.held.values() for held in tensors.values()):
             assert held.memory is None or held.memory.isfinite().all()
         assert sender.traffic.payload_bytes == receiver.traffic.payload_bytes == self.known.num_bytes
-        assert sender.memory_nbytes >= receiver.memory_nbytes
+        assert sender.memory_nbytes - own_nbytes(sender) == receiver.memory_nbytes - own_nbytes(receiver)
         assert not self.ends.sender.wire.payloads
         assert not self.ends.sender.wire.expected
 
@@ -217,6 +217,16 @@ class ChannelRun:
             assert finite.all() or not value.isfinite().all(), "what was finite did not arrive so"
             if held[index].memory is not None:
                 assert torch.equal(got[finite], held[index].memory.to(got.dtype)[finite])
+
+
+def own_nbytes(end):
+    """Of what codecs hold at this end alone."""
+    found, states = 0, [learned.state for learned in end.learned.values() if learned.state is not None]
+    while states:
+        state = states.pop()
+        found += sum(tensor.nbytes for tensor in state.own.values())
+        states += [member for member in state.members if member is not None]
+    return found
 
 
 def bits(tensor):

@@ -5,7 +5,7 @@ import torch
 
 from clapping_ds import ClappingConfig
 from clapping_ds.codecs import CodecSequence, Context, Eden, LowRank, Quantizer, RandK, TopK, Transform
-from clapping_ds.codecs.base import label
+from clapping_ds.codecs.sequence import label
 from clapping_ds.config import DIRECTIONS
 from clapping_ds.link.verification import VerificationError
 from tests.core.test_channel import Ends, value_of

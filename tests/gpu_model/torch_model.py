@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
-from clapping_ds.codecs import eigenbasis
+from clapping_ds.codecs import transform
 from clapping_ds.link import groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
@@ -262,7 +262,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (wire, "dist", dist),
             (groups, "dist", dist),
             (measurement, "time", Clock(machine)),
-            (eigenbasis, "implementation", lambda tensor: Codes),
+            (transform, "_implementation", lambda tensor: Codes),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

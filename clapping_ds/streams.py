@@ -54,20 +54,15 @@ class SideStream:
             self.stream.synchronize()
 
 
-def start_copy(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Has a copy on the host made when the current stream comes to it. What is given waits for that and
-    gives the copy; any thread may call it."""
-    if tensor.device.type not in ASYNCHRONOUS:
-        copy = tensor.clone()
-        return lambda: copy
-    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    pinned.copy_(tensor, non_blocking=True)
-    event = cuda.current_stream(tensor.device).record_event()
+def mark(device: torch.device) -> Callable[[], None]:
+    """Waits, when called, for what the current stream has got so far; any thread may call it."""
+    if device.type not in ASYNCHRONOUS:
+        return lambda: None
+    event = cuda.current_stream(device).record_event()
 
-    def wait() -> torch.Tensor:
-        with cuda.device(tensor.device):  # a thread of its own begins on the first GPU
+    def wait() -> None:
+        with cuda.device(device):  # a thread of its own begins on the first GPU
             event.synchronize()
-        return pinned
 
     return wait
 

@@ -12,14 +12,13 @@ A product of fp32 matrices takes far longer than its share of operations says, o
 the last columns are times: products and bytes at the peak rates of an H100, a stage's own products at
 STAGE_UTILISATION of theirs. They are a model, not a measurement.
 
-Not counted: the eigenvectors, which a thread of the CPU computes once in `refresh` messages; the time from
-one launch to the next; and what caches save where a tensor is read again at once.
+Not counted: what a thread of the CPU computes once in `refresh` messages; the time from one launch to the next; and what caches save where a tensor is read again at once.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -39,6 +38,11 @@ FLOPS_PER_PARAMETER = 6
 PER_VALUE = 10
 """Less mean, times inverse, sign, four additions of Hadamard's, times 1/4, code, word."""
 BITS = 2
+CODECS = {
+    f"{basis}{f' {anchors} anchors' if anchors else ''}": Transform(bits=BITS, basis=basis, anchors=anchors)
+    for basis in get_args(Transform.model_fields["basis"].annotation)
+    for anchors in (0, 1024)
+}
 H100 = {"fp32": 67e12, "int8": 1979e12, "bf16": 989e12, "bytes": 3.35e12}
 """Per second, from the data sheet of the SXM: matrix products, and bytes of memory."""
 STAGE_UTILISATION = 0.5
@@ -145,8 +149,12 @@ def count(codec: Transform, situation: Situation) -> dict[str, Cost]:
     costs = {}
     for action in ("encode", "decode"):
         context = situation.context(codec, SHAPE, device)
-        if context.state is not None:
-            context.state.own["covariance_CC"] = torch.empty(SHAPE[1], SHAPE[1], device=device)
+        layout = codec.layout(SHAPE[1])
+        if context.state is not None and layout is not None:
+            num_rows = layout.rows_per_message * layout.refresh
+            context.state.host["rows_RC"] = torch.empty(
+                num_rows, SHAPE[1], dtype=torch.bfloat16, device=device
+            )
         costs[action] = _count_one(codec, action, value, payload, context)
     return costs
 
@@ -180,8 +188,7 @@ def rows() -> list[dict[str, Any]]:
     of_stage = FLOPS_PER_PARAMETER * num_parameters * SHAPE[0]
     stage_ms = of_stage / H100["bf16"] / STAGE_UTILISATION * 1e3
     found = []
-    for basis in ("channel", "eigen"):
-        codec = Transform(bits=BITS, basis=basis)
+    for label, codec in CODECS.items():
         for situation in (s for s in SITUATIONS if s.dtype == torch.bfloat16):
             costs = count(codec, situation)
             least = count_least_bytes(codec, situation)
@@ -194,7 +201,7 @@ def rows() -> list[dict[str, Any]]:
                 moved_ms = 2e3 * cost.num_bytes / H100["bytes"]
                 found.append(
                     {
-                        "transform": f"{basis} {situation.label} {name}",
+                        "transform": f"{label} {situation.label} {name}",
                         "GFLOP of products": 2e-9 * (cost.operations["fp32"] + cost.operations["int8"]),
                         "other GFLOP": 2e-9 * cost.operations["others"],
                         "% of stage": 200 * cost.operations.total() / of_stage,

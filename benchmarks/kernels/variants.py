@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 from triton.runtime import JITFunction
 
-from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK, Transform, eigenbasis
+from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK, Transform
+from clapping_ds.codecs.learning import Learning
 
 SHAPE = (1024, 1024)
 """Of the tensor that is sent: every group, segment and block full, as almost all are in use."""
@@ -43,7 +44,9 @@ class Situation:
             memory = torch.zeros(shape, dtype=self.memory_dtype, device=device)
         state = codec.new_state(shape[-1], device)
         if isinstance(codec, Transform) and state is not None:
-            eigenbasis.put_identity_(state, codec.refresh)
+            layout = codec.layout(shape[-1])
+            assert layout is not None
+            Learning(state, layout).put_plain_()
         return Context(memory, memory is not None, SEED, state)
 
 

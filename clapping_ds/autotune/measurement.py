@@ -10,8 +10,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from clapping_ds.autotune.decision import Candidate, Speed
-from clapping_ds.codecs import AnyCodec, CodecSequence, Context, Raw, State, Transform, eigenbasis
+from clapping_ds.codecs import AnyCodec, CodecSequence, Context, Raw, State, Transform
 from clapping_ds.codecs.base import width_of
+from clapping_ds.codecs.learning import Learning
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
@@ -100,7 +101,7 @@ def _codec_s(plan: Plan, spec: Spec, channel: Channel) -> float:
     payload = torch.empty(codec.nbytes(*spec), dtype=torch.uint8, device=device)
     memory = torch.zeros_like(value) if plan.holds_memory else None
     state = codec.new_state(width_of(spec.shape), device)
-    _warm_up(codec, state)
+    _warm_up(codec, state, width_of(spec.shape))
     context = Context(memory, memory is not None, 0, state, channel.compiles)
 
     def once() -> float:
@@ -114,13 +115,15 @@ def _codec_s(plan: Plan, spec: Spec, channel: Channel) -> float:
     return min(once() for _ in range(3))
 
 
-def _warm_up(codec: AnyCodec, state: State | None) -> None:
+def _warm_up(codec: AnyCodec, state: State | None, width: int) -> None:
     """Lets a state be as after many messages."""
     if isinstance(codec, CodecSequence) and state is not None:
         for member, of_member in zip(codec.codecs, state.members, strict=True):
-            _warm_up(member, of_member)
+            _warm_up(member, of_member, width)
     elif isinstance(codec, Transform) and state is not None:
-        eigenbasis.put_identity_(state, codec.refresh)
+        layout = codec.layout(width)
+        assert layout is not None
+        Learning(state, layout).put_plain_()
 
 
 class Speaker(NamedTuple):

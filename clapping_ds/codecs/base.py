@@ -47,6 +47,8 @@ class State:
     """Equal at both ends."""
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of this end alone."""
+    host: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of this end alone, on the CPU; pinned where the others are on a GPU."""
     num_messages: int = 0
     pending: Future[dict[str, torch.Tensor]] | None = None
     """What is computed beside the messages, to become part of `own`."""
@@ -55,7 +57,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.shared.values(), *self.own.values()]
+        tensors = [*self.shared.values(), *self.own.values(), *self.host.values()]
         members = [member.nbytes for member in self.members if member is not None]
         return sum(tensor.nbytes for tensor in tensors) + sum(members)
 
@@ -84,6 +86,7 @@ class State:
         return {
             "shared": self.shared,
             "own": self.own,
+            "host": self.host,
             "num_messages": self.num_messages,
             "members": [None if member is None else member.state_dict() for member in self.members],
         }
@@ -99,6 +102,11 @@ class State:
             {name: tensor.to(device, copy=True) for name, tensor in saved[part].items()}
             for part in ("shared", "own")
         )
+        pins = device.type == "cuda"
+        self.host = {
+            name: tensor.clone().pin_memory() if pins else tensor.clone()
+            for name, tensor in saved["host"].items()
+        }
 
 
 class Context(NamedTuple):

@@ -5,34 +5,38 @@ than the others, a few tokens a hundred times larger still, and what tokens have
 rest. For the rows (tokens) of x = fp32(v - base) as a matrix [N, D], D the last dimension:
 
 1. *Outliers*: the ceil(N / 128) rows of largest norm travel in bfloat16, with their indexes.
-2. *Coordinates* y of the other rows: with `basis: "channel"` the channels as they are; with "eigen" what is
-   below.
-3. *Gain* g_n of each row: the root mean square over k of y_nk / (root mean square of coordinate k).
-4. *Mean* mu_k and *deviation* sigma_k of y_nk / g_n, for each coordinate.
-5. *Bits*: coordinates are sorted by deviation and cut into blocks of 16; whole bits, 0 to 8 per block, are
+2. *Gain* g_n of each other row: the root mean square over channels d of x_nd / (root mean square of channel
+   d), times the root mean square of all.
+3. *Coordinates* y_n of x_n / g_n: with `basis: "channel"` the channels as they are, with "eigen"
+   x_n U^-1 / g_n.
+4. *Anchor*: with `anchors` above zero, of so many points a_j that were learned from earlier messages the one
+   nearest to y_n; its number j_n travels, and z_n = y_n - a_j is what is left. Else z_n = y_n.
+5. *Mean* mu_k of z_nk for each coordinate; *scale* s_n of what is left of each row, its root mean square as
+   that of step 2 is; *deviation* sigma_k of (z_nk - mu_k) / s_n for each coordinate.
+6. *Bits*: coordinates are sorted by deviation and cut into blocks of 16; whole bits, 0 to 8 per block, are
    given out one by one to the block whose error they lower most (reverse water-filling), `bits` per value
    in all.
-6. *Codes*: (y_nk / g_n - mu_k) / sigma_k, random signs drawn afresh for every message, the Hadamard matrix of
+7. *Codes*: (z_nk - mu_k) / (s_n sigma_k), random signs drawn afresh for every message, the Hadamard matrix of
    each block, and the Lloyd-Max code of a Gaussian.
 
-    r_nk = mu_k + sigma_k w_nk       w: signs and Hadamard of the levels, over 4
-    D(x)_n = g_n r_n                 "channel"
-    D(x)_n = g_n r_n U               "eigen"
+    r_nk = mu_k + s_n sigma_k w_nk + a_jk       w: signs and Hadamard of the levels, over 4
+    D(x)_n = g_n r_n                            "channel"
+    D(x)_n = g_n r_n U                          "eigen"
 
-Everything but outliers and codes is computed by the sender for every message and sent with it, so that a
-message is coded well whatever the ones before it were.
+All but the basis and the anchors (see `learning`) is computed by the sender for every message and sent with
+it, so that a message is coded well whatever the ones before it were.
 
 Both ends hold the same bits, whatever their libraries and GPUs: levels are multiples of 2^-8, so that w is
-exact; gains, means and deviations are bfloat16 and are used as they arrive; what is rounded is one sum and
-one product, and with "eigen" a product of integers (see `eigenbasis`), whose sums are exact in any order. A
-row that is not finite arrives as NaN throughout, and leaves its part of the memory as it was. Values
-saturate at 2^112; a deviation below 2^-60 of a message's largest value is zero.
+exact; gains, scales, means and deviations are bfloat16 and are used as they arrive; what is rounded is two
+sums and three products, each by itself, and with "eigen" a product of integers (see `eigenbasis`), whose sums
+are exact in any order. A row that is not finite arrives as NaN throughout, and leaves its part of the memory
+as it was. Values saturate at 2^112; a deviation below 2^-60 of a message's largest value is zero.
 
 Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
-(int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), means (bfloat16 [C]),
-deviations (bfloat16 [C]), bits of blocks (uint8 [C / 16]), with "eigen" a slice of the next basis (int8),
-padding to 16 bytes; then codes: M rows of W words of 16 bits, where a block of b bits has b words, word i the
-i-th bits of its 16 codes; padding to 16 bytes.
+(int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), scales (bfloat16 [M]), with
+anchors their numbers (int16 [M]), means (bfloat16 [C]), deviations (bfloat16 [C]), bits of blocks
+(uint8 [C / 16]), a slice of what is learned next (int8), padding to 16 bytes; then codes: M rows of W words
+of 16 bits, where a block of b bits has b words, word i the i-th bits of its 16 codes; padding to 16 bytes.
 """
 
 import math
@@ -43,8 +47,8 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import AfterValidator, BaseModel, Field
 
-from clapping_ds.codecs import eigenbasis
 from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
+from clapping_ds.codecs.learning import Layout, Learning
 from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.numerics_reference import (
     deliver_,
@@ -54,13 +58,22 @@ from clapping_ds.codecs.reference.numerics_reference import (
     subtract_base,
     update,
 )
-from clapping_ds.codecs.reference.transform_reference import BLOCK, ERRORS, LARGEST, MOST_BITS, Coding, invert
-from clapping_ds.codecs.statistics import Statistics, find_statistics
+from clapping_ds.codecs.reference.transform_reference import (
+    BLOCK,
+    ERRORS,
+    LARGEST,
+    LARGEST_W,
+    MOST_BITS,
+    Coding,
+    invert,
+)
+from clapping_ds.codecs.statistics import Moments, find_gains, find_moments
 
 ROWS_PER_OUTLIER = 128
 UNIT = 1 / 16
 MOST_COORDINATES = 16384
-"""Of an eigenbasis; what is wider has none."""
+"""Of what is learned; for wider tensors nothing is."""
+MOST_ANCHORS = 1 << 14
 
 
 class Sizes(NamedTuple):
@@ -72,6 +85,7 @@ class Sizes(NamedTuple):
     num_blocks: int
     num_words: int
     """Of a row's codes: the bits that are given out to its blocks."""
+    has_anchors: bool
     slice_nbytes: int
 
     @property
@@ -91,10 +105,13 @@ class Sections(NamedTuple):
     outliers: torch.Tensor
     gains: torch.Tensor
     """NaN: the row is not finite."""
+    scales: torch.Tensor
+    anchors: torch.Tensor
+    """Their numbers; empty without."""
     means: torch.Tensor
     deviations: torch.Tensor
     bits: torch.Tensor
-    basis: torch.Tensor
+    slice: torch.Tensor
     codes: torch.Tensor
 
     @property
@@ -106,18 +123,18 @@ class Sections(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the sender has, in units in which the largest value is 1 to 2, so that no square overflows."""
+    """What the sender has."""
 
     places: torch.Tensor
     """int64 [K], ascending: of the outliers."""
     outliers: torch.Tensor
     """fp32 [K, D]; NaN where a row is not finite."""
     coded: torch.Tensor
-    """fp32 [M, C]: the others, padded with zeros to whole blocks."""
-    finite: torch.Tensor
-    """bool [M]: which of these are finite; those that are not are zeros."""
-    unit: torch.Tensor
-    """A power of two."""
+    """fp32 [M, C]: the others over their gains, padded with zeros to whole blocks."""
+    gains: torch.Tensor
+    """bfloat16 [M]; NaN where a row is not finite."""
+    counted: torch.Tensor
+    """bool [M]: which of these are finite and have a gain; the others are zeros."""
 
 
 def _check_unit(bits: float) -> float:
@@ -138,8 +155,10 @@ class Transform(BaseModel):
     basis: Literal["channel", "eigen"] = "channel"
     """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""
     refresh: Annotated[int, Field(ge=2, le=1 << 20)] = 256
-    """With "eigen": a new basis every so many messages of a tensor, a slice with each; the first is used from
-    the message with twice this number on, and until then it is as with "channel"."""
+    """Basis and anchors are new every so many messages of a tensor, a slice of them with each; the first are
+    used from the message with twice this number on, and until then it is as with "channel" and no anchors."""
+    anchors: Annotated[int, Field(ge=0, le=MOST_ANCHORS)] = 0
+    """Points that rows gather around; 0: none."""
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Outliers, and what rows and coordinates have in common, then codes, each padded to 16."""
@@ -147,71 +166,70 @@ class Transform(BaseModel):
         return pad_nbytes(_count_side_bytes(sizes)) + pad_nbytes(2 * sizes.num_coded * sizes.num_words)
 
     def new_state(self, width: int, device: torch.device) -> State | None:
-        """With "eigen" the bases; see `eigenbasis`."""
-        num_blocks = ceil_div(width, BLOCK)
-        return eigenbasis.new_state(num_blocks * BLOCK, device) if self._learns(num_blocks) else None
+        """What is learned, where something is; see `learning`."""
+        layout = self.layout(width)
+        return None if layout is None else layout.new_state(device)
 
-    def _learns(self, num_blocks: int) -> bool:
-        return self.basis == "eigen" and num_blocks * BLOCK <= MOST_COORDINATES
+    def layout(self, width: int) -> Layout | None:
+        """Of what is learned of rows of so many channels; None: nothing is."""
+        size = ceil_div(width, BLOCK) * BLOCK
+        if size > MOST_COORDINATES or (self.basis == "channel" and not self.anchors):
+            return None
+        return Layout(size, self.basis == "eigen", self.anchors, self.refresh)
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
-        sizes, state = self._sizes(value.shape), context.state
+        sizes, learning = self._sizes(value.shape), self._learning(value, context)
         payload.zero_()
         sections = _split(payload, sizes)
-        has_basis = state is not None and eigenbasis.begin_message(state, self.refresh)
         rows = _part_rows(value, context, sizes)
-        y_MC = eigenbasis.analyse(state, rows.coded) if state is not None and has_basis else rows.coded
-        found = find_statistics(y_MC, rows.finite)
-        _write_side_(rows, found, sections, sizes.num_words)
-        coding = sections.coding._replace(means=found.means, deviations=found.deviations)  # in units
-        z_MC = y_MC * invert(found.gains)[:, None]
-        _implementation(value).write_codes_(z_MC, coding, context.seed, sections.codes)
-        if state is not None:
-            eigenbasis.learn_(state, self.refresh, rows.coded, rows.finite)
-            eigenbasis.put_slice_(state, self.refresh, sections.basis)
+        z_MC = rows.coded
+        if learning is not None:
+            learning.begin_message()
+            learning.learn_(z_MC)
+            if learning.is_used:
+                z_MC = learning.analyse(z_MC, sections.anchors)
+        moments = find_moments(z_MC, rows.counted)
+        _write_side_(rows, moments, sections, sizes.num_words)
+        _implementation(value).write_codes_(moments.rows, sections.coding, context.seed, sections.codes)
+        if learning is not None:
+            learning.put_slice_(sections.slice)
         if context.memory is not None:
-            sent_ND, finite_N = self._read(sections, sizes, has_basis, context)
+            sent_ND, finite_N = _read(sections, sizes, learning, context)
             bound = limit(value, context.memory)
             keep_(context.memory, update(load_base_like(sent_ND, context), sent_ND, bound), finite_N)
-        if state is not None:
-            eigenbasis.end_message(state)
+        if learning is not None:
+            learning.end_message()
 
     def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
-        sizes, state = self._sizes(out.shape), context.state
+        sizes, learning = self._sizes(out.shape), self._learning(out, context)
         sections = _split(payload, sizes)
-        has_basis = state is not None and eigenbasis.begin_message(state, self.refresh)
-        sent_ND, finite_N = self._read(sections, sizes, has_basis, context)
+        if learning is not None:
+            learning.begin_message()
+        sent_ND, finite_N = _read(sections, sizes, learning, context)
         deliver_(out, sent_ND, finite_N, context)
-        if state is not None:
-            eigenbasis.take_slice_(state, self.refresh, sections.basis)
-            eigenbasis.end_message(state)
+        if learning is not None:
+            learning.take_slice_(sections.slice)
+            learning.end_message()
 
-    def _read(
-        self, sections: Sections, sizes: Sizes, has_basis: bool, context: Context
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 [N, D]: what a message says; and which of its rows are finite."""
-        coding, implementation = sections.coding, _implementation(sections.codes)
-        r_MC = implementation.read_codes(sections.codes, coding, context.seed)
-        if has_basis and context.state is not None:
-            multiply = None if context.memory is None else implementation.multiply
-            r_MC = eigenbasis.synthesise(context.state, r_MC, coding, multiply)
-        coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
-        places_K = sections.places.long()
-        sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
-        sent_ND.index_copy_(0, _list_others(places_K, sizes.num_rows), coded_MD)
-        sent_ND.index_copy_(0, places_K, sections.outliers.float())
-        return sent_ND, sent_ND.isfinite().all(1)
+    def _learning(self, tensor: torch.Tensor, context: Context) -> Learning | None:
+        layout = self.layout(width_of(tensor.shape))
+        return None if layout is None or context.state is None else Learning(context.state, layout)
 
     def _sizes(self, shape: tuple[int, ...]) -> Sizes:
         num_channels = width_of(shape)
         num_rows = torch.Size(shape).numel() // max(1, num_channels)
         num_blocks = ceil_div(num_channels, BLOCK)
         num_words = math.ceil(self.bits * num_blocks)
-        slice_nbytes = 0
-        if self._learns(num_blocks):
-            slice_nbytes = eigenbasis.count_slice_bytes(num_blocks * BLOCK, self.refresh)
-        outliers = ceil_div(num_rows, ROWS_PER_OUTLIER)
-        return Sizes(num_rows, outliers, num_channels, num_blocks, num_words, slice_nbytes)
+        layout = self.layout(num_channels)
+        return Sizes(
+            num_rows=num_rows,
+            num_outliers=ceil_div(num_rows, ROWS_PER_OUTLIER),
+            num_channels=num_channels,
+            num_blocks=num_blocks,
+            num_words=num_words,
+            has_anchors=layout is not None and layout.num_anchors > 0,
+            slice_nbytes=0 if layout is None else layout.slice_nbytes,
+        )
 
 
 def _list_sections(sizes: Sizes) -> list[tuple[torch.dtype, tuple[int, ...]]]:
@@ -220,6 +238,8 @@ def _list_sections(sizes: Sizes) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         (torch.int32, (sizes.num_outliers,)),
         (torch.bfloat16, (sizes.num_outliers, sizes.num_channels)),
         (torch.bfloat16, (sizes.num_coded,)),
+        (torch.bfloat16, (sizes.num_coded,)),
+        (torch.int16, (sizes.num_coded * sizes.has_anchors,)),
         (torch.bfloat16, (sizes.num_coordinates,)),
         (torch.bfloat16, (sizes.num_coordinates,)),
         (torch.uint8, (sizes.num_blocks,)),
@@ -243,6 +263,29 @@ def _split(payload: torch.Tensor, sizes: Sizes) -> Sections:
     return Sections(*found)
 
 
+def _read(
+    sections: Sections, sizes: Sizes, learning: Learning | None, context: Context
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [N, D]: what a message says; and which of its rows are finite."""
+    coding, implementation = sections.coding, _implementation(sections.codes)
+    r_MC = implementation.read_codes(sections.codes, coding, sections.scales.float(), context.seed)
+    if learning is not None and learning.is_used:
+        multiply = None if context.memory is None else implementation.multiply
+        r_MC = learning.synthesise(r_MC, _find_bound(coding, sections), sections.anchors, multiply)
+    coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
+    places_K = sections.places.long()
+    sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
+    sent_ND.index_copy_(0, _list_others(places_K, sizes.num_rows), coded_MD)
+    sent_ND.index_copy_(0, places_K, sections.outliers.float())
+    return sent_ND, sent_ND.isfinite().all(1)
+
+
+def _find_bound(coding: Coding, sections: Sections) -> torch.Tensor:
+    """fp32 [C]: of the magnitudes that codes stand for."""
+    scale = sections.scales.float().amax() if sections.scales.numel() else 0.0
+    return coding.means.abs() + LARGEST_W * coding.deviations * scale
+
+
 def _list_others(places_K: torch.Tensor, num_rows: int) -> torch.Tensor:
     """int64 [M], ascending: the rows that are no outliers."""
     is_outlier_N = places_K.new_zeros(num_rows).index_fill_(0, places_K, 1)
@@ -258,22 +301,28 @@ def _part_rows(value: torch.Tensor, context: Context, sizes: Sizes) -> Rows:
     x_ND = x_ND.clamp_(-LARGEST, LARGEST)
     largest = x_ND.abs().amax() if x_ND.numel() else x_ND.new_zeros(())
     exponent = torch.floor(torch.log2(largest.clamp(min=1 / LARGEST)))
-    x_ND *= torch.exp2(-exponent)
+    x_ND *= torch.exp2(-exponent)  # so that no square overflows
+    unit = torch.exp2(exponent)
     norm_N = x_ND.square().sum(1).where(finite_N, -1.0)
     places_K = norm_N.topk(sizes.num_outliers).indices.sort().values
     others_M = _list_others(places_K, sizes.num_rows)
-    outliers_KD = x_ND[places_K].masked_fill(~finite_N[places_K, None], torch.nan)
-    coded_MC = pad_end(x_ND[others_M], sizes.num_coordinates)
-    return Rows(places_K, outliers_KD, coded_MC, finite_N[others_M], torch.exp2(exponent))
+    outliers_KD = (x_ND[places_K] * unit).masked_fill(~finite_N[places_K, None], torch.nan)
+    finite_M = finite_N[others_M]
+    x_MC = pad_end(x_ND[others_M], sizes.num_coordinates)
+    gain_M = find_gains(x_MC, finite_M)
+    sent_M = (gain_M * unit).bfloat16()
+    x_MC *= invert(sent_M.float() / unit)[:, None]
+    return Rows(places_K, outliers_KD, x_MC, sent_M.masked_fill(~finite_M, torch.nan), sent_M > 0)
 
 
-def _write_side_(rows: Rows, found: Statistics, sections: Sections, num_words: int) -> None:
-    """All but codes and basis."""
+def _write_side_(rows: Rows, moments: Moments, sections: Sections, num_words: int) -> None:
+    """All but codes, anchors, and what is learned."""
     sections.places.copy_(rows.places)
-    sections.outliers.copy_(rows.outliers * rows.unit)
-    sections.gains.copy_(found.gains.masked_fill(~rows.finite, torch.nan))
-    sections.means.copy_(found.means * rows.unit)
-    sections.deviations.copy_(found.deviations * rows.unit)
+    sections.outliers.copy_(rows.outliers)
+    sections.gains.copy_(rows.gains)
+    sections.scales.copy_(moments.scales)
+    sections.means.copy_(moments.means)
+    sections.deviations.copy_(moments.deviations)
     in_order_C = sections.deviations.float()[sections.coding.order]
     sections.bits.copy_(_give_out_bits(in_order_C, num_words))
 

@@ -211,13 +211,20 @@ def test_bits(codec, monkeypatch):
 
 
 @pytest.mark.parametrize(("holds_memory", "carry"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("shape", [(150, 70), (9, 48)])
-def test_bits_in_an_eigenbasis(shape, holds_memory, carry, monkeypatch):
-    """Six messages of the same tensor: from the fifth on there is a basis."""
-    codec = Transform(bits=2, basis="eigen", refresh=2)
-    found = [send_in_an_eigenbasis(codec, shape, holds_memory, carry)]
+@pytest.mark.parametrize(
+    ("shape", "learned"),
+    [
+        ((150, 70), {"basis": "eigen"}),
+        ((9, 48), {"basis": "eigen", "anchors": 4}),
+        ((150, 70), {"anchors": 4}),
+    ],
+)
+def test_bits_with_what_is_learned(shape, learned, holds_memory, carry, monkeypatch):
+    """Six messages of the same tensor: from the fifth on something is used."""
+    codec = Transform(bits=2, refresh=2, **learned)
+    found = [send_six(codec, shape, holds_memory, carry)]
     on_triton(monkeypatch)
-    found.append(send_in_an_eigenbasis(codec, shape, holds_memory, carry))
+    found.append(send_six(codec, shape, holds_memory, carry))
     for number, (expectation, result) in enumerate(zip(*found, strict=True)):
         for name, tensor in result.items():
             assert same_bits(tensor, expectation[name]), f"{name} of message {number}"
@@ -226,7 +233,7 @@ def test_bits_in_an_eigenbasis(shape, holds_memory, carry, monkeypatch):
     assert result["sender's state"].any()
 
 
-def send_in_an_eigenbasis(codec, shape, holds_memory, carry):
+def send_six(codec, shape, holds_memory, carry):
     value = values_of("outliers", prod(shape), torch.float32, seed=3).view(shape)
     states = new_states(codec, value)
     results = [{"receiver's memory": torch.zeros_like(value) if holds_memory else None}]
@@ -262,7 +269,8 @@ def test_codes_at_and_beside_every_threshold(bits):
     transform_kernel.write_codes_(z_MC, coding, SEED, code_MW)
     transform_reference.write_codes_(z_MC, coding, SEED, expected_MW)
     assert torch.equal(code_MW, expected_MW)
-    read = [twin.read_codes(code_MW, coding, SEED) for twin in (transform_kernel, transform_reference)]
+    scale_M, twins = torch.rand(len(z_MC)).bfloat16().float(), (transform_kernel, transform_reference)
+    read = [twin.read_codes(code_MW, coding, scale_M, SEED) for twin in twins]
     assert same_bits(*read)
 
 
@@ -280,7 +288,7 @@ def test_codes_of_values_above_two_to_the_31(monkeypatch):
     z_MC[-1, -1024:] = tail
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last_programs)
     transform_kernel.write_codes_(z_MC, coding, SEED, code_MW)
-    out = transform_kernel.read_codes(code_MW, coding, SEED)[-1, -1024:]
+    out = transform_kernel.read_codes(code_MW, coding, torch.ones(num_rows), SEED)[-1, -1024:]
     assert (out - tail).norm() < 0.15 * tail.norm()
 
 

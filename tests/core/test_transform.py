@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from clapping_ds.codecs import Context, Transform, bits_per_value, eigenbasis
+from clapping_ds.codecs import Context, Transform, bits_per_value
+from clapping_ds.codecs.anchors import Anchors, find_anchors, prepare_search
+from clapping_ds.codecs.learning import Learning
 from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.transform_reference import ERRORS
 from clapping_ds.link.verification import VerificationError
@@ -21,6 +23,24 @@ def correlated(num_rows, seed=0, width=WIDTH):
     """Rows of low rank and some noise, in channels of very different sizes."""
     mixture = normal(8, width, seed=99) * torch.logspace(0, 2, width)
     return normal(num_rows, 8, seed=seed) @ mixture + 0.05 * normal(num_rows, width, seed=seed + 1000)
+
+
+def gathered(num_rows, seed=0, width=WIDTH):
+    """Rows around 16 points, in channels of very different sizes."""
+    size = torch.logspace(0, 2, width)
+    point = torch.randint(16, (num_rows,), generator=torch.Generator().manual_seed(seed))
+    return (3 * normal(16, width, seed=99)[point] + normal(num_rows, width, seed=seed + 1000)) * size
+
+
+LEARNED = {
+    "nothing": {},
+    "basis": {"basis": "eigen"},
+    "anchors": {"anchors": 16},
+    "both": {"basis": "eigen", "anchors": 16},
+}
+"""By what is learned from earlier messages."""
+EVERY_LEARNED = pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED)
+SOMETHING_LEARNED = pytest.mark.parametrize("learned", list(LEARNED.values())[1:], ids=list(LEARNED)[1:])
 
 
 class Pair:
@@ -61,10 +81,20 @@ def test_bits_per_value(bits, expected):
     assert bits_per_value(Transform(bits=bits), torch.bfloat16) == pytest.approx(expected, abs=0.01)
 
 
-def test_a_basis_costs_its_bytes_over_the_messages_of_a_period():
-    channel, eigen = Transform(bits=2), Transform(bits=2, basis="eigen", refresh=256)
-    more = bits_per_value(eigen, torch.bfloat16) - bits_per_value(channel, torch.bfloat16)
-    assert more == pytest.approx(8 / 256, rel=0.01)
+@pytest.mark.parametrize(
+    ("learned", "expected"),
+    [
+        ({"basis": "eigen"}, 8 / 256),
+        ({"anchors": 1024}, 8 * 1024 / 4096 / 256 + 16 / 4096),
+        ({"basis": "eigen", "anchors": 1024}, 8 * 5120 / 4096 / 256 + 16 / 4096),
+    ],
+)
+def test_what_is_learned_costs_its_bytes_over_the_messages_of_a_period(learned, expected):
+    """An int8 for each value of a basis [4096, 4096] and of anchors [1024, 4096]; and two bytes a row say
+    which anchor is its own."""
+    plain, learning = Transform(bits=2), Transform(bits=2, refresh=256, **learned)
+    more = bits_per_value(learning, torch.bfloat16) - bits_per_value(plain, torch.bfloat16)
+    assert more == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -97,6 +127,34 @@ def test_an_eigenbasis_does_what_channels_cannot():
     assert sum(errors[1][later]) < 0.2 * sum(errors[0][later])
 
 
+@pytest.mark.parametrize("basis", ["channel", "eigen"])
+def test_anchors_do_what_one_cloud_cannot(basis):
+    """Nine tenths of the variance are between the points."""
+    without, with_anchors = (
+        Pair(Transform(bits=1, basis=basis, anchors=anchors, refresh=REFRESH), gathered(512))
+        for anchors in (0, 64)
+    )
+    errors = [
+        [relative_error(pair.send(value), value) for value in (gathered(512, seed) for seed in range(12))]
+        for pair in (without, with_anchors)
+    ]
+    first, later = slice(0, 2 * REFRESH), slice(2 * REFRESH, None)
+    assert errors[0][first] == errors[1][first], "until the first anchors are there"
+    assert sum(errors[1][later]) < 0.25 * sum(errors[0][later])
+
+
+def test_a_row_far_from_the_others_costs_them_nothing():
+    """What an anchor leaves of rows differs in size; each has its scale."""
+    pair = Pair(Transform(bits=3, anchors=16, refresh=2), gathered(512))
+    for seed in range(4):
+        pair.send(gathered(512, seed))
+    value = gathered(512, 4)
+    value[100] = 5 * gathered(1, 5)[0].flip(0)
+    out, is_other = pair.send(value), torch.arange(512) != 100
+    assert relative_error(out[100], value[100]) < 2 * ERRORS[3]
+    assert relative_error(out[is_other], value[is_other]) < ERRORS[3] / 4
+
+
 @pytest.mark.parametrize("bits", [2.03, 0, 9, "2"])
 def test_bits_that_are_refused(bits):
     with pytest.raises(ValueError, match="bits"):
@@ -106,11 +164,12 @@ def test_bits_that_are_refused(bits):
 # Both ends agree
 
 
+@pytest.mark.parametrize("anchors", [0, 16])
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memories_are_equal_when_one_end_adds_in_another_order(carry, dtype, monkeypatch):
+def test_memories_are_equal_when_one_end_adds_in_another_order(anchors, carry, dtype, monkeypatch):
     """The receiver's matrix product is cut at random, and its parts are added in a random order."""
-    codec = Transform(bits=2, basis="eigen", refresh=2)
+    codec = Transform(bits=2, basis="eigen", refresh=2, anchors=anchors)
     pair = Pair(codec, correlated(160).to(dtype), holds_memory=True, carry=carry)
     exact, generator = transform_reference.multiply, torch.Generator().manual_seed(5)
 
@@ -134,9 +193,10 @@ def test_memories_are_equal_when_one_end_adds_in_another_order(carry, dtype, mon
         assert same_state(*pair.states)
 
 
-def test_deltas_of_a_constant_value_converge():
+@EVERY_LEARNED
+def test_deltas_of_a_constant_value_converge(learned):
     value = correlated(256)
-    pair = Pair(Transform(bits=2, basis="eigen", refresh=2), value, holds_memory=True, carry=True)
+    pair = Pair(Transform(bits=2, refresh=2, **learned), value, holds_memory=True, carry=True)
     errors = [relative_error(pair.send(value), value) for _ in range(10)]
     assert errors[-1] < 1e-6 * errors[0]
 
@@ -165,11 +225,11 @@ LARGEST_ERRORS = {"one channel": 0.25}
 is for."""
 
 
-@pytest.mark.parametrize("basis", ["channel", "eigen"])
+@EVERY_LEARNED
 @pytest.mark.parametrize("kind", HARD)
-def test_what_is_hard_arrives_finite_with_a_bounded_error(kind, basis):
+def test_what_is_hard_arrives_finite_with_a_bounded_error(kind, learned):
     value = HARD[kind]
-    pair = Pair(Transform(bits=4, basis=basis, refresh=2), value, holds_memory=True)
+    pair = Pair(Transform(bits=4, refresh=2, **learned), value, holds_memory=True)
     for _ in range(6):
         out = pair.send(value)
         assert out.isfinite().all()
@@ -178,12 +238,13 @@ def test_what_is_hard_arrives_finite_with_a_bounded_error(kind, basis):
         assert error <= LARGEST_ERRORS.get(kind, 0.02) * size
 
 
+@pytest.mark.parametrize("anchors", [0, 16])
 @pytest.mark.parametrize("size", [100, 1000])
-def test_a_massive_channel_leaves_the_others_alone_with_a_memory_too(size):
+def test_a_massive_channel_leaves_the_others_alone_with_a_memory_too(size, anchors):
     """Its mean sets the unit of the integers that both ends multiply."""
+    codec = Transform(bits=6, basis="eigen", anchors=anchors, refresh=2)
     direct, remembering = (
-        Pair(Transform(bits=6, basis="eigen", refresh=2), correlated(512), holds_memory=holds_memory)
-        for holds_memory in (False, True)
+        Pair(codec, correlated(512), holds_memory=holds_memory) for holds_memory in (False, True)
     )
     for seed in range(8):
         value = correlated(512, seed) / 100
@@ -217,11 +278,12 @@ def test_a_long_period_learns_from_enough_rows():
     pair = Pair(Transform(bits=1, basis="eigen", refresh=2 * 16 * WIDTH), correlated(512))
     for seed in range(3):
         pair.send(correlated(512, seed))
-    assert torch.linalg.matrix_rank(pair.states[0].own["covariance_CC"], rtol=1e-2) >= 8
+    rows_RC = pair.states[0].host["rows_RC"].float()
+    assert torch.linalg.matrix_rank(rows_RC, rtol=1e-2) == 3, "one of each message"
 
 
-def test_what_is_too_wide_for_a_basis_is_coded_by_channels():
-    wide = Transform(bits=2, basis="eigen")
+def test_of_what_is_too_wide_nothing_is_learned():
+    wide = Transform(bits=2, basis="eigen", anchors=16)
     assert wide.new_state(1 << 20, torch.device("cpu")) is None
     assert wide.nbytes((4, 1 << 20), torch.float32) == Transform(bits=2).nbytes((4, 1 << 20), torch.float32)
 
@@ -251,9 +313,9 @@ def test_another_default_dtype_changes_nothing():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("basis", ["channel", "eigen"])
-def test_what_is_too_small_arrives_as_zeros_and_what_is_too_large_saturates(basis):
-    pair = Pair(Transform(bits=3, basis=basis, refresh=2), normal(200, WIDTH), holds_memory=True)
+@EVERY_LEARNED
+def test_what_is_too_small_arrives_as_zeros_and_what_is_too_large_saturates(learned):
+    pair = Pair(Transform(bits=3, refresh=2, **learned), normal(200, WIDTH), holds_memory=True)
     for _ in range(5):
         assert not pair.send(normal(200, WIDTH) * 1e-41).any()
         out = pair.send(normal(200, WIDTH).sign() * torch.finfo(torch.float32).max)
@@ -271,10 +333,10 @@ def test_massive_tokens_leave_the_others_alone():
 
 
 @pytest.mark.parametrize("num_broken", [1, 7])
-@pytest.mark.parametrize("basis", ["channel", "eigen"])
-def test_rows_that_are_not_finite_arrive_so_and_stay_out_of_memories_and_bases(num_broken, basis):
+@EVERY_LEARNED
+def test_rows_that_are_not_finite_arrive_so_and_stay_out_of_all_that_is_kept(num_broken, learned):
     """More of them than outliers have room."""
-    pair = Pair(Transform(bits=3, basis=basis, refresh=2), correlated(300), holds_memory=True)
+    pair = Pair(Transform(bits=3, refresh=2, **learned), correlated(300), holds_memory=True)
     broken = torch.arange(num_broken) * 40
     for seed in range(8):
         before = pair.memories[0].clone()
@@ -288,25 +350,28 @@ def test_rows_that_are_not_finite_arrive_so_and_stay_out_of_memories_and_bases(n
         assert torch.equal(*pair.memories)
 
 
-def test_a_basis_that_has_become_stale_does_no_harm():
-    """The spectrum jumps to other directions at twice the size: no worse than without a basis, by much."""
+@SOMETHING_LEARNED
+def test_what_has_become_stale_does_no_harm(learned):
+    """The spectrum jumps to other directions at twice the size: no worse than if nothing were learned, by
+    much."""
     turn = torch.linalg.qr(normal(WIDTH, WIDTH, seed=3)).Q
-    channel, eigen = (
-        Pair(Transform(bits=2, basis=basis, refresh=3), correlated(512)) for basis in ("channel", "eigen")
+    plain, learning = (
+        Pair(Transform(bits=2, refresh=3, **options), correlated(512)) for options in ({}, learned)
     )
     for seed in range(7):
-        for pair in (channel, eigen):
+        for pair in (plain, learning):
             pair.send(correlated(512, seed))
     jumped = 2 * correlated(512, 7) @ turn
-    stale, without = (relative_error(pair.send(jumped), jumped) for pair in (eigen, channel))
+    stale, without = (relative_error(pair.send(jumped), jumped) for pair in (learning, plain))
     assert stale < 1.5 * without
 
 
-# Bases
+# What is learned
 
 
-def test_a_basis_arrives_in_slices_and_is_used_from_an_agreed_message_on():
-    pair = Pair(Transform(bits=2, basis="eigen", refresh=REFRESH), correlated(256))
+@SOMETHING_LEARNED
+def test_it_arrives_in_slices_and_is_used_from_an_agreed_message_on(learned):
+    pair = Pair(Transform(bits=2, refresh=REFRESH, **learned), correlated(256))
     for number in range(4 * REFRESH):
         pair.send(correlated(256, number))
         used = pair.states[1].shared["used"]
@@ -314,16 +379,16 @@ def test_a_basis_arrives_in_slices_and_is_used_from_an_agreed_message_on():
         assert torch.equal(used, pair.states[0].shared["used"])
         if number == 2 * REFRESH:
             first = used.clone()
-    assert not torch.equal(first, used), "a new basis each period"
+    assert not torch.equal(first, used), "new ones each period"
 
 
-def eigen_ends(**options):
-    codec = {"name": "transform", "bits": 2, "basis": "eigen", "refresh": 2}
+def learning_ends(**options):
+    codec = {"name": "transform", "bits": 2, "basis": "eigen", "anchors": 16, "refresh": 2}
     return Ends(activations={"codec": codec}, **options)
 
 
-def test_a_basis_outlives_a_new_batch_shape_but_not_a_new_width():
-    ends = eigen_ends()
+def test_it_outlives_a_new_batch_shape_but_not_a_new_width():
+    ends = learning_ends()
     for seed in range(5):
         ends.pass_on(0, True, correlated(256, seed).view(2, 128, WIDTH))
     state = ends.sender.learned[0, "key"].state
@@ -334,10 +399,11 @@ def test_a_basis_outlives_a_new_batch_shape_but_not_a_new_width():
     assert ends.sender.learned[0, "key"].state.num_messages == 1
 
 
+@SOMETHING_LEARNED
 @pytest.mark.parametrize("num_before", [1, 2, 3, 4, 5])
-def test_a_resumed_run_is_the_uninterrupted_one(num_before):
-    """Also while a basis is being computed, or on its way."""
-    codec = {"name": "transform", "bits": 2, "basis": "eigen", "refresh": 4}
+def test_a_resumed_run_is_the_uninterrupted_one(num_before, learned):
+    """Also while something is being learned, or on its way."""
+    codec = {"name": "transform", "bits": 2, "refresh": 4, **learned}
     ends, others = (Ends(activations={"codec": codec}) for _ in range(2))
     for seed in range(2 * num_before):
         ends.pass_on(0, True, correlated(256, seed))
@@ -367,8 +433,8 @@ def test_measuring_errors_changes_no_message(codec, dtype):
     assert traffic.error_square > 0
 
 
-def test_a_basis_that_differs_is_found_by_verify():
-    ends = eigen_ends(verify=True)
+def test_a_difference_is_found_by_verify():
+    ends = learning_ends(verify=True)
     for step in range(5):
         ends.pass_on(0, True, correlated(256, step))
     ends.receiver.learned[0, "key"].state.shared["used"][3] += 1
@@ -376,13 +442,65 @@ def test_a_basis_that_differs_is_found_by_verify():
         ends.pass_on(0, True, correlated(256, 5))
 
 
-def test_a_basis_of_the_coordinates_themselves_is_the_channel_form():
+@SOMETHING_LEARNED
+def test_a_plain_state_is_as_if_nothing_were_learned(learned):
     """What time is measured with."""
-    channel, eigen = (
-        Pair(Transform(bits=3, basis=basis, refresh=4), correlated(512)) for basis in ("channel", "eigen")
-    )
-    for state in eigen.states:
-        eigenbasis.put_identity_(state, 4)
+    plain, learning = (Pair(Transform(bits=3, **options), correlated(512)) for options in ({}, learned))
+    for state in learning.states:
+        Learning(state, learning.codec.layout(WIDTH)).put_plain_()
     value = correlated(512)
-    errors = [relative_error(pair.send(value), value) for pair in (channel, eigen)]
+    errors = [relative_error(pair.send(value), value) for pair in (plain, learning)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_slices_hold_all_that_is_learned_to_the_last_byte():
+    """Of 7 messages a period, whose slices do not divide it evenly."""
+    pair = Pair(Transform(bits=2, basis="eigen", anchors=3, refresh=7), gathered(256))
+    for number in range(3 * 7):
+        pair.send(gathered(256, number))
+    used = pair.states[1].shared["used"]
+    layout = pair.codec.layout(WIDTH)
+    assert len(used) == WIDTH * (WIDTH + 1) + WIDTH * (3 + 1) == layout.nbytes
+    basis, anchors = layout.basis(used), layout.anchors(used)
+    assert (basis.integers.abs().amax(1) >= 64).all()
+    assert basis.exponents.all()
+    assert anchors.integers.any(1).all()
+    assert anchors.exponents.any()
+
+
+# Anchors
+
+
+def test_points_that_rows_gather_around_are_found():
+    """Of rows that come in turn, one of each, each far from the others."""
+    centre_KC = 10 * normal(4, 32, seed=1)
+    row_RC = centre_KC.repeat(64, 1) + 0.1 * normal(256, 32)
+    anchor_KC, nearest_R = find_anchors(row_RC, 4)
+    distance_44 = torch.cdist(anchor_KC, centre_KC)
+    assert (distance_44.amin(0) < 0.1).all()
+    assert torch.equal(torch.cdist(row_RC, anchor_KC).argmin(1), nearest_R)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 100])
+def test_few_rows_have_few_anchors(num_rows):
+    """One for eight, and the others at zero."""
+    anchor_KC, nearest_R = find_anchors(normal(num_rows, 32), 64)
+    assert anchor_KC.any(1).sum() == -(-num_rows // 8)
+    assert len(nearest_R) == num_rows
+
+
+def test_the_nearest_anchor_is_found_by_the_coordinates_that_matter():
+    """Of 400 coordinates anchors differ in 100."""
+    anchor_KC = torch.cat([torch.zeros(16, 300), normal(16, 100)], 1)
+    anchors = Anchors(torch.zeros(16, 400, dtype=torch.int8), torch.zeros(400, dtype=torch.int8))
+    anchors.write_(anchor_KC)
+    row_MC = anchor_KC.repeat(8, 1) + 0.3 * normal(128, 400, seed=2)
+    assert torch.equal(prepare_search(anchors).find_nearest(row_MC), torch.arange(16).repeat(8))
+
+
+def test_anchors_travel_as_integers_that_are_near():
+    anchor_KC = normal(64, 48) * torch.logspace(-6, 6, 48)
+    anchors = Anchors(torch.zeros(64, 48, dtype=torch.int8), torch.zeros(48, dtype=torch.int8))
+    anchors.write_(anchor_KC)
+    largest_C = anchor_KC.abs().amax(0)
+    assert ((anchors.values - anchor_KC).abs() <= largest_C / 128).all()

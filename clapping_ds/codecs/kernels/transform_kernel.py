@@ -50,18 +50,17 @@ def locate_tile(num_rows, num_blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def write_codes_kernel(
-    z, order, means, inverses, bits, ends, magnitudes, codes,
+    z, order, inverses, bits, ends, magnitudes, codes,
     num_rows, num_blocks, num_words, seed_low, seed_high, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """order, means, inverses: of coordinates in that order. magnitudes: by bits and steps."""
+    """order, inverses: of coordinates in that order. magnitudes: by bits and steps."""
     o_row, o_block, m_group = locate_tile(num_rows, num_blocks, ROWS, BLOCKS)
     o_bit = tl.arange(0, BLOCK)
     o_coordinate = o_block[:, None] * BLOCK + o_bit[None, :]
     m_value = m_group[:, None]
     b_channel = tl.load(order + o_coordinate, m_value, other=0)
     b_z = tl.load(z + o_row[:, None] * (num_blocks * BLOCK) + b_channel, m_value, other=0.0)
-    b_mean = tl.load(means + o_coordinate, m_value, other=0.0)
-    b_y = (b_z - b_mean) * tl.load(inverses + o_coordinate, m_value, other=0.0)
+    b_y = b_z * tl.load(inverses + o_coordinate, m_value, other=0.0)
 
     b_key = rotation.make_group_keys(o_row * num_blocks + o_block, seed_low, seed_high)
     b_y = rotation.flip_signs(b_y, b_key, ROWS * BLOCKS, BLOCK)
@@ -83,10 +82,11 @@ def write_codes_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def read_codes_kernel(
-    codes, order, means, deviations, bits, ends, levels, out,
+    codes, order, means, deviations, scales, bits, ends, levels, out,
     num_rows, num_blocks, num_words, seed_low, seed_high, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """order, means, deviations: of coordinates in that order. levels: by bits and magnitude."""
+    """order, means, deviations: of coordinates in that order. scales: of rows. levels: by bits and
+    magnitude."""
     o_row, o_block, m_group = locate_tile(num_rows, num_blocks, ROWS, BLOCKS)
     o_bit = tl.arange(0, BLOCK)
     b_bits = tl.load(bits + o_block, m_group, other=0).to(tl.int32)
@@ -113,7 +113,8 @@ def read_codes_kernel(
     b_mean = tl.load(means + o_coordinate, m_value, other=0.0)
     b_deviation = tl.load(deviations + o_coordinate, m_value, other=0.0)
     o_out = o_row[:, None] * (num_blocks * BLOCK) + b_channel
-    tl.store(out + o_out, b_mean + b_deviation * b_w, m_value)
+    b_scale = tl.load(scales + o_row, m_group, other=0.0)[:, None]
+    tl.store(out + o_out, b_mean + (b_scale * b_deviation) * b_w, m_value)
 
 
 @triton.jit
@@ -158,12 +159,12 @@ def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.T
     sizes = len(z_MC), len(coding.bits)
     grid, constants = choose_launch(*sizes)
     write_codes_kernel[grid](
-        z_MC, *_in_order(coding, invert(coding.deviations)), coding.bits, coding.ends,
+        z_MC, coding.order.to(torch.int32), invert(coding.deviations)[coding.order], coding.bits, coding.ends,
         _magnitudes(z_MC.device), code_MW, *sizes, code_MW.shape[1], *rotation.split_seed(seed), **constants,
     )  # fmt: skip
 
 
-def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor:
+def read_codes(code_MW: torch.Tensor, coding: Coding, scale_M: torch.Tensor, seed: int) -> torch.Tensor:
     """As `transform_reference.read_codes`, in one pass on the GPU."""
     out_MC = coding.means.new_empty(len(code_MW), len(coding.order))
     if not out_MC.numel():
@@ -171,8 +172,9 @@ def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor
     sizes = len(code_MW), len(coding.bits)
     grid, constants = choose_launch(*sizes)
     read_codes_kernel[grid](
-        code_MW, *_in_order(coding, coding.deviations), coding.bits, coding.ends, _levels(code_MW.device),
-        out_MC, *sizes, code_MW.shape[1], *rotation.split_seed(seed), **constants,
+        code_MW, coding.order.to(torch.int32), coding.means[coding.order], coding.deviations[coding.order],
+        scale_M, coding.bits, coding.ends, _levels(code_MW.device), out_MC, *sizes, code_MW.shape[1],
+        *rotation.split_seed(seed), **constants,
     )  # fmt: skip
     return out_MC
 
@@ -193,11 +195,6 @@ def multiply(integer_MC: torch.Tensor, basis_CC: torch.Tensor) -> torch.Tensor:
     split_kernel[grid](integer_MC, plane_PC, *sizes, **constants)
     join_kernel[grid](torch._int_mm(plane_PC, basis_CC), out_MC, *sizes, **constants)
     return out_MC
-
-
-def _in_order(coding: Coding, scale_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Channels as int32, means and `scale_C`, of coordinates in their order."""
-    return coding.order.to(torch.int32), coding.means[coding.order], scale_C[coding.order]
 
 
 @cache

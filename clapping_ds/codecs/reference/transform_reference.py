@@ -47,12 +47,12 @@ class Coding(NamedTuple):
 
 
 def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.Tensor) -> None:
-    """Codes of rows that are divided by their gains.
+    """Codes of rows less means, over scales.
 
     z_MC      fp32
     code_MW   int16: the words of each row
     """
-    u_MC = ((z_MC - coding.means) * invert(coding.deviations)).index_select(1, coding.order)
+    u_MC = (z_MC * invert(coding.deviations)).index_select(1, coding.order)
     rotated_G16 = rotation.apply_hadamard(_flip_signs(u_MC.view(-1, BLOCK), seed)) * 0.25
     y_MB16 = rotated_G16.view(len(z_MC), len(coding.bits), BLOCK)
     for bits, block_b in _group_by_bits(coding.bits):
@@ -65,8 +65,11 @@ def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.T
             code_MW[:, coding.ends[block_b] - bits + plane] = word_Mb.int().to(torch.int16)
 
 
-def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor:
-    """fp32 [M, C]: mean + deviation * w of each row."""
+def read_codes(code_MW: torch.Tensor, coding: Coding, scale_M: torch.Tensor, seed: int) -> torch.Tensor:
+    """fp32 [M, C]: mean + (scale * deviation) * w of each row.
+
+    scale_M   fp32, bfloat16 values
+    """
     num_rows, size = len(code_MW), len(coding.order)
     y_MB16 = coding.means.new_zeros(num_rows, size // BLOCK, BLOCK)
     bit_16 = torch.arange(BLOCK, dtype=torch.int32, device=code_MW.device)
@@ -80,7 +83,7 @@ def read_codes(code_MW: torch.Tensor, coding: Coding, seed: int) -> torch.Tensor
     u_MC = _flip_signs(rotation.apply_hadamard(y_MB16.view(-1, BLOCK)) * 0.25, seed).view(num_rows, size)
     w_MC = torch.empty_like(u_MC)
     w_MC[:, coding.order] = u_MC
-    return coding.means + coding.deviations * w_MC
+    return coding.means + (scale_M[:, None] * coding.deviations) * w_MC
 
 
 def invert(x: torch.Tensor) -> torch.Tensor:

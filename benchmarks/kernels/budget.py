@@ -12,7 +12,8 @@ A product of fp32 matrices takes far longer than its share of operations says, o
 the last columns are times: products and bytes at the peak rates of an H100, a stage's own products at
 STAGE_UTILISATION of theirs. They are a model, not a measurement.
 
-Not counted: what a thread of the CPU computes once in `refresh` messages; the time from one launch to the next; and what caches save where a tensor is read again at once.
+Not counted: what a thread of the CPU computes once in `refresh` messages; the time from one launch to the
+next; and what caches save where a tensor is read again at once.
 """
 
 from collections import Counter

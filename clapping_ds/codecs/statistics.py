@@ -18,9 +18,9 @@ def find_gains(x_MC: torch.Tensor, finite_M: torch.Tensor) -> torch.Tensor:
     x_MC       fp32, of which the largest is at most 2; rows that are not finite are zeros
     finite_M   which these are
     """
-    square_C = x_MC.square().sum(0) / finite_M.sum().clamp(min=1)
-    num_used = (square_C > 0).sum().clamp(min=1)
-    return _find_scales(x_MC, square_C) * (square_C.sum() / num_used).sqrt()
+    square_MC = x_MC.square()
+    square_C = _find_means(square_MC, finite_M.float())
+    return _find_scales(square_MC, square_C) * (square_C.sum() / _count_used(square_C)).sqrt()
 
 
 class Moments(NamedTuple):
@@ -43,25 +43,29 @@ def find_moments(z_MC: torch.Tensor, counted_M: torch.Tensor) -> Moments:
     z_MC        fp32; zeros in rows that do not count
     counted_M   which these are
     """
-    count = counted_M.sum().clamp(min=1)
-    mean_C = (z_MC.sum(0) / count).bfloat16().float()
-    # The mean of squares less the square of the mean would cancel.
-    left_MC = (z_MC - mean_C) * counted_M[:, None]
-    square_C = left_MC.square().sum(0) / count
-    scale_M = _find_scales(left_MC, square_C).bfloat16().float()
-    left_MC *= invert(scale_M)[:, None]
-    deviation_C = (left_MC.square().sum(0) / count).sqrt()
+    weight_M = counted_M.float()
+    mean_C = _find_means(z_MC, weight_M).bfloat16().float()
+    left_MC = z_MC.addcmul(weight_M[:, None], mean_C, value=-1)
+    square_MC = left_MC.square()  # the mean of squares less the square of the mean would cancel
+    scale_M = _find_scales(square_MC, _find_means(square_MC, weight_M)).bfloat16().float()
+    inverse_M = invert(scale_M)
+    deviation_C = (inverse_M.square() @ square_MC / weight_M.sum().clamp(min=1)).sqrt()
     deviation_C = (deviation_C * (deviation_C > SMALLEST)).bfloat16().float()
-    return Moments(mean_C, deviation_C, scale_M, left_MC)
+    return Moments(mean_C, deviation_C, scale_M, left_MC.mul_(inverse_M[:, None]))
 
 
-def _find_scales(x_MC: torch.Tensor, square_C: torch.Tensor) -> torch.Tensor:
-    """[M]: the root mean square over coordinates of x_nc / (root mean square of coordinate c).
+def _find_means(x_MC: torch.Tensor, weight_M: torch.Tensor) -> torch.Tensor:
+    """[C]: over rows, by their weights, 0 or 1."""
+    return weight_M @ x_MC / weight_M.sum().clamp(min=1)
 
-    square_C   mean squares of the coordinates
-    """
-    root_C = square_C.sqrt()
-    root_C = root_C * (root_C > SMALLEST)
-    num_used = (root_C > 0).sum().clamp(min=1)
-    scale_M = ((x_MC * invert(root_C)).square().sum(1) / num_used).sqrt()
+
+def _find_scales(square_MC: torch.Tensor, mean_C: torch.Tensor) -> torch.Tensor:
+    """[M]: the root of the mean over coordinates of a row's squares, each over `mean_C`, that of all rows."""
+    inverse_C = invert(mean_C * (mean_C > SMALLEST**2))
+    scale_M = (square_MC @ inverse_C / _count_used(mean_C)).sqrt()
     return scale_M * (scale_M > SMALLEST)
+
+
+def _count_used(square_C: torch.Tensor) -> torch.Tensor:
+    """Coordinates that are not zero throughout."""
+    return (square_C > SMALLEST**2).sum().clamp(min=1)

@@ -30,7 +30,8 @@ Both ends hold the same bits, whatever their libraries and GPUs: levels are mult
 exact; gains, scales, means and deviations are bfloat16 and are used as they arrive; what is rounded is two
 sums and three products, each by itself, and with "eigen" a product of integers (see `eigenbasis`), whose sums
 are exact in any order. A row that is not finite arrives as NaN throughout, and leaves its part of the memory
-as it was. Values saturate at 2^112; a deviation below 2^-60 of a message's largest value is zero.
+as it was. A message whose largest value is 2^113 or more is scaled down to it; a deviation below 2^-60 of a
+message's largest value is zero.
 
 Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
 (int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), scales (bfloat16 [M]), with
@@ -55,7 +56,6 @@ from clapping_ds.codecs.reference.numerics_reference import (
     keep_,
     load_base_like,
     pad_end,
-    subtract_base,
     update,
 )
 from clapping_ds.codecs.reference.transform_reference import (
@@ -206,7 +206,10 @@ class Transform(BaseModel):
         if learning is not None:
             learning.begin_message()
         sent_ND, finite_N = _read(sections, sizes, learning, context)
-        deliver_(out, sent_ND, finite_N, context)
+        if context.memory is None:
+            out.copy_(sent_ND.clamp_(-limit(out), limit(out)).view_as(out))
+        else:
+            deliver_(out, sent_ND, finite_N, context)
         if learning is not None:
             learning.take_slice_(sections.slice)
             learning.end_message()
@@ -266,7 +269,7 @@ def _split(payload: torch.Tensor, sizes: Sizes) -> Sections:
 def _read(
     sections: Sections, sizes: Sizes, learning: Learning | None, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [N, D]: what a message says; and which of its rows are finite."""
+    """fp32 [N, D]: what a message says, NaN in rows that are not finite; and which are."""
     coding, implementation = sections.coding, _implementation(sections.codes)
     r_MC = implementation.read_codes(sections.codes, coding, sections.scales.float(), context.seed)
     if learning is not None and learning.is_used:
@@ -274,10 +277,13 @@ def _read(
         r_MC = learning.synthesise(r_MC, _find_bound(coding, sections), sections.anchors, multiply)
     coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
     places_K = sections.places.long()
+    others_M = _list_others(places_K, sizes.num_rows)
     sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
-    sent_ND.index_copy_(0, _list_others(places_K, sizes.num_rows), coded_MD)
-    sent_ND.index_copy_(0, places_K, sections.outliers.float())
-    return sent_ND, sent_ND.isfinite().all(1)
+    sent_ND.index_copy_(0, others_M, coded_MD).index_copy_(0, places_K, sections.outliers.float())
+    finite_N = torch.empty_like(sent_ND[:, 0], dtype=torch.bool)
+    finite_N.index_copy_(0, others_M, sections.gains.isfinite())
+    finite_N.index_copy_(0, places_K, sections.outliers.isfinite().all(1))
+    return sent_ND, finite_N
 
 
 def _find_bound(coding: Coding, sections: Sections) -> torch.Tensor:
@@ -297,18 +303,21 @@ def _list_others(places_K: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def _part_rows(value: torch.Tensor, context: Context, sizes: Sizes) -> Rows:
     """Those of largest norm, or not finite where there is room, and the others."""
-    x_ND, _, finite_N = subtract_base(value, context.base, sizes.num_rows, sizes.num_channels)
-    x_ND = x_ND.clamp_(-LARGEST, LARGEST)
-    largest = x_ND.abs().amax() if x_ND.numel() else x_ND.new_zeros(())
+    x_ND = value.reshape(sizes.num_rows, sizes.num_channels).float()
+    if context.base is not None:
+        x_ND = x_ND - context.base.view_as(x_ND).float()
+    largest_N = torch.maximum(x_ND.amax(1), -x_ND.amin(1))
+    finite_N = largest_N.isfinite()
+    largest = largest_N.where(finite_N, 0.0).amax() if sizes.num_rows else largest_N.new_zeros(())
     exponent = torch.floor(torch.log2(largest.clamp(min=1 / LARGEST)))
-    x_ND *= torch.exp2(-exponent)  # so that no square overflows
-    unit = torch.exp2(exponent)
-    norm_N = x_ND.square().sum(1).where(finite_N, -1.0)
+    x_ND = x_ND * torch.exp2(-exponent)  # so that no square overflows
+    unit = torch.exp2(exponent.clamp(max=math.log2(LARGEST)))
+    norm_N = torch.linalg.vector_norm(x_ND, dim=1).where(finite_N, -1.0)
     places_K = norm_N.topk(sizes.num_outliers).indices.sort().values
     others_M = _list_others(places_K, sizes.num_rows)
     outliers_KD = (x_ND[places_K] * unit).masked_fill(~finite_N[places_K, None], torch.nan)
     finite_M = finite_N[others_M]
-    x_MC = pad_end(x_ND[others_M], sizes.num_coordinates)
+    x_MC = pad_end(x_ND[others_M].where(finite_M[:, None], 0.0), sizes.num_coordinates)
     gain_M = find_gains(x_MC, finite_M)
     sent_M = (gain_M * unit).bfloat16()
     x_MC *= invert(sent_M.float() / unit)[:, None]

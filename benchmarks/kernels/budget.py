@@ -50,6 +50,7 @@ STAGE_UTILISATION = 0.5
 """Of the bf16 rate, by the stage's own products."""
 PRODUCTS = {
     torch.ops.aten.mm.default: 0,
+    torch.ops.aten.mv.default: 0,
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.addmm_.default: 1,
     torch.ops.aten._int_mm.default: 0,
@@ -94,7 +95,7 @@ class Counting(TorchDispatchMode):
         if func in PRODUCTS:
             left, right = args[PRODUCTS[func] :][:2]
             kind = "int8" if left.dtype == torch.int8 else "fp32"
-            self.cost.operations[kind] += 2 * left.numel() * right.shape[1]
+            self.cost.operations[kind] += 2 * left.numel() * (right.shape[1] if right.ndim == 2 else 1)
         else:
             self.cost.operations["others"] += max((t.numel() for t in (*given, *got)), default=0)
         return result

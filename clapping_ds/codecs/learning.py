@@ -168,7 +168,7 @@ class Learning(NamedTuple):
         step = max(1, len(z_MC) // num_slots)
         z_SC = z_MC[state.num_messages % step : step * num_slots : step]
         if "rows_RC" not in state.host:
-            state.host["rows_RC"] = self._new_rows(pins=z_MC.is_cuda).zero_()
+            state.host["rows_RC"] = self._new_rows(z_MC.device).zero_()
         place = (state.num_messages - refresh // 2 - 1) % refresh
         slots_SC = state.host["rows_RC"][place * num_slots :][:num_slots]
         slots_SC[len(z_SC) :].zero_()
@@ -176,9 +176,10 @@ class Learning(NamedTuple):
         if place == refresh - 1:
             thread = ThreadPoolExecutor(1)
             row_RC = state.host.pop("rows_RC")
-            state.pending = thread.submit(_compute, row_RC, mark(z_MC.device), self.layout, z_MC.is_cuda)
+            pins = z_MC.device.type == "cuda"
+            state.pending = thread.submit(_compute, row_RC, mark(z_MC.device), self.layout, pins)
             thread.shutdown(wait=False)
-            state.host["rows_RC"] = self._new_rows(pins=z_MC.is_cuda)
+            state.host["rows_RC"] = self._new_rows(z_MC.device)
 
     def put_slice_(self, section: torch.Tensor) -> None:
         """Writes the slice that travels with this message. The sender alone."""
@@ -202,9 +203,10 @@ class Learning(NamedTuple):
             search = prepare_search(anchors)
             self.state.own |= {f"search_{name}": tensor for name, tensor in search._asdict().items()}
 
-    def _new_rows(self, pins: bool) -> torch.Tensor:
-        num_rows = self.layout.rows_per_message * self.layout.refresh
-        shape = num_rows, self.layout.num_coordinates
+    def _new_rows(self, device: torch.device) -> torch.Tensor:
+        """On the CPU, pinned for copies from a GPU."""
+        shape = self.layout.rows_per_message * self.layout.refresh, self.layout.num_coordinates
+        pins = device.type == "cuda"
         return torch.empty(shape, dtype=torch.bfloat16, device="cpu", pin_memory=pins)
 
 

@@ -17,12 +17,17 @@ ASYNCHRONOUS = ("cuda",)
 """Types of devices whose work is queued."""
 
 
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether work is queued there. Memory of the host that it copies from or to should be pinned."""
+    return device.type in ASYNCHRONOUS
+
+
 class SideStream:
     """A stream of a device beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = cuda.Stream(device) if device.type in ASYNCHRONOUS else None
+        self.stream = cuda.Stream(device) if is_asynchronous(device) else None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -56,7 +61,7 @@ class SideStream:
 
 def mark(device: torch.device) -> Callable[[], None]:
     """Waits, when called, for what the current stream has got so far; any thread may call it."""
-    if device.type not in ASYNCHRONOUS:
+    if not is_asynchronous(device):
         return lambda: None
     event = cuda.current_stream(device).record_event()
 
@@ -78,7 +83,7 @@ class Stopwatch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around each piece."""
-        if self.device.type not in ASYNCHRONOUS:
+        if not is_asynchronous(self.device):
             start_s = time.perf_counter()
             yield
             self._elapsed_s += time.perf_counter() - start_s
@@ -100,5 +105,5 @@ class Stopwatch:
 
 def wait_for_device(device: torch.device) -> None:
     """The host waits for all that the device was asked to do so far."""
-    if device.type in ASYNCHRONOUS:
+    if is_asynchronous(device):
         cuda.synchronize(device)

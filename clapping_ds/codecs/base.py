@@ -7,6 +7,8 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
+from clapping_ds.streams import is_asynchronous
+
 COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SECTION_ALIGNMENT_BYTES = 16
 
@@ -102,7 +104,7 @@ class State:
             {name: tensor.to(device, copy=True) for name, tensor in saved[part].items()}
             for part in ("shared", "own")
         )
-        pins = device.type == "cuda"
+        pins = is_asynchronous(device)
         self.host = {
             name: tensor.clone().pin_memory() if pins else tensor.clone()
             for name, tensor in saved["host"].items()

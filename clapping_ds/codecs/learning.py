@@ -21,7 +21,7 @@ from clapping_ds.codecs.anchors import Anchors, Search, find_anchors, prepare_se
 from clapping_ds.codecs.base import State, ceil_div
 from clapping_ds.codecs.eigenbasis import Basis
 from clapping_ds.codecs.integers import EXPONENT_OF_ONE
-from clapping_ds.streams import mark
+from clapping_ds.streams import is_asynchronous, mark
 
 ROWS_PER_COORDINATE = 16
 """That a basis is learned from."""
@@ -176,7 +176,7 @@ class Learning(NamedTuple):
         if place == refresh - 1:
             thread = ThreadPoolExecutor(1)
             row_RC = state.host.pop("rows_RC")
-            pins = z_MC.device.type == "cuda"
+            pins = is_asynchronous(z_MC.device)
             state.pending = thread.submit(_compute, row_RC, mark(z_MC.device), self.layout, pins)
             thread.shutdown(wait=False)
             state.host["rows_RC"] = self._new_rows(z_MC.device)
@@ -206,7 +206,7 @@ class Learning(NamedTuple):
     def _new_rows(self, device: torch.device) -> torch.Tensor:
         """On the CPU, pinned for copies from a GPU."""
         shape = self.layout.rows_per_message * self.layout.refresh, self.layout.num_coordinates
-        pins = device.type == "cuda"
+        pins = is_asynchronous(device)
         return torch.empty(shape, dtype=torch.bfloat16, device="cpu", pin_memory=pins)
 
 

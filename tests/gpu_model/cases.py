@@ -10,6 +10,10 @@ from tests.gpu_model.program import Case, Steps
 PROGRAMS = {"deepspeed": deepspeed_program.run, "torch": torch_program.run, "megatron": megatron_program.run}
 
 
+REFRESH = 2
+"""Messages, of a codec that learns."""
+
+
 class AllocationError(AssertionError):
     """A step allocated memory that it did not have before."""
 
@@ -31,7 +35,13 @@ def draw_case(number: int) -> Case:
     case.has_one_queue = draw.random() < 0.3
     case.backend = draw.choices(["nccl", "gloo"], [9, 1])[0]
     _draw_for_host(draw, case)
+    if learns(case):
+        case.shape = (64, *case.shape[1:])  # so that a message is smaller than what it is of
     return case
+
+
+def learns(case: Case) -> bool:
+    return LEARNING in case.block["activations"].values()
 
 
 def _draw_for_host(draw: random.Random, case: Case) -> None:
@@ -60,15 +70,21 @@ def _draw_for_host(draw: random.Random, case: Case) -> None:
             case.num_slots = _round_up(case.num_slots, case.num_stages)
 
 
+LEARNING = {"name": "transform", "bits": 2, "basis": "eigen", "anchors": 4, "refresh": REFRESH}
+
+
 def _draw_block(draw: random.Random) -> dict[str, Any]:
     overlap = draw.random() < 0.85
     if draw.random() < 0.9:
         return {**_both(codec="none"), "overlap": overlap}
+    if draw.random() < 0.2:
+        return {**_both(codec=LEARNING, min_numel=16), "overlap": overlap}
     delta = draw.choice(
         [
             {"name": "int8", "group_size": 16},
             {"name": "fp8_e4m3", "group_size": 64},
             {"name": "transform", "bits": 2},
+            LEARNING,
         ]
     )
     device = draw.choice(["same", "cpu"])
@@ -103,9 +119,10 @@ def check(case: Case, seed: int) -> list[Steps]:
 
 
 def _list_late_steps(case: Case, steps: Steps) -> list[int]:
-    """From the third after the start or a change. (A tossed coin may bring the first delta at any time,
-    a user's wait its own tensors.)"""
+    """From the third after the start or a change, with a codec that learns from its fifth period. (A tossed
+    coin may bring the first delta at any time, a user's wait its own tensors.)"""
     if case.syncs or case.block.get("lazy", {}).get("refresh", "cycle") != "cycle":
         return []
     last_change = max(step for step in range(case.num_steps) if not steps.is_steady[step])
-    return list(range(last_change + 3, case.num_steps))
+    first = 5 * REFRESH // case.num_slots if learns(case) else 0
+    return list(range(max(first, last_change) + 3, case.num_steps))

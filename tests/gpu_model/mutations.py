@@ -9,6 +9,7 @@ import torch
 
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
+from clapping_ds.codecs.learning import Learning
 from clapping_ds.hosts.deepspeed import engine as deepspeed_engine
 from clapping_ds.link import groups
 from clapping_ds.link.channel import Arrivals, Channel
@@ -18,7 +19,7 @@ from clapping_ds.link.visits import Visits
 from clapping_ds.link.wire import Buffers, Pending, Wire
 from clapping_ds.stage.endpoint import Endpoint
 from clapping_ds.streams import SideStream, Stopwatch
-from tests.gpu_model.cases import AllocationError, check
+from tests.gpu_model.cases import LEARNING, AllocationError, check
 from tests.gpu_model.machine import ModelError
 from tests.gpu_model.program import Case
 
@@ -39,6 +40,8 @@ REPORTS = Case(2, 4, num_steps=4, block={**LAZY, "in_flight": 1}, steps_per_prin
 DYNAMIC = Case(2, 13, num_steps=3, block={**NONE, "in_flight": 2}, syncs=0.5, is_dynamic=True)
 DEEP = Case(4, 8, num_steps=3, block={**NONE, "in_flight": 2}, syncs=0.5)
 TORCH = Case(2, 8, num_steps=3, block=NONE, syncs=0.3, host="torch", schedule="Schedule1F1B")
+LEARNED = {"codec": LEARNING, "min_numel": 16}
+LEARNS = Case(num_steps=8, block={"activations": LEARNED, "gradients": LEARNED}, shape=(64, 64))
 
 
 class Mutation(NamedTuple):
@@ -131,6 +134,12 @@ def _new_unpinned(self: Channel, spec: Any) -> Any:
     return held._replace(memory=torch.zeros(spec.shape, dtype=held.memory.dtype))
 
 
+def _wait_for_what_is_learned(self: Learning) -> None:
+    to = torch.Tensor.to
+    with mock.patch.object(torch.Tensor, "to", lambda tensor, device, non_blocking: to(tensor, device)):
+        real_begin_message(self)
+
+
 @contextmanager
 def in_compute() -> Iterator[None]:
     """The side stream's work goes to the compute stream."""
@@ -177,6 +186,7 @@ real_count_error = Traffic.count_error
 real_probe_send = measurement._send
 real_prepare = measurement._prepare
 real_fetch = Visits.fetch
+real_begin_message = Learning.begin_message
 real_new = Channel._new
 
 
@@ -255,6 +265,9 @@ MUTATIONS = [
         "memories are fetched by the compute stream", 0, VISITING, {(Visits, "fetch"): _fetch_in_compute}
     ),
     Mutation("memories on the CPU are not pinned", 15, VISITING, {(Channel, "_new"): _new_unpinned}),
+    Mutation(
+        "what is learned is waited for", 0, LEARNS, {(Learning, "begin_message"): _wait_for_what_is_learned}
+    ),
     Mutation("gloo reads what the GPU has not copied", 15, ON_GLOO, {(SideStream, "wait"): _wait_not}),
 ]
 

@@ -4,7 +4,7 @@ waits for nothing, and memory does not grow. `python -m tests.commands.schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.gpu_model.cases import check, draw_case
+from tests.gpu_model.cases import LEARNING, check, draw_case
 from tests.gpu_model.program import Case
 
 NONE = {"activations": {"codec": "none"}, "gradients": {"codec": "none"}}
@@ -20,3 +20,15 @@ def test_any_pipeline_runs(number):
 def test_shapes_that_are_told_are_heard_where_stock_would():
     for seed in range(20):
         check(TOLD, seed)
+
+
+def test_what_a_codec_learns_is_neither_waited_for_nor_taken_away():
+    """Twelve periods of a basis and anchors, of direct messages and of deltas."""
+    learned = {"codec": LEARNING, "min_numel": 16}
+    direct = {"activations": learned, "gradients": learned}
+    delta = {"key": "none", "delta": LEARNING, "min_numel": 16}
+    lazy = {"strategy": "key_delta", "lazy": {"p_new": 0.5, "refresh": "cycle"}}
+    for block in (direct, {**lazy, "activations": delta, "gradients": delta}):
+        for seed in range(5):
+            block |= {"overlap": True, "in_flight": 0}
+            check(Case(num_slots=3, num_steps=8, block=block, shape=(64, 64)), seed)

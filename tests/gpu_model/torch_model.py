@@ -5,7 +5,7 @@ there are no numbers. What needs numbers on the host (`item`, a copy to the CPU)
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
-from clapping_ds.codecs import transform
+from clapping_ds.codecs import learning, transform
 from clapping_ds.link import groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
@@ -122,6 +122,10 @@ class Tracking(TorchDispatchMode):
         if source.device.type == "cpu" and target.device.type == "cpu":
             return target.copy_(source)
         blocks = self.memory.block_of(source), self.memory.block_of(target)
+        if non_blocking:  # torch's pinned memory is not given away again before such a copy is done
+            for tensor, block in ((source, blocks[0]), (target, blocks[1])):
+                if tensor.device.type == "cpu" and block is not None:
+                    block.used_by.add(self.rank.current)
         if source.device != target.device and not (non_blocking and None not in blocks):
             self.rank.synchronize(f"a copy from {source.device} to {target.device}")
         work = self.rank.current.add("copy")
@@ -219,6 +223,9 @@ class Cuda:
     def synchronize(self, device: torch.device | None = None) -> None:
         self.machine.here.synchronize("synchronize()")
 
+    def device(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class Clock:
     """As the module time, for a probe. Between two readings a link's messages are queued and nothing else."""
@@ -245,8 +252,41 @@ class Codes:
         codes.copy_((rows + coding.means)[:, :1].to(torch.int16).expand_as(codes))
 
     @staticmethod
-    def read_codes(codes: torch.Tensor, coding: Any, seed: int) -> torch.Tensor:
-        return codes[:, :1] * coding.deviations + coding.means
+    def read_codes(codes: torch.Tensor, coding: Any, scales: torch.Tensor, seed: int) -> torch.Tensor:
+        return codes[:, :1] * coding.deviations * scales[:, None] + coding.means
+
+    @staticmethod
+    def multiply(integers: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return integers + basis[:1]
+
+
+class Learner:
+    """As a thread beside the host's own, which ends when its result is asked for."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.arguments: tuple[Any, ...] = ()
+
+    def submit(self, compute: Any, *arguments: Any) -> "Learner":
+        self.arguments = arguments
+        return self
+
+    def shutdown(self, wait: bool) -> None:
+        pass
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Of the right sizes. It has read what was copied before: the thread waited for that, not the
+        host."""
+        _, wait, layout, _ = self.arguments
+        rank, self.arguments = self.machine.here, ()
+        forbids, rank.forbids_syncs = rank.forbids_syncs, False
+        wait()
+        rank.forbids_syncs = forbids
+        size = layout.num_coordinates
+        found = {"computed": torch.empty(layout.nbytes, dtype=torch.int8, pin_memory=True)}
+        if layout.has_basis:
+            found["inverse_CC"] = torch.empty(size, size, pin_memory=True)
+        return found
 
 
 @contextmanager
@@ -263,6 +303,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (groups, "dist", dist),
             (measurement, "time", Clock(machine)),
             (transform, "_implementation", lambda tensor: Codes),
+            (learning, "ThreadPoolExecutor", lambda num_threads: Learner(machine)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

@@ -9,7 +9,7 @@ import torch
 
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
-from clapping_ds.codecs.learning import Learning
+from clapping_ds.codecs import learning
 from clapping_ds.hosts.deepspeed import engine as deepspeed_engine
 from clapping_ds.link import groups
 from clapping_ds.link.channel import Arrivals, Channel
@@ -134,10 +134,8 @@ def _new_unpinned(self: Channel, spec: Any) -> Any:
     return held._replace(memory=torch.zeros(spec.shape, dtype=held.memory.dtype))
 
 
-def _wait_for_what_is_learned(self: Learning) -> None:
-    to = torch.Tensor.to
-    with mock.patch.object(torch.Tensor, "to", lambda tensor, *new, **_: to(tensor, *new)):
-        real_begin_message(self)
+def _not_asynchronous(device: torch.device) -> bool:
+    return False
 
 
 @contextmanager
@@ -186,7 +184,6 @@ real_count_error = Traffic.count_error
 real_probe_send = measurement._send
 real_prepare = measurement._prepare
 real_fetch = Visits.fetch
-real_begin_message = Learning.begin_message
 real_new = Channel._new
 
 
@@ -266,7 +263,10 @@ MUTATIONS = [
     ),
     Mutation("memories on the CPU are not pinned", 15, VISITING, {(Channel, "_new"): _new_unpinned}),
     Mutation(
-        "what is learned is waited for", 0, LEARNS, {(Learning, "begin_message"): _wait_for_what_is_learned}
+        "rows that are learned from are not pinned",
+        0,
+        LEARNS,
+        {(learning, "is_asynchronous"): _not_asynchronous},
     ),
     Mutation("gloo reads what the GPU has not copied", 15, ON_GLOO, {(SideStream, "wait"): _wait_not}),
 ]

@@ -26,6 +26,7 @@ from clapping_ds.codecs import (
     Raw,
     SimpleCodec,
     TopK,
+    Transform,
     bits_per_value,
 )
 from clapping_ds.codecs.base import STRICT
@@ -134,7 +135,9 @@ class LinksConfig(BaseModel):
 
     model_config = STRICT
 
-    ladder: list[CodecConfig] = Field(default=[Quantizer(name="int8"), Eden(name="eden4")], min_length=1)
+    ladder: list[CodecConfig] = Field(
+        default=[Quantizer(name="int8"), Eden(name="eden4"), Transform(bits=3)], min_length=1
+    )
     """Codecs to choose from besides `none`, lightest compression first: in place of `codec` with the strategy
     `direct`, of `delta` with the others."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -46,6 +46,8 @@ CODECS_HERE: tuple[dict[str, Any], ...] = (
     {"name": "lowrank", "rank": 32},
     *({"name": "transform", "bits": bits} for bits in (4, 3, 2, 1)),
     *({"name": "transform", "bits": bits, "basis": "eigen"} for bits in (3, 2, 1)),
+    *({"name": "transform", "bits": bits, "basis": "eigen", "anchors": 1024} for bits in (3, 2, 1)),
+    *({"name": "transform", "bits": bits, "anchors": 1024} for bits in (3, 2)),
 )
 ON_PROSE = ("none", "eden4", "eden3", "int4", "int8")
 TEXTS: dict[str, Path] = {"C++": C10, "prose": Path(topics.__file__)}
@@ -55,9 +57,10 @@ SHAPE = torch.Size((1, LENGTH, 576))
 """Of what crosses a link. Bits are counted for 4,096 tokens x 4,096 channels, as in a large model; those of
 `lowrank` for this, as its share shrinks with the shape."""
 SEED = 1
-NUM_WARM_UP, REFRESH = 36, 12
-"""An eigenbasis is learned beforehand, from so many windows of text that is trained on, a new one every so
-many: what is measured has the second one, of 18 windows' rows. Its cost is counted over 256 messages."""
+NUM_WARM_UP, REFRESH = 72, 24
+"""What a codec learns it learns beforehand, from so many windows of text that is trained on, anew every so
+many: what is measured has what was learned second, of 24 windows' rows. Its bytes are counted over 256
+messages."""
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -79,7 +82,7 @@ class Row(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether its codec needs messages before it is at its best."""
-        return self.options is not None and self.options.get("basis") == "eigen"
+        return self.options is not None and not self.options.keys().isdisjoint(("basis", "anchors"))
 
 
 def list_rows() -> list[Row]:
@@ -91,7 +94,7 @@ def list_rows() -> list[Row]:
         if options["name"] == "lowrank":
             bits = 8 * codec.nbytes(SHAPE, torch.bfloat16) / SHAPE.numel()
         family = re.sub(r"(?<!fp)\d+", "", options["name"].split("_")[0]) + " rotate" * ("rotate" in options)
-        family += f" {options['basis']}" if "basis" in options else ""
+        family += "".join(f" {key}" for key in ("basis", "anchors") if key in options)
         for text in TEXTS if name in ON_PROSE else ("C++",):
             found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
     for row in [row for row in found if row.learns and row.num_links == max(CUTS) and row.bits > 2]:

@@ -21,6 +21,8 @@ from launch.pretrain_gpt import start_distributed
 from launch.trainer import RunConfig, RunResult, train
 
 STOCK = "stock DeepSpeed"
+LEARNED = {"name": "transform", "basis": "eigen", "anchors": 256, "refresh": 16}
+"""Refreshed often, since a run has 1,280 messages per direction."""
 
 
 def block(
@@ -46,10 +48,15 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     "direct eden3": block("direct", "eden3"),
     "direct eden2": block("direct", "eden2"),
     "direct int2": block("direct", "int2"),
+    **{f"direct transform {bits}": block("direct", {"name": "transform", "bits": bits}) for bits in (4, 3)},
+    **{f"direct transform {bits}, learned": block("direct", {**LEARNED, "bits": bits}) for bits in (2, 1)},
     "fc int2": block("fc", "int2"),
     "fu int2": block("fu", "int2"),
     "int8 key + int2 delta": block("key_delta", "int2", key="int8"),
     "eden3 key + eden1 delta": block("key_delta", "eden1", key="eden3"),
+    "transform 2 key, learned + lowrank, transform 0.5 delta": block(
+        "key_delta", ["lowrank", {"name": "transform", "bits": 0.5}], key={**LEARNED, "bits": 2}
+    ),
 }
 
 

@@ -43,6 +43,9 @@ LORA_RANK = 8
 STEPS = 32
 WARM_UP_STEPS = 4
 LEARNING_RATES = {"all weights": 1e-4, "LoRA": 5e-4}
+LEARNED = {"basis": "eigen", "anchors": 1024, "refresh": 16}
+"""A run has 128 messages per link and direction, so that from the 33rd on something is in use. What it takes on
+the wire is of messages of 4,096 tokens and 256 to a period a tenth of a bit, of these 3 bits."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -72,6 +75,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
     **{
         f"direct transform {bits}": block("direct", {"name": "transform", "bits": bits}) for bits in (3, 2, 1)
     },
+    **{
+        f"direct transform {bits}, learned": block("direct", {"name": "transform", "bits": bits, **LEARNED})
+        for bits in (2, 1)
+    },
     "uncompressed, lazy": {**block("fu", "none"), **LAZY},
     "fu eden2": {**block("fu", "eden2"), **LAZY},
     "fc eden4": {**block("fc", "eden4"), **LAZY},
@@ -80,9 +87,16 @@ BLOCKS: dict[str, dict[str, Any]] = {
         **block("key_delta", {"name": "lowrank", "rank": 4}, key="eden4"),
         **LAZY,
     },
-    "key transform 3, delta transform 0.25": {
-        **block("key_delta", {"name": "transform", "bits": 0.25}, key={"name": "transform", "bits": 3}),
-        **LAZY,
+    **{
+        f"key transform 3{', learned' if learned else ''}, delta transform 0.25": {
+            **block(
+                "key_delta",
+                {"name": "transform", "bits": 0.25},
+                key={"name": "transform", "bits": 3, **learned},
+            ),
+            **LAZY,
+        }
+        for learned in ({}, LEARNED)
     },
 }
 EPOCHS = "uncompressed, epochs of as many samples as lazy"

@@ -32,7 +32,7 @@ NUM_SAMPLES = 4
 """Of a micro-batch."""
 NUM_HELD_OUT = 20
 REFRESH = 16
-"""Messages of an eigenbasis: a run has 1,280 per link and direction."""
+"""Messages, of what is learned: a run has 1,280 per link and direction."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,43 @@ class Run:
     num_links: int
 
 
-def transform(bits: float, basis: str = "channel") -> dict[str, Any]:
-    options = {"basis": basis, "refresh": REFRESH} if basis == "eigen" else {}
-    return {"name": "transform", "bits": bits, **options}
+def transform(bits: float, basis: str = "channel", anchors: int = 0) -> dict[str, Any]:
+    learns = {"refresh": REFRESH} if basis == "eigen" or anchors else {}
+    return {"name": "transform", "bits": bits, "basis": basis, "anchors": anchors, **learns}
 
 
-LOW_RANK = ["lowrank", transform(0.5)]
+def low_rank(**learned: Any) -> list[Any]:
+    return ["lowrank", transform(0.5, **learned)]
+
+
+EIGEN = {"basis": "eigen"}
+ANCHORED = {"basis": "eigen", "anchors": 256}
 RUNS: dict[str, dict[str, Any]] = {
     "uncompressed": block("direct", "none"),
     **{f"direct {name}": block("direct", name) for name in ("eden4", "eden3", "eden2", "eden1")},
     **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (3, 2, 1)},
-    **{f"direct transform {bits} eigen": block("direct", transform(bits, "eigen")) for bits in (2, 1)},
+    **{f"direct transform {bits} eigen": block("direct", transform(bits, **EIGEN)) for bits in (2, 1)},
+    **{f"direct transform {bits} anchors": block("direct", transform(bits, **ANCHORED)) for bits in (2, 1)},
     "uncompressed, lazy": block("fu", "none"),
     "key eden4, delta eden1": block("key_delta", "eden1", key="eden4"),
     "key transform 2, delta transform 0.5": block("key_delta", transform(0.5), key=transform(2)),
-    "key transform 2, delta lowrank 4 + transform 0.5": block("key_delta", LOW_RANK, key=transform(2)),
-    "key transform 2 eigen, delta lowrank 4 + transform 0.5 eigen": block(
-        "key_delta", ["lowrank", transform(0.5, "eigen")], key=transform(2, "eigen")
+    "key transform 2, delta lowrank 4 + transform 0.5": block("key_delta", low_rank(), key=transform(2)),
+    **{
+        f"key transform {bits} eigen, delta lowrank 4 + transform 0.5 eigen": block(
+            "key_delta", low_rank(**EIGEN), key=transform(bits, **EIGEN)
+        )
+        for bits in (2, 1.75)
+    },
+    "key transform 2 anchors, delta lowrank 4 + transform 0.5 eigen": block(
+        "key_delta", low_rank(**EIGEN), key=transform(2, **ANCHORED)
     ),
     "key eden4, delta lowrank 4 + eden1": block("key_delta", ["lowrank", "eden1"], key="eden4"),
-}  # fmt: skip
-DEEP = ("uncompressed", "direct eden4", "direct eden2", "direct transform 2", "direct transform 2 eigen")
+}
+DEEP = (
+    "uncompressed",
+    *("direct eden4", "direct eden2"),
+    *(f"direct transform {bits}" for bits in ("2", "2 eigen", "2 anchors", "1 eigen")),
+)
 """Over 7 links as well; all over 3."""
 
 

@@ -53,8 +53,8 @@ def low_rank(**learned: Any) -> list[Any]:
     return ["lowrank", transform(0.5, **learned)]
 
 
-EIGEN = {"basis": "eigen"}
-ANCHORED = {"basis": "eigen", "anchors": 256}
+EIGEN: dict[str, Any] = {"basis": "eigen"}
+ANCHORED: dict[str, Any] = {"basis": "eigen", "anchors": 256}
 RUNS: dict[str, dict[str, Any]] = {
     "uncompressed": block("direct", "none"),
     **{f"direct {name}": block("direct", name) for name in ("eden4", "eden3", "eden2", "eden1")},

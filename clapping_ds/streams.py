@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import cuda
+from torch import autocast, cuda
 
 ASYNCHRONOUS = ("cuda",)
 """Types of devices whose work is queued."""
@@ -31,8 +31,9 @@ class SideStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """What is queued inside goes to this stream, and memory that is allocated inside belongs to it."""
-        with cuda.stream(self.stream):
+        """What is queued inside goes to this stream, and memory that is allocated inside belongs to it.
+        Autocast is off inside: codecs compute in fp32."""
+        with cuda.stream(self.stream), autocast(self.device.type, enabled=False):
             yield
 
     def follow(self, event: Any = None) -> None:

@@ -48,7 +48,7 @@ COMPARISON: dict[str, dict[str, Any] | None] = {
     "direct eden3": block("direct", "eden3"),
     "direct eden2": block("direct", "eden2"),
     "direct int2": block("direct", "int2"),
-    **{f"direct transform {bits}": block("direct", {"name": "transform", "bits": bits}) for bits in (4, 3)},
+    "direct transform 3": block("direct", {"name": "transform", "bits": 3}),
     **{f"direct transform {bits}, learned": block("direct", {**LEARNED, "bits": bits}) for bits in (2, 1)},
     "fc int2": block("fc", "int2"),
     "fu int2": block("fu", "int2"),

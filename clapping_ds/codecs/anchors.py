@@ -22,6 +22,8 @@ ROUNDS = 6
 """Of k-means."""
 ROWS_PER_ANCHOR = 8
 """That k-means takes."""
+MOST_SCORES = 1 << 24
+"""Of rows and anchors, at a time."""
 
 
 class Anchors(NamedTuple):
@@ -33,9 +35,23 @@ class Anchors(NamedTuple):
     """int8 [C]"""
 
     @property
+    def scales(self) -> torch.Tensor:
+        """fp32 [C]: 2^-p"""
+        return power_of_two(-self.exponents.int())
+
+    @property
     def values(self) -> torch.Tensor:
         """fp32 [K, C]"""
-        return self.integers * power_of_two(-self.exponents.int())
+        return self.integers * self.scales
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        """fp32 [C]: of the magnitudes."""
+        return self.integers.abs().amax(0) * self.scales
+
+    def take(self, number_M: torch.Tensor) -> torch.Tensor:
+        """fp32 [M, C]: those of the numbers, int64."""
+        return self.integers[number_M] * self.scales
 
     def write_(self, anchor_KC: torch.Tensor) -> None:
         integer_CK, exponent_C = round_to_int8(anchor_KC.T)
@@ -99,8 +115,10 @@ def _begin(row_RC: torch.Tensor, num_anchors: int, generator: torch.Generator) -
 
 def _find_nearest(row_RC: torch.Tensor, anchor_KC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of each row's anchor, and the squared distance to it."""
-    score_RK = torch.addmm(anchor_KC.square().sum(1) / 2, row_RC, anchor_KC.T, beta=-1)
-    score_R, number_R = score_RK.max(1)
+    half_K, anchor_CK = anchor_KC.square().sum(1) / 2, anchor_KC.T
+    parts = row_RC.split(max(1, MOST_SCORES // len(anchor_KC)))
+    best = [torch.addmm(half_K, part_rC, anchor_CK, beta=-1).max(1) for part_rC in parts]
+    score_R, number_R = (torch.cat(found) for found in zip(*best, strict=True))
     return number_R, row_RC.square().sum(1) - 2 * score_R
 
 

@@ -37,7 +37,7 @@ class Basis(NamedTuple):
         return power_of_two(-self.exponents.int())
 
     def write_(self, covariance_CC: torch.Tensor) -> torch.Tensor:
-        """Becomes the eigenvectors of `covariance_CC`. The inverse of what it stands for."""
+        """Becomes the eigenvectors of `covariance_CC`, which is finite. The inverse of what it stands for."""
         try:
             rows_CC = torch.linalg.eigh(covariance_CC).eigenvectors.T
         except torch.linalg.LinAlgError:  # LAPACK gave up: the channels as they are

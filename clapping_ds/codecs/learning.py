@@ -26,6 +26,8 @@ from clapping_ds.streams import is_asynchronous, mark
 ROWS_PER_COORDINATE = 16
 """That a basis is learned from."""
 ROWS_PER_ANCHOR = 16
+ROWS_AT_ONCE = 4096
+"""Of which there is a copy while they are learned from."""
 
 
 class Layout(NamedTuple):
@@ -136,7 +138,7 @@ class Learning(NamedTuple):
             search = Search(*(own[f"search_{name}"] for name in Search._fields))
             number_M = search.find_nearest(y_MC)
             numbers.copy_(number_M)
-            y_MC -= anchors.values[number_M]
+            y_MC -= anchors.take(number_M)
             y_MC *= z_MC.any(1, keepdim=True)
         return y_MC
 
@@ -156,9 +158,8 @@ class Learning(NamedTuple):
         used = self.state.shared["used"]
         anchors, basis = self.layout.anchors(used), self.layout.basis(used)
         if anchors is not None:
-            anchor_KC = anchors.values
-            r_MC += anchor_KC[numbers.long()]
-            bound_C = bound_C + anchor_KC.abs().amax(0)
+            r_MC += anchors.take(numbers.long())
+            bound_C = bound_C + anchors.bounds
         return r_MC if basis is None else eigenbasis.synthesise(basis, r_MC, bound_C, multiply)
 
     def learn_(self, z_MC: torch.Tensor) -> None:
@@ -216,17 +217,20 @@ def _compute(
     """What is learned of rows, and the inverse of the basis, on the CPU; pinned, so that nothing waits for a
     copy to a GPU. Rows of zeros are no rows."""
     wait()
-    z_RC = row_RC.float()
-    z_RC = z_RC[z_RC.any(1)]
+    z_RC = row_RC[row_RC.any(1)].float()
     learned = torch.zeros(layout.nbytes, dtype=torch.int8)
     basis, anchors = layout.basis(learned), layout.anchors(learned)
     found = {"computed": learned}
-    anchor_KC, left_RC = None, z_RC - z_RC.mean(0)
+    anchor_KC = None
     if anchors is not None:
         anchor_KC, nearest_R = find_anchors(z_RC, layout.num_anchors)
-        left_RC = z_RC - anchor_KC[nearest_R]
     if basis is not None:
-        found["inverse_CC"] = basis.write_(left_RC.T @ left_RC)
+        if anchor_KC is None:
+            z_RC -= z_RC.mean(0)
+        else:
+            for rows_r in torch.arange(len(z_RC)).split(ROWS_AT_ONCE):
+                z_RC[rows_r] -= anchor_KC[nearest_R[rows_r]]
+        found["inverse_CC"] = basis.write_(z_RC.T @ z_RC)
     if anchors is not None and anchor_KC is not None:
         anchors.write_(anchor_KC @ found["inverse_CC"] if basis is not None else anchor_KC)
     return {name: tensor.pin_memory() for name, tensor in found.items()} if pins else found

@@ -8,7 +8,7 @@ import torch
 from clapping_ds.codecs.reference.transform_reference import invert
 
 SMALLEST = 2.0**-60
-"""Of a deviation or a root mean square, where the largest value is 1 to 2; below it, zero."""
+"""Of a deviation or a root mean square, where rows are of size 1 or the largest value is; below it, zero."""
 
 
 def find_gains(x_MC: torch.Tensor, finite_M: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ Both ends hold the same bits, whatever their libraries and GPUs: levels are mult
 exact; gains, scales, means and deviations are bfloat16 and are used as they arrive; what is rounded is two
 sums and three products, each by itself, and with "eigen" a product of integers (see `eigenbasis`), whose sums
 are exact in any order. A row that is not finite arrives as NaN throughout, and leaves its part of the memory
-as it was. A message whose largest value is 2^113 or more is scaled down to it; a deviation below 2^-60 of a
-message's largest value is zero.
+as it was. A message whose largest value is 2^113 or more is scaled down to it; a deviation below 2^-60 is
+zero.
 
 Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
 (int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), scales (bfloat16 [M]), with
@@ -154,7 +154,7 @@ class Transform(BaseModel):
     """Of codes, per value: a multiple of 1/16, rounded up to a bit per block. Outlier tokens add 1/8."""
     basis: Literal["channel", "eigen"] = "channel"
     """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""
-    refresh: Annotated[int, Field(ge=2, le=1 << 20)] = 256
+    refresh: Annotated[int, Field(ge=2, le=1 << 16)] = 256
     """Basis and anchors are new every so many messages of a tensor, a slice of them with each; the first are
     used from the message with twice this number on, and until then it is as with "channel" and no anchors."""
     anchors: Annotated[int, Field(ge=0, le=MOST_ANCHORS)] = 0

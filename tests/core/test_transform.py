@@ -414,6 +414,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(num_before, learned):
         assert torch.equal(ends.pass_on(0, True, value), others.pass_on(0, True, value))
 
 
+@EVERY_LEARNED
+def test_a_user_s_autocast_changes_no_message(learned):
+    codec = {"name": "transform", "bits": 2, "refresh": 2, **learned}
+    ends, others = (Ends(activations={"codec": codec}) for _ in range(2))
+    for seed in range(6):
+        value = correlated(256, seed)
+        with torch.autocast("cpu"):
+            received = ends.pass_on(0, True, value)
+        assert torch.equal(received, others.pass_on(0, True, value))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "codec", [{"name": "transform", "bits": 2, "basis": "eigen", "refresh": 2}, ["int8", "int4"]]

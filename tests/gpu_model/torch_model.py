@@ -299,6 +299,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
         for module, name, value in (
             (streams, "cuda", Cuda(machine)),
             (streams, "ASYNCHRONOUS", ("meta",)),
+            (streams, "autocast", lambda device_type, enabled: nullcontext()),
             (wire, "dist", dist),
             (groups, "dist", dist),
             (measurement, "time", Clock(machine)),

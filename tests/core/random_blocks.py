@@ -21,7 +21,7 @@ OPTIONS = {
     TopK: {"ratio": [0.01, 0.05, 0.5], "block": [64], "values": ["bfloat16", "int8"]},
     RandK: {"ratio": [0.1, 1], "block": [64]},
     LowRank: {"rank": [1, 2, 16]},
-    Transform: {"bits": [0.0625, 1, 2.5], "basis": ["channel", "eigen"], "refresh": [2, 3]},
+    Transform: {"bits": [0.0625, 2.5], "basis": ["channel", "eigen"], "anchors": [0, 3], "refresh": [2, 3]},
 }
 
 

@@ -68,7 +68,12 @@ def valid_codec(rng):
         TopK: {"ratio": [1e-9, 0.05, 0.5], "block": [64, 1024], "values": ["bfloat16", "int8"]},
         RandK: {"ratio": [0.1, 1], "block": [64, 1024]},
         LowRank: {"rank": [1, 4, 64]},
-        Transform: {"bits": [0.0625, 3, 7.5], "basis": ["channel", "eigen"], "refresh": [2, 1000]},
+        Transform: {
+            "bits": [0.0625, 7.5],
+            "basis": ["channel", "eigen"],
+            "anchors": [0, 3],
+            "refresh": [2, 1000],
+        },
     }.get(codec, {})
     return {"name": name, **some(rng, options)}
 

@@ -10,7 +10,8 @@ writing of the output, and one of the payload, and of a memory both.
 
 A product of fp32 matrices takes far longer than its share of operations says, one of int8 matrices less. So
 the last columns are times: products and bytes at the peak rates of an H100, a stage's own products at
-STAGE_UTILISATION of theirs. They are a model, not a measurement.
+STAGE_UTILISATION of theirs; the last one is with torch.set_float32_matmul_precision("high"). They are a
+model, not a measurement.
 
 Not counted: what a thread of the CPU computes once in `refresh` messages; the time from one launch to the
 next; and what caches save where a tensor is read again at once.
@@ -44,7 +45,7 @@ CODECS = {
     for basis in get_args(Transform.model_fields["basis"].annotation)
     for anchors in (0, 1024)
 }
-H100 = {"fp32": 67e12, "int8": 1979e12, "bf16": 989e12, "bytes": 3.35e12}
+H100 = {"fp32": 67e12, "tf32": 495e12, "int8": 1979e12, "bf16": 989e12, "bytes": 3.35e12}
 """Per second, from the data sheet of the SXM: matrix products, and bytes of memory."""
 STAGE_UTILISATION = 0.5
 """Of the bf16 rate, by the stage's own products."""
@@ -199,7 +200,8 @@ def rows() -> list[dict[str, Any]]:
             total.num_passes = sum(cost.num_passes for cost in costs.values())
             for name, cost in (*costs.items(), ("both", total)):
                 num_ends = 2 if name == "both" else 1
-                products_ms = sum(2e3 * cost.operations[kind] / H100[kind] for kind in ("fp32", "int8"))
+                int8_ms = 2e3 * cost.operations["int8"] / H100["int8"]
+                fp32_ms, tf32_ms = (2e3 * cost.operations["fp32"] / H100[kind] for kind in ("fp32", "tf32"))
                 moved_ms = 2e3 * cost.num_bytes / H100["bytes"]
                 found.append(
                     {
@@ -211,9 +213,10 @@ def rows() -> list[dict[str, Any]]:
                         "MB moved": 2e-6 * cost.num_bytes,
                         "MB least": 2e-6 * least * num_ends,
                         "moved / least": cost.num_bytes / (least * num_ends),
-                        "products ms": products_ms,
+                        "products ms": fp32_ms + int8_ms,
                         "moved ms": moved_ms,
-                        "% of stage's ms": 100 * (products_ms + moved_ms) / stage_ms,
+                        "% of stage's ms": 100 * (fp32_ms + int8_ms + moved_ms) / stage_ms,
+                        "% with TF32": 100 * (tf32_ms + int8_ms + moved_ms) / stage_ms,
                     }
                 )
     return found

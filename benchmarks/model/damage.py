@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cached_property, partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from pydoc_data import topics
@@ -49,7 +49,10 @@ CODECS_HERE: tuple[dict[str, Any], ...] = (
     *({"name": "transform", "bits": bits, "basis": "eigen", "anchors": 1024} for bits in (3, 2, 1)),
     *({"name": "transform", "bits": bits, "anchors": 1024} for bits in (3, 2)),
 )
-ON_PROSE = ("none", "eden4", "eden3", "int4", "int8")
+ON_PROSE = (
+    *("none", "eden4", "eden3", "int4", "int8"),
+    *("transform bits 3", *(f"transform bits {bits} basis eigen anchors 1024" for bits in (3, 2))),
+)
 TEXTS: dict[str, Path] = {"C++": C10, "prose": Path(topics.__file__)}
 LENGTH = 512
 NUM_WINDOWS = 8
@@ -97,7 +100,8 @@ def list_rows() -> list[Row]:
         family += "".join(f" {key}" for key in ("basis", "anchors") if key in options)
         for text in TEXTS if name in ON_PROSE else ("C++",):
             found += [Row(text, name, family, bits, num_links, options) for num_links in CUTS]
-    for row in [row for row in found if row.learns and row.num_links == max(CUTS) and row.bits > 2]:
+    deepest = [row for row in found if row.learns and row.num_links == max(CUTS) and row.text == "C++"]
+    for row in (row for row in deepest if row.bits > 2):
         found.append(
             row._replace(codec=f"{row.codec} shared", family=f"{row.family} shared", shares_bits=True)
         )
@@ -126,7 +130,7 @@ class Study:
         self.peers = {peer.name: peer for peer in _list_peers()}
         corpora = {name: tokens(path, tokenizer.backend_tokenizer)[0] for name, path in TEXTS.items()}
         self.windows = {name: _cut(corpus, True, NUM_WINDOWS) for name, corpus in corpora.items()}
-        self.others = _cut(corpora["C++"], False, NUM_WARM_UP)
+        self.others = {name: _cut(corpus, False, NUM_WARM_UP) for name, corpus in corpora.items()}
 
     def measure(self, row: Row) -> list[float]:
         """The loss of each window."""
@@ -153,29 +157,29 @@ class Study:
         if row.learns:
             options = {**options, "refresh": REFRESH}
         links = Links(*[{"activations": {"codec": options}}] * len(cuts))
-        errors = self._warm_up(links, cuts) if row.learns else []
+        errors = self._warm_up(links, row) if row.learns else []
         if row.shares_bits:
             shares = share_bits(options["bits"], errors)
             links = Links(*[{"activations": {"codec": {**options, "bits": bits}}} for bits in shares])
-            self._warm_up(links, cuts)
+            self._warm_up(links, row)
         return links
 
-    def _warm_up(self, links: Links, cuts: Sequence[int]) -> list[float]:
+    def _warm_up(self, links: Links, row: Row) -> list[float]:
         """Sends what the uncompressed model puts out at the cuts. Of each link the mean squared error of a
         token relative to its norm, in the last period."""
         errors = []
-        for number, cut in enumerate(cuts):
+        for number, cut in enumerate(CUTS[row.num_links]):
             found = []
-            for step, hidden in enumerate(self.hidden[cut]):
+            for step, hidden in enumerate(self.hidden(row.text)[cut]):
                 links.begin_step(step, [True])
                 error = links.carry("activations", number, 0, hidden) - hidden
                 found.append((error.square().sum(-1) / hidden.square().sum(-1)).mean().item())
             errors.append(mean(found[-REFRESH:]))
         return errors
 
-    @cached_property
-    def hidden(self) -> dict[int, list[torch.Tensor]]:
-        """By block: what it puts out, for each window of text that is trained on."""
+    @cache  # noqa: B019 (one study per process)
+    def hidden(self, text: str) -> dict[int, list[torch.Tensor]]:
+        """By block: what it puts out, for each window of a text that is trained on."""
         found: dict[int, list[torch.Tensor]] = {cut: [] for cuts in CUTS.values() for cut in cuts}
         handles = [
             self.model.base_model.layers[cut - 1].register_forward_hook(
@@ -183,7 +187,7 @@ class Study:
             )
             for cut in found
         ]
-        for window in self.others:
+        for window in self.others[text]:
             self._find_loss(window)
         for handle in handles:
             handle.remove()

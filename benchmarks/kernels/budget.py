@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import JITFunction
 
-from benchmarks.kernels.variants import SITUATIONS, Situation
+from benchmarks.kernels.variants import SITUATIONS, Situation, count_accesses
 from clapping_ds.codecs import Context, Transform
 
 SHAPE = (4096, 4096)
@@ -102,8 +102,12 @@ class Counting(TorchDispatchMode):
         return result
 
     def note(self, kernel: JITFunction, *arguments: Any, **keywords: Any) -> None:
-        """In the place of a launch: every tensor is read or written once."""
-        tensors = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+        """In the place of a launch: every tensor is read or written once, a memory as often as it is."""
+        times = count_accesses(keywords)
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+        tensors = [
+            x for name, x in given.items() if isinstance(x, torch.Tensor) for _ in range(times.get(name, 1))
+        ]
         self.cost.add(tensors, [])
         codes = kernel.__name__.endswith("codes_kernel")
         self.cost.operations["others"] += max(t.numel() for t in tensors) * (PER_VALUE if codes else 1)

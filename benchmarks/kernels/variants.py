@@ -148,10 +148,7 @@ def _variant(
     constants = {p.name: given.pop(p.name) for p in kernel.params if p.is_constexpr}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     num_values = prod(SHAPE)
-    times = {
-        "memory": constants.get("CARRY", False) + constants.get("HAS_MEMORY", True),
-        "out": constants.get("HAS_OUT", True),
-    }
+    times = count_accesses(constants)
     return Variant(
         label,
         kernel,
@@ -164,6 +161,14 @@ def _variant(
         {name: times.get(name, 1) * tensor.nbytes / num_values for name, tensor in tensors.items()},
         frozenset(SCATTERED.get(kernel.fn.__name__, ())),
     )
+
+
+def count_accesses(constants: Mapping[str, Any]) -> dict[str, int]:
+    """How often a kernel reads or writes what may be a stand-in, by argument; what is not named: once."""
+    return {
+        "memory": constants.get("CARRY", False) + constants.get("HAS_MEMORY", True),
+        "out": constants.get("HAS_OUT", True),
+    }
 
 
 def _type(value: Any) -> str:

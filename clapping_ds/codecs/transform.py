@@ -48,22 +48,17 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import AfterValidator, BaseModel, Field
 
-from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, limit, pad_nbytes, width_of
+from clapping_ds.codecs.base import STRICT, Context, State, ceil_div, pad_nbytes, width_of
 from clapping_ds.codecs.learning import Layout, Learning
 from clapping_ds.codecs.reference import transform_reference
-from clapping_ds.codecs.reference.numerics_reference import (
-    deliver_,
-    keep_,
-    load_base_like,
-    pad_end,
-    update,
-)
+from clapping_ds.codecs.reference.numerics_reference import pad_end
 from clapping_ds.codecs.reference.transform_reference import (
     BLOCK,
     ERRORS,
     LARGEST,
     LARGEST_W,
     MOST_BITS,
+    Arrived,
     Coding,
     invert,
 )
@@ -194,9 +189,8 @@ class Transform(BaseModel):
         if learning is not None:
             learning.put_slice_(sections.slice)
         if context.memory is not None:
-            sent_ND, finite_N = _read(sections, sizes, learning, context)
-            bound = limit(value, context.memory)
-            keep_(context.memory, update(load_base_like(sent_ND, context), sent_ND, bound), finite_N)
+            arrived = _read(sections, sizes, learning, context)
+            _implementation(value).apply_(arrived, value, None, context)
         if learning is not None:
             learning.end_message()
 
@@ -205,11 +199,7 @@ class Transform(BaseModel):
         sections = _split(payload, sizes)
         if learning is not None:
             learning.begin_message()
-        sent_ND, finite_N = _read(sections, sizes, learning, context)
-        if context.memory is None:
-            out.copy_(sent_ND.clamp_(-limit(out), limit(out)).view_as(out))
-        else:
-            deliver_(out, sent_ND, finite_N, context)
+        _implementation(out).apply_(_read(sections, sizes, learning, context), out, out, context)
         if learning is not None:
             learning.take_slice_(sections.slice)
             learning.end_message()
@@ -266,24 +256,17 @@ def _split(payload: torch.Tensor, sizes: Sizes) -> Sections:
     return Sections(*found)
 
 
-def _read(
-    sections: Sections, sizes: Sizes, learning: Learning | None, context: Context
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [N, D]: what a message says, NaN in rows that are not finite; and which are."""
+def _read(sections: Sections, sizes: Sizes, learning: Learning | None, context: Context) -> Arrived:
+    """What a message says."""
     coding, implementation = sections.coding, _implementation(sections.codes)
     r_MC = implementation.read_codes(sections.codes, coding, sections.scales.float(), context.seed)
     if learning is not None and learning.is_used:
         multiply = None if context.memory is None else implementation.multiply
         r_MC = learning.synthesise(r_MC, _find_bound(coding, sections), sections.anchors, multiply)
-    coded_MD = r_MC[:, : sizes.num_channels] * sections.gains.float()[:, None]
     places_K = sections.places.long()
-    others_M = _list_others(places_K, sizes.num_rows)
-    sent_ND = r_MC.new_empty(sizes.num_rows, sizes.num_channels)
-    sent_ND.index_copy_(0, others_M, coded_MD).index_copy_(0, places_K, sections.outliers.float())
-    finite_N = torch.empty_like(sent_ND[:, 0], dtype=torch.bool)
-    finite_N.index_copy_(0, others_M, sections.gains.isfinite())
-    finite_N.index_copy_(0, places_K, sections.outliers.isfinite().all(1))
-    return sent_ND, finite_N
+    order_N = torch.cat([_list_others(places_K, sizes.num_rows), places_K])
+    finite_N = torch.cat([sections.gains.isfinite(), sections.outliers.isfinite().all(1)])
+    return Arrived(r_MC, sections.gains, sections.outliers, order_N, finite_N)
 
 
 def _find_bound(coding: Coding, sections: Sections) -> torch.Tensor:

@@ -19,6 +19,6 @@ def test_kernels_compile_without_spills():
     assert all(line.endswith(": 0 spills") for line in lines)
 
 
-NUM_VARIANTS = 2 * (15 + 4 + 1) + 3 + 7
+NUM_VARIANTS = 2 * (15 + 4 + 1) + 5 + 9
 """Encode and decode of each codec, of four with options, and of the one that needs most registers; and what
 `transform` launches for both, without and with an eigenbasis."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from clapping_ds import streams
 from clapping_ds.autotune import measurement
 from clapping_ds.codecs import learning, transform
+from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.link import groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
@@ -254,6 +255,8 @@ class Codes:
     @staticmethod
     def read_codes(codes: torch.Tensor, coding: Any, scales: torch.Tensor, seed: int) -> torch.Tensor:
         return codes[:, :1] * coding.deviations * scales[:, None] + coding.means
+
+    apply_ = staticmethod(transform_reference.apply_)
 
     @staticmethod
     def multiply(integers: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

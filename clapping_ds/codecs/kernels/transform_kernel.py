@@ -12,16 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from clapping_ds.codecs.base import ceil_div
+from clapping_ds.codecs.base import Context, ceil_div
 from clapping_ds.codecs.kernels import numerics as num
 from clapping_ds.codecs.kernels import rotation
 from clapping_ds.codecs.reference import transform_reference as reference
-from clapping_ds.codecs.reference.transform_reference import LEVEL_UNIT, LEVELS, Coding, invert
+from clapping_ds.codecs.reference.transform_reference import LEVEL_UNIT, LEVELS, Arrived, Coding, invert
 
 LARGEST_BLOCKS = 256
 """Of a tile."""
 TILE = LARGEST_BLOCKS * reference.BLOCK
 """Values per program."""
+BLOCK_N, BLOCK_D = 16, 128
+"""Rows and channels, where rows are put where they belong."""
 TILE_OF_PRODUCT = 2048
 ROWS_OF_PRODUCT = 32
 """Rows of a plane are padded to a multiple: cuBLAS takes no fewer than 17, and wants multiples of 8."""
@@ -118,6 +120,33 @@ def read_codes_kernel(
 
 
 @triton.jit
+def apply_kernel(
+    coded, gains, outliers, order, finite, memory, out,
+    num_rows, num_coded, num_channels, size, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CARRY: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_OUT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """size: of a row of `coded`."""
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_row, m_channel = o_row < num_rows, o_channel < num_channels
+    m_value = m_row[:, None] & m_channel[None, :]
+    m_coded = (o_row < num_coded)[:, None]
+    b_gain = num.load(gains + o_row, o_row < num_coded)[:, None]
+    b_coded = num.load(coded + o_row[:, None] * size + o_channel[None, :], m_value & m_coded)
+    o_outlier = (o_row - num_coded)[:, None] * num_channels + o_channel[None, :]
+    b_outlier = num.load(outliers + o_outlier, m_value & (o_row >= num_coded)[:, None])
+    m_finite = tl.load(finite + o_row, m_row, other=0)[:, None] != 0
+    b_sent = tl.where(m_finite, tl.where(m_coded, b_coded * b_gain, b_outlier), 0.0)
+    o_value = tl.load(order + o_row, m_row, other=0)[:, None] * num_channels + o_channel[None, :]
+    b_base = num.load(memory + o_value, m_value) if CARRY else tl.zeros_like(b_sent)
+    b_memory = num.round_to_dtype(memory, num.update(b_base, b_sent, LIMIT))
+    if HAS_OUT:
+        num.store_both(memory, out, o_value, b_memory, m_value, m_finite, HAS_MEMORY)
+    else:
+        num.store(memory + o_value, b_memory, m_value & m_finite, EXACT=True)
+
+
+@triton.jit
 def split_kernel(integers, planes, num_values, num_padded, TILE: tl.constexpr):
     """q = 65536 high + 256 middle + low, each within int8; zeros from `num_values` on."""
     o_value = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -195,6 +224,19 @@ def multiply(integer_MC: torch.Tensor, basis_CC: torch.Tensor) -> torch.Tensor:
     split_kernel[grid](integer_MC, plane_PC, *sizes, **constants)
     join_kernel[grid](torch._int_mm(plane_PC, basis_CC), out_MC, *sizes, **constants)
     return out_MC
+
+
+def apply_(arrived: Arrived, like: torch.Tensor, out: torch.Tensor | None, context: Context) -> None:
+    """As `transform_reference.apply_`, in one pass on the GPU."""
+    num_rows, num_channels = len(arrived.order), arrived.outliers.shape[1]
+    memory, of_memory = num.make_memory_arguments(like, context)
+    apply_kernel[(triton.cdiv(num_rows, BLOCK_N), triton.cdiv(num_channels, BLOCK_D))](
+        arrived.coded, arrived.gains, arrived.outliers, arrived.order.to(torch.int32),
+        arrived.finite.view(torch.uint8), memory, like if out is None else out,
+        num_rows, len(arrived.gains), num_channels, arrived.coded.shape[1], BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        num_warps=num.choose_num_warps(BLOCK_N * BLOCK_D), enable_fp_fusion=False,
+        **of_memory, HAS_OUT=out is not None,
+    )  # fmt: skip
 
 
 @cache

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from clapping_ds.codecs.base import Context, limit
 from clapping_ds.codecs.reference import rotation_reference as rotation
+from clapping_ds.codecs.reference.numerics_reference import deliver_, keep_, load_base_like, update
 
 BLOCK = 16
 MOST_BITS = 8
@@ -46,6 +48,21 @@ class Coding(NamedTuple):
     """int32 [C / 16]: where a block's words end among a row's."""
 
 
+class Arrived(NamedTuple):
+    """Rows of a message: first those that are coded, then outliers."""
+
+    coded: torch.Tensor
+    """fp32 [M, C]: over their gains; of the coordinates the first D are channels."""
+    gains: torch.Tensor
+    """bfloat16 [M]; NaN: the row is not finite."""
+    outliers: torch.Tensor
+    """bfloat16 [N - M, D]; NaN throughout: the row is not finite."""
+    order: torch.Tensor
+    """int64 [N]: which rows of the tensor they are."""
+    finite: torch.Tensor
+    """bool [N]: which of them are."""
+
+
 def write_codes_(z_MC: torch.Tensor, coding: Coding, seed: int, code_MW: torch.Tensor) -> None:
     """Codes of rows less means, over scales.
 
@@ -84,6 +101,24 @@ def read_codes(code_MW: torch.Tensor, coding: Coding, scale_M: torch.Tensor, see
     w_MC = torch.empty_like(u_MC)
     w_MC[:, coding.order] = u_MC
     return coding.means + (scale_M[:, None] * coding.deviations) * w_MC
+
+
+def apply_(arrived: Arrived, like: torch.Tensor, out: torch.Tensor | None, context: Context) -> None:
+    """Updates the memory by what has arrived; `out`, where given, gets the result.
+
+    like   a tensor of the message's dtype
+    """
+    num_coded, num_channels = len(arrived.gains), arrived.outliers.shape[1]
+    coded_MD = arrived.coded[:, :num_channels] * arrived.gains.float()[:, None]
+    sent_ND = coded_MD.new_empty(len(arrived.order), num_channels)
+    sent_ND.index_copy_(0, arrived.order[:num_coded], coded_MD)
+    sent_ND.index_copy_(0, arrived.order[num_coded:], arrived.outliers.float())
+    finite_N = torch.empty_like(arrived.finite).index_copy_(0, arrived.order, arrived.finite)
+    if out is not None:
+        deliver_(out, sent_ND, finite_N, context)
+    elif context.memory is not None:
+        bound = limit(like, context.memory)
+        keep_(context.memory, update(load_base_like(sent_ND, context), sent_ND, bound), finite_N)
 
 
 def invert(x: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ def own_nbytes(end):
     found, states = 0, [learned.state for learned in end.learned.values() if learned.state is not None]
     while states:
         state = states.pop()
-        found += sum(tensor.nbytes for tensor in state.own.values())
+        found += sum(tensor.nbytes for tensor in (*state.own.values(), *state.host.values()))
         states += [member for member in state.members if member is not None]
     return found
 

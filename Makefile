@@ -24,7 +24,7 @@ train: $(VENV)/installed
 	$(LAUNCH) launch.finetune --deepspeed_config $(CONFIG) --beside-stock --num-stages $(STAGES) \
 		$(if $(MODEL),--model $(MODEL)) $(OPTIONS)
 
-# A small GPT from scratch under a dozen configurations.
+# A small GPT from scratch under sixteen configurations.
 compare: $(VENV)/installed
 	$(LAUNCH) benchmarks.training.compare $(OPTIONS)
 

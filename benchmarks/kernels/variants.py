@@ -16,7 +16,6 @@ import torch
 from triton.runtime import JITFunction
 
 from clapping_ds.codecs import CODECS, AnyCodec, Context, Eden, Quantizer, TopK, Transform
-from clapping_ds.codecs.learning import Learning
 
 SHAPE = (1024, 1024)
 """Of the tensor that is sent: every group, segment and block full, as almost all are in use."""
@@ -44,9 +43,7 @@ class Situation:
             memory = torch.zeros(shape, dtype=self.memory_dtype, device=device)
         state = codec.new_state(shape[-1], device)
         if isinstance(codec, Transform) and state is not None:
-            layout = codec.layout(shape[-1])
-            assert layout is not None
-            Learning(state, layout).put_plain_()
+            codec.warm_up_(state, shape[-1])
         return Context(memory, memory is not None, SEED, state)
 
 

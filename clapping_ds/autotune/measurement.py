@@ -12,7 +12,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from clapping_ds.autotune.decision import Candidate, Speed
 from clapping_ds.codecs import AnyCodec, CodecSequence, Context, Raw, State, Transform
 from clapping_ds.codecs.base import width_of
-from clapping_ds.codecs.learning import Learning
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
 from clapping_ds.link.message import Spec
@@ -123,9 +122,7 @@ def _warm_up(codec: AnyCodec, state: State | None, width: int) -> None:
         for member, of_member in zip(codec.codecs, state.members, strict=True):
             _warm_up(member, of_member, width)
     elif isinstance(codec, Transform) and state is not None:
-        layout = codec.layout(width)
-        assert layout is not None
-        Learning(state, layout).put_plain_()
+        codec.warm_up_(state, width)
 
 
 class Speaker(NamedTuple):

@@ -125,11 +125,12 @@ class Learning(NamedTuple):
     def end_message(self) -> None:
         self.state.num_messages += 1
 
-    def analyse(self, z_MC: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def analyse(self, z_MC: torch.Tensor, counted_M: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Coordinates of rows, less the nearest anchors. The sender alone.
 
-        z_MC      rows over their gains; what is zero stays so
-        numbers   int16 [M], written: of the anchors
+        z_MC        rows over their gains
+        counted_M   which of them are not zero; the others stay so
+        numbers     int16 [M], written: of the anchors
         """
         own = self.state.own
         y_MC = z_MC @ own["used_analysis_CC"] if self.layout.has_basis else z_MC.clone()
@@ -139,7 +140,7 @@ class Learning(NamedTuple):
             number_M = search.find_nearest(y_MC)
             numbers.copy_(number_M)
             y_MC -= anchors.take(number_M)
-            y_MC *= z_MC.any(1, keepdim=True)
+            y_MC *= counted_M[:, None]
         return y_MC
 
     def synthesise(
@@ -221,16 +222,15 @@ def _compute(
     learned = torch.zeros(layout.nbytes, dtype=torch.int8)
     basis, anchors = layout.basis(learned), layout.anchors(learned)
     found = {"computed": learned}
-    anchor_KC = None
-    if anchors is not None:
-        anchor_KC, nearest_R = find_anchors(z_RC, layout.num_anchors)
+    if anchors is None:
+        centre_KC, nearest_R = z_RC.mean(0, keepdim=True), torch.zeros(len(z_RC), dtype=torch.int64)
+    else:
+        centre_KC, nearest_R = find_anchors(z_RC, layout.num_anchors)
     if basis is not None:
-        if anchor_KC is None:
-            z_RC -= z_RC.mean(0)
-        else:
-            for rows_r in torch.arange(len(z_RC)).split(ROWS_AT_ONCE):
-                z_RC[rows_r] -= anchor_KC[nearest_R[rows_r]]
+        for rows_r in torch.arange(len(z_RC)).split(ROWS_AT_ONCE):
+            z_RC[rows_r] -= centre_KC[nearest_R[rows_r]]
         found["inverse_CC"] = basis.write_(z_RC.T @ z_RC)
-    if anchors is not None and anchor_KC is not None:
-        anchors.write_(anchor_KC @ found["inverse_CC"] if basis is not None else anchor_KC)
+        centre_KC = centre_KC @ found["inverse_CC"]
+    if anchors is not None:
+        anchors.write_(centre_KC)
     return {name: tensor.pin_memory() for name, tensor in found.items()} if pins else found

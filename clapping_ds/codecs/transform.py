@@ -172,6 +172,12 @@ class Transform(BaseModel):
             return None
         return Layout(size, self.basis == "eigen", self.anchors, self.refresh)
 
+    def warm_up_(self, state: State, width: int) -> None:
+        """Lets a new state be as after many messages, for measurements."""
+        layout = self.layout(width)
+        assert layout is not None
+        Learning(state, layout).put_plain_()
+
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
         sizes, learning = self._sizes(value.shape), self._learning(value, context)
         payload.zero_()
@@ -182,7 +188,7 @@ class Transform(BaseModel):
             learning.begin_message()
             learning.learn_(z_MC)
             if learning.is_used:
-                z_MC = learning.analyse(z_MC, sections.anchors)
+                z_MC = learning.analyse(z_MC, rows.counted, sections.anchors)
         moments = find_moments(z_MC, rows.counted)
         _write_side_(rows, moments, sections, sizes.num_words)
         _implementation(value).write_codes_(moments.rows, sections.coding, context.seed, sections.codes)

@@ -5,7 +5,6 @@ import torch
 
 from clapping_ds.codecs import Context, Transform, bits_per_value
 from clapping_ds.codecs.anchors import Anchors, find_anchors, prepare_search
-from clapping_ds.codecs.learning import Learning
 from clapping_ds.codecs.reference import transform_reference
 from clapping_ds.codecs.reference.transform_reference import ERRORS
 from clapping_ds.link.verification import VerificationError
@@ -458,7 +457,7 @@ def test_a_plain_state_is_as_if_nothing_were_learned(learned):
     """What time is measured with."""
     plain, learning = (Pair(Transform(bits=3, **options), correlated(512)) for options in ({}, learned))
     for state in learning.states:
-        Learning(state, learning.codec.layout(WIDTH)).put_plain_()
+        learning.codec.warm_up_(state, WIDTH)
     value = correlated(512)
     errors = [relative_error(pair.send(value), value) for pair in (plain, learning)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)

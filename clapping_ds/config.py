@@ -71,7 +71,7 @@ class DirectionConfig(BaseModel):
     key: CodecConfig | None = None
     """With `key_delta`: the codec of fresh slots."""
     delta: CodecConfig | None = None
-    """With `fu`, `fc` and `key_delta`: the codec of reused slots. Default of `fu` and `fc`: eden4."""
+    """Not with `direct`: the codec of reused slots. Default, but of `key_delta`: eden4."""
     base: Literal["reset", "carry"] | None = None
     """With `fc` and `key_delta`: what a key message is the difference to, zero or the memory. Default: carry
     for `topk`, `randk` and `lowrank`."""
@@ -101,10 +101,22 @@ class LazyConfig(BaseModel):
 
     model_config = STRICT
 
-    p_new: Annotated[float, Field(ge=1e-9, le=1)] = 0.5
-    """Probability that a slot's sample is new."""
+    pool: Annotated[int, Field(ge=1, le=1 << 24)] = 1
+    """Mini-batches that are held. A step uses one of them, in rounds, each in an order of its own; the first
+    round is all fresh. 1: each step uses the mini-batch of the step before."""
+    p_new: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that a slot's sample is new. 0: never after the first round."""
     refresh: Literal["step", "slot", "cycle"] = "step"
     """One coin per step (the paper), one per slot, or round robin."""
+
+
+def _check_file_name(name: str) -> str:
+    if not name or "\0" in name or not name.isprintable():
+        raise ValueError("the name of a file or folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 
 
 class MemoryConfig(BaseModel):
@@ -114,20 +126,20 @@ class MemoryConfig(BaseModel):
 
     dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
     """`same`: the dtype of the tensor that is sent."""
-    device: Literal["same", "cpu"] = "same"
-    """`same`: the device of the tensor that is sent."""
+    device: Literal["same", "cpu", "disk"] = "same"
+    """`same`: the device of the tensor that is sent. `disk`: a file in `folder`."""
+    folder: FileName | None = None
+    """With `disk`: where each end of a channel makes a file, which is gone when the run is."""
+
+    @model_validator(mode="after")
+    def _check_folder(self) -> Self:
+        if (self.device == "disk") != (self.folder is not None):
+            accepted = "a folder" if self.device == "disk" else "no folder, or device = 'disk'"
+            raise ValueError(f"folder = {self.folder!r} with device = {self.device!r}; accepted: {accepted}")
+        return self
 
     def torch_dtype(self, value_dtype: torch.dtype) -> torch.dtype:
         return value_dtype if self.dtype == "same" else getattr(torch, self.dtype)
-
-
-def _check_file_name(name: str) -> str:
-    if not name or "\0" in name or not name.isprintable():
-        raise ValueError("the name of a file")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_check_file_name)]
 
 
 class LinksConfig(BaseModel):
@@ -223,7 +235,7 @@ class Plan:
             "delta": self.delta.model_dump(),
             "carries": self.carries,
             "min_numel": self.min_numel,
-            "memory": self.memory.model_dump(),
+            "dtype of memories": self.memory.dtype,
         }
 
     def mean_bits_per_value(self, dtype: torch.dtype) -> float:
@@ -238,6 +250,7 @@ ACCEPTED = {
     "fu": ("delta",),
     "fc": ("delta", "base"),
     "key_delta": ("key", "delta", "base"),
+    "aqsgd": ("delta",),
 }
 """What a direction may hold besides `min_numel`, by strategy."""
 
@@ -249,9 +262,10 @@ class ClappingConfig(BaseModel):
 
     enabled: bool = True
     """False: the stock engine runs."""
-    strategy: Literal["direct", "fu", "fc", "key_delta"] = "direct"
+    strategy: Literal["direct", "fu", "fc", "key_delta", "aqsgd"] = "direct"
     """No memory (`direct`); or deltas to a memory and lazy sampling, with keys that are uncompressed (`fu`),
-    compressed as deltas are (`fc`), or with a codec of their own (`key_delta`)."""
+    compressed as deltas are (`fc`), or with a codec of their own (`key_delta`). `aqsgd` is `fu` with all of
+    the data in its pool (arXiv 2206.01299)."""
     activations: DirectionConfig = Field(default_factory=DirectionConfig)
     gradients: DirectionConfig = Field(default_factory=DirectionConfig)
     lazy: LazyConfig | None = None
@@ -299,8 +313,23 @@ class ClappingConfig(BaseModel):
             if getattr(self, field) is not None:
                 raise ValueError(
                     f"{field} = {_show(getattr(self, field).model_dump())} with strategy = 'direct', which "
-                    "has no memory and makes every step fresh; accepted: null, or strategy = 'fu', 'fc' or "
-                    "'key_delta'"
+                    "has no memory and makes every step fresh; accepted: null, or strategy = 'fu', 'fc', "
+                    "'key_delta' or 'aqsgd'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_data_set(self) -> Self:
+        given = {} if self.lazy is None else self.lazy.model_dump(include=self.lazy.model_fields_set)
+        if self.strategy == "aqsgd" and "pool" not in given:
+            raise ValueError(
+                "lazy.pool = None with strategy = 'aqsgd'; accepted: the mini-batches of the data set"
+            )
+        for field in ("p_new", "refresh") if self.strategy == "aqsgd" else ():
+            if given.get(field, 0) != 0:
+                raise ValueError(
+                    f"lazy.{field} = {given[field]!r} with strategy = 'aqsgd', where no sample is new after "
+                    "the first round; accepted: pool alone"
                 )
         return self
 
@@ -350,7 +379,10 @@ class ClappingConfig(BaseModel):
     @property
     def sampling(self) -> LazyConfig:
         """When slots are fresh: with `direct`, always."""
-        return LazyConfig(p_new=1.0) if self.strategy == "direct" else self.lazy or LazyConfig()
+        if self.strategy == "direct":
+            return LazyConfig(p_new=1.0)
+        lazy = self.lazy or LazyConfig()
+        return lazy.model_copy(update={"p_new": 0.0}) if self.strategy == "aqsgd" else lazy
 
     def plan(self, direction: str) -> Plan:
         """How a direction, `activations` or `gradients`, is compressed."""

@@ -177,8 +177,9 @@ def channel_memories(
     return {
         (channel.link, channel.direction): {
             **{
-                (slot, index): list(map(_bits, [] if held.memory is None else [held.memory]))
-                for slot, tensors in channel.held.items()
+                (entry, slot, index): list(map(_bits, [] if held.memory is None else [held.memory]))
+                for entry, slots in channel.pool.items()
+                for slot, tensors in slots.items()
                 for index, held in tensors.items()
             },
             **{

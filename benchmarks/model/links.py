@@ -59,9 +59,9 @@ class Direction:
         seed = draw_word(config.seed, 0, link, direction == "gradients")  # as an endpoint's, of replica 0
         self.sender, self.receiver = (Channel(plan, link, direction, wire, seed) for _ in range(2))
 
-    def begin_step(self, step: int, num_slots: int) -> None:
+    def begin_step(self, step: int, num_slots: int, entry: int) -> None:
         for end in (self.sender, self.receiver):
-            end.begin_step(step, num_slots)
+            end.begin_step(step, num_slots, entry=entry)
 
     def carry(self, slot: int, fresh: bool, value: torch.Tensor) -> torch.Tensor:
         """What arrives of a value."""
@@ -101,11 +101,11 @@ class Links:
         self.slot = 0
         """Of the micro-batch that is computed."""
 
-    def begin_step(self, step: int, fresh: Sequence[bool]) -> None:
-        """fresh: by slot."""
+    def begin_step(self, step: int, fresh: Sequence[bool], entry: int = 0) -> None:
+        """fresh: by slot. entry: of the pool."""
         self.fresh = fresh
         for direction in self.directions.values():
-            direction.begin_step(step, len(fresh))
+            direction.begin_step(step, len(fresh), entry)
 
     def carry(self, direction: str, link: int, slot: int, value: torch.Tensor) -> torch.Tensor:
         """What arrives of a value at the other end."""

@@ -124,13 +124,14 @@ def train(
     """Trains a model whose links are behind some of its blocks; the mean loss of each step, as a pipeline of
     real ranks would have it."""
     sampling = links.config.sampling
-    coin, sampler = Coin(sampling.p_new, sampling.refresh, links.config.seed), LazySampler()
+    coin = Coin(sampling.p_new, sampling.refresh, links.config.seed, sampling.pool)
+    sampler = LazySampler()
     with links.behind(blocks):
         for step in range(steps):
-            fresh = coin.toss(step, NUM_SLOTS)
+            fresh, entry = coin.toss(step, NUM_SLOTS), coin.pick(step)
             sampler.draw(sum(fresh), next_batch)
-            sampler.begin(fresh)
-            links.begin_step(step, fresh)
+            sampler.begin(fresh, entry)
+            links.begin_step(step, fresh, entry)
             losses = []
             for links.slot in range(NUM_SLOTS):
                 ids, labels = sampler.next()

@@ -53,6 +53,10 @@ def low_rank(**learned: Any) -> list[Any]:
     return ["lowrank", transform(0.5, **learned)]
 
 
+def pooled(block: dict[str, Any], pool: int, p_new: float) -> dict[str, Any]:
+    return {**block, "lazy": {"pool": pool, "p_new": p_new, "refresh": "cycle"}}
+
+
 EIGEN: dict[str, Any] = {"basis": "eigen"}
 ANCHORED: dict[str, Any] = {"basis": "eigen", "anchors": 256}
 RUNS: dict[str, dict[str, Any]] = {
@@ -62,6 +66,10 @@ RUNS: dict[str, dict[str, Any]] = {
     **{f"direct transform {bits} eigen": block("direct", transform(bits, **EIGEN)) for bits in (2, 1)},
     **{f"direct transform {bits} anchors": block("direct", transform(bits, **ANCHORED)) for bits in (2, 1)},
     "uncompressed, lazy": block("fu", "none"),
+    **{
+        f"uncompressed, pool {pool}, p_new {p_new}": pooled(block("fu", "none"), pool, p_new)
+        for pool, p_new in ((1, 0.25), (4, 0.25), (16, 0.25), (16, 0.5), (64, 0.25), (80, 0))
+    },
     "key eden4, delta eden1": block("key_delta", "eden1", key="eden4"),
     "key transform 2, delta transform 0.5": block("key_delta", transform(0.5), key=transform(2)),
     "key transform 2, delta lowrank 4 + transform 0.5": block("key_delta", low_rank(), key=transform(2)),

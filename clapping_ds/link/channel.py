@@ -10,7 +10,7 @@ bit for bit.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -21,13 +21,15 @@ from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, Stat
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import Plan
 from clapping_ds.link import verification
+from clapping_ds.link.memories import Memories
 from clapping_ds.link.message import Held, Learned, Message, Part, Spec, Wire
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.link.verification import Header, VerificationError
-from clapping_ds.link.visits import Visits
 
 RAW = Raw()
+NUM_READ_AHEAD = 3
+"""Messages whose memories are read from disk before their turn."""
 
 
 class Arrivals(NamedTuple):
@@ -39,7 +41,7 @@ class Arrivals(NamedTuple):
 
 
 class Channel:
-    """One end of one direction of one link. Memory: num_slots x tensor size, whatever the data set.
+    """One end of one direction of one link. Memory: pool x num_slots x tensor size, whatever the data set.
 
     plan        how the direction is compressed
     link        number of the link's first stage
@@ -71,7 +73,9 @@ class Channel:
         # State
         self.step = 0
         self.held: dict[int, dict[int, Held]] = {}
-        """By slot and tensor."""
+        """By slot and tensor, of the step's entry."""
+        self.pool = {0: self.held}
+        """By entry."""
         self.learned: dict[tuple[int, str], Learned] = {}
         """By tensor, and whether messages are keys or deltas."""
         self.traffic = Traffic()
@@ -79,17 +83,21 @@ class Channel:
         self.specs: Sequence[Spec] = ()
         """Of the last message."""
         self._expected: deque[Message] = deque()
-        self._visits = Visits(wire.device)
+        self.memories = Memories(wire.device, plan.memory)
         self._next: Arrivals | None = None
         """Where the message that was expected first goes to."""
 
-    def begin_step(self, step: int, num_slots: int, measures_error: bool = False) -> None:
-        """Messages are numbered by step and slot. Frees what is held for the slots from `num_slots` on."""
+    def begin_step(self, step: int, num_slots: int, measures_error: bool = False, entry: int = 0) -> None:
+        """Messages are numbered by step and slot. entry: of the pool, that the slots are of; frees what it
+        holds for the slots from `num_slots` on."""
         self.step = step
         self.measures_error = measures_error
-        self._visits.end()
+        self.held = self.pool.setdefault(entry, {})
+        self.memories.end()
         for slot in [slot for slot in self.held if slot >= num_slots]:
-            del self.held[slot]
+            self._free(self.held.pop(slot))
+        for slot in range(NUM_READ_AHEAD):
+            self._read(slot)
 
     def send(self, slot: int, fresh: bool, values: Sequence[torch.Tensor]) -> None:
         """Sends the tensors of one micro-batch. The peer must `receive` with equal specs."""
@@ -141,16 +149,16 @@ class Channel:
     @property
     def memory_nbytes(self) -> int:
         """Bytes that error feedback and codecs hold at this end."""
-        held = sum(held.nbytes for tensors in self.held.values() for held in tensors.values())
+        held = sum(held.nbytes for held in self.all_held())
         states = [learned.state for learned in self.learned.values()]
         return held + sum(state.nbytes for state in states if state is not None)
 
     def rescale(self, factor: float) -> None:
         """Multiplies what is held, at both ends: the values to come are so many times larger."""
         self.wire.side.wait()
-        memories = [held.memory for tensors in self.held.values() for held in tensors.values()]
+        self.memories.settle()
         with self.wire.side.active():
-            for memory in memories:
+            for memory in [held.memory for held in self.all_held()]:
                 if memory is not None:
                     largest = torch.finfo(memory.dtype).max
                     memory.copy_((memory.float() * factor).clamp(-largest, largest))
@@ -158,17 +166,21 @@ class Channel:
     def state_dict(self) -> dict[str, Any]:
         """Counters, and what is held by slot and tensor, for `torch.save`."""
         self.wire.side.wait()
+        self.memories.settle()
         self.traffic.settle()
-        held = {
-            slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
-            for slot, tensors in self.held.items()
+        pool = {
+            entry: {
+                slot: {index: {**held._asdict(), "spec": tuple(held.spec)} for index, held in tensors.items()}
+                for slot, tensors in slots.items()
+            }
+            for entry, slots in self.pool.items()
         }
         learned = {
             place: {"width": learned.width, "state": learned.state.state_dict()}
             for place, learned in self.learned.items()
             if learned.state is not None
         }
-        return {"traffic": asdict(self.traffic), "held": held, "learned": learned}
+        return {"traffic": asdict(self.traffic), "pool": pool, "learned": learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
@@ -176,11 +188,15 @@ class Channel:
         self.forget()
         self.wire.side.follow()
         with self.wire.side.active():
-            self.held = {
-                slot: {index: self._load_held(saved) for index, saved in tensors.items()}
-                for slot, tensors in state["held"].items()
+            self.pool = {
+                entry: {
+                    slot: {index: self._load_held(saved) for index, saved in tensors.items()}
+                    for slot, tensors in slots.items()
+                }
+                for entry, slots in state["pool"].items()
             }
-            for (index, kind), saved in state.get("learned", {}).items():  # none in an old checkpoint
+            self.held = self.pool.setdefault(0, {})
+            for (index, kind), saved in state["learned"].items():
                 learned = self._state(index, kind, saved["width"])
                 assert learned is not None
                 learned.load_state_dict(saved["state"], self.wire.device)
@@ -188,9 +204,21 @@ class Channel:
 
     def forget(self) -> None:
         """Forgets what is held and what codecs have learned."""
-        self._visits.end()
-        self.held.clear()
+        self.memories.end()
+        for slots in self.pool.values():
+            for tensors in slots.values():
+                self._free(tensors)
+        self.held = {}
+        self.pool = {0: self.held}
         self.learned.clear()
+
+    def all_held(self) -> Iterator[Held]:
+        return (held for slots in self.pool.values() for of in slots.values() for held in of.values())
+
+    def _free(self, tensors: Mapping[int, Held]) -> None:
+        """Of a slot, what is not held any longer."""
+        for held in tensors.values():
+            self.memories.free(held.memory)
 
     def _load_held(self, saved: dict[str, Any]) -> Held:
         held = self._new(Spec(*saved["spec"]))
@@ -212,22 +240,26 @@ class Channel:
     def _visited(self, part: Part) -> Context:
         """With the memory where the codec can work on it."""
         memory = part.context.memory
-        if memory is None or not self._visits.are_of(memory):
-            return part.context
-        return part.context._replace(memory=self._visits.fetch(memory))
+        return part.context if memory is None else part.context._replace(memory=self.memories.fetch(memory))
 
     def _put_back(self, message: Message) -> None:
         """The memories of a message, to where they live."""
         for part in message.parts:
-            memory = part.context.memory
-            if memory is not None and self._visits.are_of(memory):
-                self._visits.put_back(memory)
+            if part.context.memory is not None:
+                self.memories.put_back(part.context.memory)
 
     def _fetch(self, slot: int) -> None:
         """Has the memories of a message that is to come on their way."""
         for held in self.held.get(slot, {}).values():
-            if held.memory is not None and self._visits.are_of(held.memory):
-                self._visits.fetch(held.memory)
+            if held.memory is not None:
+                self.memories.fetch(held.memory)
+        self._read(slot + NUM_READ_AHEAD - 1)
+
+    def _read(self, slot: int) -> None:
+        """Has the memories of a message that is to come read from disk, where they are there."""
+        for held in self.held.get(slot, {}).values():
+            if held.memory is not None:
+                self.memories.read(held.memory)
 
     def _prepare_next(self) -> None:
         """For the message that comes next, while compute goes on: what decoding it would wait for."""
@@ -272,18 +304,18 @@ class Channel:
     def _message(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> Message:
         """How each tensor is sent. A function of state that is equal at both ends."""
         held = self.held.setdefault(slot, {})
-        for index in [index for index in held if index >= len(specs)]:
-            del held[index]
+        self._free({index: held.pop(index) for index in [*held] if index >= len(specs)})
         parts = [self._part(slot, index, fresh, spec) for index, spec in enumerate(specs)]
         return Message(slot, fresh, specs, parts, self.header_nbytes + sum(part.nbytes for part in parts))
 
     def _part(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
         tensors, plan = self.held[slot], self.plan
         if not is_compressed(spec, plan.min_numel):
-            tensors.pop(index, None)
+            self._free({index: tensors.pop(index) for index in [index] if index in tensors})
             return Part(RAW, Context(), RAW.nbytes(*spec))
         is_known = index in tensors and tensors[index].spec == spec
         if not is_known:
+            self._free({index: tensors[index]} if index in tensors else {})
             tensors[index] = self._new(spec)
         held = tensors[index]
         is_delta = not fresh and (is_known or not plan.holds_memory)
@@ -313,13 +345,7 @@ class Channel:
 
     def _new(self, spec: Spec) -> Held:
         """What is held of a tensor before its first message: zeros."""
-        plan, memory = self.plan, None
-        if plan.holds_memory:
-            device = self.wire.device if plan.memory.device == "same" else torch.device("cpu")
-            dtype = plan.memory.torch_dtype(spec.dtype)
-            is_pinned = device != self.wire.device
-            memory = torch.zeros(spec.shape, dtype=dtype, device=device, pin_memory=is_pinned)
-        return Held(spec, memory)
+        return Held(spec, self.memories.new(*spec) if self.plan.holds_memory else None)
 
 
 def is_compressed(spec: Spec, min_numel: int) -> bool:

@@ -117,17 +117,20 @@ class Endpoint:
                 return False
         return True
 
-    def begin_step(self, step: int, fresh: Sequence[bool], replays: bool, measures_error: bool) -> None:
-        """Starts a step. fresh: by slot. replays: whether the sampler has the step's batches."""
+    def begin_step(
+        self, step: int, fresh: Sequence[bool], replays: bool, measures_error: bool, entry: int = 0
+    ) -> None:
+        """Starts a step. fresh: by slot. replays: whether the sampler has the step's batches. entry: of the
+        pool, that the slots are of."""
         if replays:
-            self.sampler.begin(fresh)
+            self.sampler.begin(fresh, entry)
         self.fresh = fresh
         for counter in (self._num_sent, self._num_received, self._num_announced):
             counter.clear()
         self._specs.clear()
         self.order = {end: range(len(fresh)) for end in self.channels if not end.sends}
         for channel in self.channels.values():
-            channel.begin_step(step, len(fresh), measures_error)
+            channel.begin_step(step, len(fresh), measures_error, entry)
 
     def end_step(self) -> None:
         """Waits until the step's messages are there, and, where the host is what waits, have gone."""

@@ -6,6 +6,7 @@ the report, and checkpoints that are loaded as a whole or not at all.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from clapping_ds import report
 from clapping_ds.config import ClappingConfig
 from clapping_ds.link.channel import Channel
+from clapping_ds.link.disk import check_folder
 from clapping_ds.link.groups import Control, make_peers, rank
 from clapping_ds.link.traffic import Traffic, add_up
 from clapping_ds.stage.endpoint import Endpoint
@@ -21,7 +23,7 @@ from clapping_ds.stage.sampling import Coin
 
 NextBatch = Callable[[], Any]
 
-FORMAT = 1
+FORMAT = 2
 """Of a state: another is not read."""
 MISSING = "the checkpoint has no state of clapping_ds for every rank"
 DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
@@ -60,6 +62,8 @@ class Endpoints:
         self.run_id: str = told[0][1]
         """The same on every rank, and another in every run."""
         self.replica = pipelines.index(tuple(ranks)) if replica is None else replica
+        if config.memory is not None and config.memory.folder is not None:
+            control.check(partial(check_folder, config.memory.folder))
         peers = make_peers(pipelines, places if config.enabled else (), device, config.timeout_s)
         self.stages = [
             Endpoint(config, stage_id, peers, device, self.replica, most_pending, control.group)
@@ -67,7 +71,7 @@ class Endpoints:
             if config.enabled and ranks[place] == rank()
         ]
         sampling = config.sampling
-        self.coin = Coin(sampling.p_new, sampling.refresh, config.seed)
+        self.coin = Coin(sampling.p_new, sampling.refresh, config.seed, sampling.pool)
         if config.verify:
             control.check_equal({"type of device, with verify": device.type})
         # State
@@ -76,6 +80,8 @@ class Endpoints:
         """Batches that the finished steps took from each data iterator; a resumed run skips as many."""
         self.fresh: list[bool] = []
         """By slot of the last step."""
+        self.num_held: dict[int, int] = {}
+        """Slots of each of the pool's entries."""
         self.shapes_differ = False
         """Whether some rank's held batches are of more than one shape."""
         self.loss_scale = 1.0
@@ -124,14 +130,18 @@ class Endpoints:
                 "accepted: the shape that the receive buffers were made for in the first step "
                 "(DataLoader(drop_last=True))"
             )
-        self.fresh = fresh
+        entry = self.coin.pick(self.step)
+        self.fresh, self.num_held[entry] = fresh, num_slots
         for stage, next_batch in draws:
-            stage.begin_step(self.step, fresh, next_batch is not None, measures_error)
+            stage.begin_step(self.step, fresh, next_batch is not None, measures_error, entry)
 
     def _toss(self, num_slots: int) -> list[bool]:
         """For each slot of the coming step, whether it is fresh."""
-        fresh = self.coin.toss(self.step, num_slots)
-        return [is_fresh or slot >= len(self.fresh) for slot, is_fresh in enumerate(fresh)]
+        fresh, num_held = (
+            self.coin.toss(self.step, num_slots),
+            self.num_held.get(self.coin.pick(self.step), 0),
+        )
+        return [is_fresh or slot >= num_held for slot, is_fresh in enumerate(fresh)]
 
     def end_step(self) -> None:
         """Waits until the step's last messages have gone. What the step trained counts even if they do not:
@@ -185,6 +195,7 @@ class Endpoints:
             "step": self.step,
             "num_drawn": self.num_drawn,
             "fresh": self.fresh,
+            "num_held": self.num_held,
             "shapes_differ": self.shapes_differ,
             "loss_scale": self.loss_scale,
             "in_flight": max((stage.in_flight for stage in self.stages), default=0),
@@ -208,7 +219,7 @@ class Endpoints:
             self.forget()
             return DIFFERENT if is_there else MISSING
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
-        self.loss_scale = state["loss_scale"]
+        self.loss_scale, self.num_held = state["loss_scale"], dict(state["num_held"])
         for stage, saved in zip(self.stages, plans, strict=True):
             stage.load_state_dict(state["stages"][stage.stage_id], saved)
         links_are_read = self.config.links is not None and self.config.links.read is not None
@@ -224,8 +235,8 @@ class Endpoints:
             stage.set_depth(state["in_flight"])
 
     def forget(self) -> None:
-        """Forgets what is held: the next step is all fresh."""
-        self.fresh = []
+        """Forgets what is held: the next step is all fresh, as is every entry of the pool when it comes."""
+        self.fresh, self.num_held = [], {}
         for stage in self.stages:
             stage.forget()
 

@@ -1,12 +1,15 @@
 """Lazy sampling: the coin that says which slots get a new sample, and the batches that are kept.
 
 The coin is a pure function of (seed, step, slot), so that all ranks, and a resumed run, agree on it
-without a message. Source: Clapping, arXiv 2509.19029, Algorithm 1, where one coin is tossed per step.
+without a message. Source: Clapping, arXiv 2509.19029, Algorithm 1, where one coin is tossed per step and one
+mini-batch is held. Here a pool of them is.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import floor
 from typing import Any, Literal
 
@@ -21,44 +24,63 @@ def draw_uniform(seed: int, step: int, slot: int) -> float:
     return (draw_word(seed, step, slot) >> 11) / (1 << 53)
 
 
+@lru_cache(maxsize=2)
+def draw_order(seed: int, round_number: int, pool: int) -> list[int]:
+    """The numbers below `pool`, in an order that depends on nothing but the arguments."""
+    return sorted(range(pool), key=lambda entry: draw_word(seed, round_number, entry, pool))
+
+
 @dataclass(frozen=True)
 class Coin:
-    """Which slots of a step are fresh. Step 0 is all fresh.
+    """Which of the pool's entries a step uses, and which of its slots are fresh. Steps come in rounds: each
+    uses every entry once, and the first is all fresh.
 
     refresh   "step": one coin for the whole step; "slot": one per slot; "cycle": in turn, so that
-              p_new * num_slots of the slots are fresh in every step (rounded so that the mean is exact),
-              spread over the step, so that large and small messages alternate on the link
+              p_new * num_slots of the slots are fresh in every step (rounded so that the mean of a round is
+              exact), spread over the step, so that large and small messages alternate on the link
     """
 
     p_new: float
     refresh: Literal["step", "slot", "cycle"]
     seed: int
+    pool: int = 1
+
+    def pick(self, step: int) -> int:
+        """The entry that a step uses."""
+        round_number, place = divmod(step, self.pool)
+        return draw_order(self.seed, round_number, self.pool)[place]
 
     def toss(self, step: int, num_slots: int) -> list[bool]:
         """For each slot 0 .. num_slots - 1, whether its sample is new in this step."""
-        if step == 0:
+        round_number = step // self.pool
+        if round_number == 0:
             return [True] * num_slots
         if self.refresh == "step":
             return [draw_uniform(self.seed, step, 0) < self.p_new] * num_slots
         if self.refresh == "slot":
             return [draw_uniform(self.seed, step, slot) < self.p_new for slot in range(num_slots)]
-        per_step = Fraction(repr(self.p_new)) * num_slots
-        turns = range(floor((step - 1) * per_step), floor(step * per_step))
-        stride = round(min(1 / self.p_new, num_slots))
+        per_step, phase = Fraction(repr(self.p_new)) * num_slots, Fraction(self.pick(step), self.pool)
+        # Of all entries of a round as many as of its steps together: sum of floor(x + e / P) = floor(P x).
+        turns = range(floor((round_number - 1) * per_step + phase), floor(round_number * per_step + phase))
+        stride = round(min(1 / max(self.p_new, 1e-9), num_slots))
         order = [slot for first in range(stride) for slot in range(first, num_slots, stride)]
         chosen = {order[turn % num_slots] for turn in turns}
         return [slot in chosen for slot in range(num_slots)]
 
 
 class LazySampler:
-    """Keeps one batch per slot, and draws a new one only where the slot is fresh.
+    """Keeps one batch per slot of each entry of a pool, and draws a new one only where the slot is fresh.
 
     It wraps a function that returns the next batch; what the batches are made of does not matter.
     Tensors are cloned when they are kept, so that a loader may reuse its buffers.
     """
 
     def __init__(self) -> None:
-        self._held: list[Any] = []
+        self._pool: dict[int, list[Any]] = {}
+        self._entry = 0
+        """Of the step."""
+        self._shapes: Counter[tuple[Any, ...]] = Counter()
+        """Of all that is held."""
         self._drawn: list[Any] = []
         self._next_slot = 0
 
@@ -71,10 +93,14 @@ class LazySampler:
         while len(self._drawn) < num_fresh:
             self._drawn.append(_clone(next_batch()))
 
-    def begin(self, fresh: Sequence[bool]) -> None:
-        """Starts a step with what was drawn for it. Held slots from `len(fresh)` on are freed."""
-        drawn, kept = iter(self._drawn), [*self._held, *[None] * len(fresh)]
-        self._held = [next(drawn) if is_fresh else kept[slot] for slot, is_fresh in enumerate(fresh)]
+    def begin(self, fresh: Sequence[bool], entry: int = 0) -> None:
+        """Starts a step with what was drawn for it. The entry's slots from `len(fresh)` on are freed."""
+        drawn, known = iter(self._drawn), self._pool.get(entry, [])
+        kept = [*known, *[None] * len(fresh)]
+        self._pool[entry] = [next(drawn) if is_fresh else kept[slot] for slot, is_fresh in enumerate(fresh)]
+        self._shapes.subtract(map(_list_shapes, known))
+        self._shapes.update(map(_list_shapes, self._pool[entry]))
+        self._entry = entry
         self._drawn = list(drawn)
         self._next_slot = 0
 
@@ -84,14 +110,14 @@ class LazySampler:
 
     def next(self) -> Any:
         """The batch of the next slot of the step, safe to be changed by the caller."""
-        batch = _clone(self._held[self._next_slot])
+        batch = _clone(self._pool[self._entry][self._next_slot])
         self._next_slot += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The held batches, between two steps, and on what kind of device each of their tensors is."""
-        devices = [leaf.device.type for leaf in tree_leaves(self._held) if torch.is_tensor(leaf)]
-        return {"held": self._held, "devices": devices}
+        devices = [leaf.device.type for leaf in tree_leaves(self._pool) if torch.is_tensor(leaf)]
+        return {"pool": self._pool, "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Takes what `state_dict` gave. device: this rank's, for what was not on the CPU."""
@@ -101,11 +127,13 @@ class LazySampler:
             is_elsewhere = torch.is_tensor(leaf) and next(kinds) != "cpu"
             return leaf.to(device) if is_elsewhere else leaf
 
-        self._held, self._drawn = tree_map(put_back, state["held"]), []
+        self._pool, self._drawn = tree_map(put_back, state["pool"]), []
+        self._shapes = Counter(_list_shapes(batch) for held in self._pool.values() for batch in held)
 
     def list_shapes(self) -> set[tuple[Any, ...]]:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
-        return {_list_shapes(batch) for batch in (*self._held, *self._drawn)}
+        held = {shapes for shapes, number in self._shapes.items() if number > 0}
+        return held.union(map(_list_shapes, self._drawn))
 
 
 def _clone(batch: Any) -> Any:

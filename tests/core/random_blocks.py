@@ -1,6 +1,7 @@
 """Blocks and numbers of examples of the property tests."""
 
 import os
+from tempfile import gettempdir
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -41,13 +42,19 @@ def list_codecs(codec):
     return codec if isinstance(codec, list) else [codec]
 
 
-MEMBERS = {"direct": ["codec"], "fu": ["delta"], "fc": ["delta"], "key_delta": ["key", "delta"]}
+MEMBERS = {
+    "direct": ["codec"],
+    "fu": ["delta"],
+    "fc": ["delta"],
+    "key_delta": ["key", "delta"],
+    "aqsgd": ["delta"],
+}
 
 
 @st.composite
 def blocks(draw, min_numels, refresh=("step",), **others):
     """With a p_new of 1 only where a key builds on the memory."""
-    strategy = draw(st.sampled_from(["fu", "fc", "fc", "key_delta", "key_delta", "direct"]))
+    strategy = draw(st.sampled_from(["fu", "fc", "fc", "key_delta", "key_delta", "aqsgd", "direct"]))
     directions, carries = {}, False
     for name in ("activations", "gradients"):
         direction = {
@@ -63,12 +70,15 @@ def blocks(draw, min_numels, refresh=("step",), **others):
         directions[name] = {**direction, "min_numel": max(largest_block, draw(st.sampled_from(min_numels)))}
     lazy = {}
     if strategy != "direct":
-        p_new = draw(st.sampled_from([0.5, 0.5, 1 if carries else 0.5]))
         dtype = draw(st.sampled_from(["same", "float32", "float16", "bfloat16"]))
+        place = draw(st.sampled_from([{}, {"device": "cpu"}, {"device": "disk", "folder": gettempdir()}]))
         lazy = {
-            "lazy": {"p_new": p_new, "refresh": draw(st.sampled_from(refresh))},
-            "memory": {"dtype": dtype},
+            "lazy": {"pool": draw(st.sampled_from([1, 1, 2, 3]))},
+            "memory": {"dtype": dtype, **place},
         }
+        if strategy != "aqsgd":
+            p_new = draw(st.sampled_from([0.5, 0.5, 0, 1 if carries else 0.5]))
+            lazy["lazy"] |= {"p_new": p_new, "refresh": draw(st.sampled_from(refresh))}
     return {
         "strategy": strategy,
         **directions,

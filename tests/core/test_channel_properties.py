@@ -13,6 +13,7 @@ from clapping_ds import report
 from clapping_ds.codecs import Raw
 from clapping_ds.codecs.base import pad_nbytes
 from clapping_ds.link.message import Spec
+from clapping_ds.stage.sampling import Coin
 from tests import models
 from tests.core.random_blocks import blocks, reproducible
 from tests.core.test_channel import Ends, value_of
@@ -52,9 +53,18 @@ class Known:
     specs: list[list[Spec]] = field(
         default_factory=lambda: [[Spec(torch.Size((2, 8, 16)), torch.float32)]] * MAX_SLOTS
     )
-    sent: dict[tuple[int, int], Spec | None] = field(default_factory=dict)
-    """By slot and tensor, what was last compressed; None where a tensor travelled raw."""
+    entry: int = 0
+    pool: dict[int, dict[tuple[int, int], Spec | None]] = field(default_factory=dict)
+    """By entry, then by slot and tensor, what was last compressed; None where a tensor travelled raw."""
     num_bytes: int = 0
+
+    @property
+    def sent(self):
+        return self.pool.setdefault(self.entry, {})
+
+    @sent.setter
+    def sent(self, sent):
+        self.pool[self.entry] = sent
 
 
 class ChannelRun:
@@ -83,7 +93,7 @@ class ChannelRun:
     def check(self):
         sender, receiver = self.both
         assert models.channel_memories([sender]) == models.channel_memories([receiver])
-        for held in (held for tensors in sender.held.values() for held in tensors.values()):
+        for held in sender.all_held():
             assert held.memory is None or held.memory.isfinite().all()
         assert sender.traffic.payload_bytes == receiver.traffic.payload_bytes == self.known.num_bytes
         assert sender.memory_nbytes - own_nbytes(sender) == receiver.memory_nbytes - own_nbytes(receiver)
@@ -97,8 +107,9 @@ class ChannelRun:
         known, config = self.known, self.ends.config
         num_slots = known.num_slots
         fresh = [is_fresh or config.sampling.p_new == 1 for is_fresh in fresh]
+        known.entry = Coin(0.5, "step", 0, config.sampling.pool).pick(known.step)
         for end in self.both:
-            end.begin_step(known.step, num_slots, measures_error)
+            end.begin_step(known.step, num_slots, measures_error, known.entry)
         known.sent = {place: spec for place, spec in known.sent.items() if place[0] < num_slots}
         sent = [self.values(slot) for slot in range(num_slots)]
         if poison is not None:

@@ -46,6 +46,19 @@ def test_strategies_choose_the_key():
     assert plan.holds_memory
 
 
+def test_aqsgd_is_fu_whose_pool_never_changes():
+    config = read({"strategy": "aqsgd", "lazy": {"pool": 100}, "gradients": {"delta": "int8"}})
+    fu = read({"strategy": "fu", "lazy": {"pool": 100, "p_new": 0}, "gradients": {"delta": "int8"}})
+    assert (config.sampling, config.plans) == (fu.sampling, fu.plans)
+    assert config.plan("gradients").mean_bits_per_value(torch.float16) == 8.125
+
+
+def test_where_memories_live_is_nothing_that_two_ends_must_have_alike():
+    blocks = ({}, {"device": "cpu"}, {"device": "disk", "folder": "/"})
+    described = [read({"strategy": "fu", "memory": memory}).plan("gradients").describe() for memory in blocks]
+    assert described[0] == described[1] == described[2]
+
+
 def test_direct_is_the_default_and_keeps_no_memory():
     assert read({}).plans == read({"strategy": "direct", "activations": {"codec": "eden4"}}).plans
     plan = read({"activations": {"codec": "topk"}}).plan("activations")
@@ -90,12 +103,27 @@ WRONG = [
     ({"links": {"ladder": ["topk"]}, "gradients": {"min_numel": 8}}, "links.ladder.0.block = 1024 is larger"),
     ({"links": {"read": "a", "write": "b"}}, "clapping.links.write = 'b' together with read; accepted: one"),
     ({"links": {"laddr": ["int8"]}}, "clapping.links.laddr = ['int8']: unknown key; accepted: ladder, min"),
-    (lazy(p_new=0), "clapping.lazy.p_new = 0: accepted: greater than or equal to"),
+    (lazy(p_new=-0.1), "clapping.lazy.p_new = -0.1: accepted: greater than or equal to 0"),
+    (lazy(pool=0), "clapping.lazy.pool = 0: accepted: greater than or equal to 1"),
+    (lazy(pool=2.5), "clapping.lazy.pool = 2.5: accepted: a valid integer"),
+    ({"strategy": "aqsgd"}, "lazy.pool = None with strategy = 'aqsgd'; accepted: the mini-batches of the"),
+    ({"strategy": "aqsgd", "lazy": {"pool": 8, "p_new": 0.5}},
+     "lazy.p_new = 0.5 with strategy = 'aqsgd', where no sample is new"),
+    ({"strategy": "aqsgd", "lazy": {"pool": 8, "refresh": "step"}},
+     "lazy.refresh = 'step' with strategy = 'aqsgd'"),
+    ({"strategy": "aqsgd", "lazy": {"pool": 8}, "gradients": {"key": "int8"}},
+     "gradients.key = 'int8' with strategy = 'aqsgd'"),
+    ({"strategy": "fu", "memory": {"device": "disk"}},
+     "clapping.memory.folder = None with device = 'disk'; accepted: a folder"),
+    ({"strategy": "fu", "memory": {"folder": "/tmp"}},
+     "clapping.memory.folder = '/tmp' with device = 'same'; accepted: no folder, or device = 'disk'"),
+    ({"strategy": "fu", "memory": {"device": "disk", "folder": ""}},
+     "memory.folder = '': accepted: the name of a file or folder"),
     (lazy(p_new=1.5), "clapping.lazy.p_new = 1.5: accepted: less than or equal to 1"),
     (lazy(p_new=True), "clapping.lazy.p_new = True: accepted: a valid number"),
     (lazy(p_new="0.5"), "clapping.lazy.p_new = '0.5': accepted: a valid number"),
     (lazy(p_new=float("nan")), "clapping.lazy.p_new = nan: accepted: a finite number"),
-    ({"strategy": "best"}, "clapping.strategy = 'best': accepted: 'direct', 'fu', 'fc' or 'key_delta'"),
+    ({"strategy": "best"}, "clapping.strategy = 'best': accepted: 'direct', 'fu', 'fc', 'key_delta' or"),
     ({"enabled": "yes"}, "clapping.enabled = 'yes': accepted: a valid boolean"),
     ("on", "clapping = 'on': accepted: a valid dictionary"),
     ({"activations": {"codec": {"name": "sign", "rotate": True}}}, "rotate = True with sign; accepted: int8"),
@@ -122,9 +150,9 @@ WRONG = [
     ({"gradients": {"base": "carry"}},
      "clapping.gradients.base = 'carry' with strategy = 'direct'; accepted:"),
     ({"lazy": {}},
-     "clapping.lazy = {'p_new': 0.5, 'refresh': 'step'} with strategy = 'direct', which has no"),
+     "clapping.lazy = {'pool': 1, 'p_new': 0.5, 'refresh': 'step'} with strategy = 'direct', which has no"),
     ({"memory": {"device": "cpu"}},
-     "clapping.memory = {'dtype': 'same', 'device': 'cpu'} with strategy = 'dir"),
+     "clapping.memory = {'dtype': 'same', 'device': 'cpu', 'folder': None} with strategy = 'dir"),
     ({"strategy": "fu", "activations": {"key": "int8"}},
      "clapping.activations.key = 'int8' with strategy = 'fu'"),
     ({"strategy": "fu", "activations": {"base": "carry"}},
@@ -138,11 +166,10 @@ WRONG = [
     ({"strategy": "key_delta", "activations": {"key": "int8"}},
      "activations.delta = None with strategy = 'key"),
     (lazy(p_new=1), "clapping.lazy.p_new = 1 with strategy = 'fu': no sample is seen again"),
-    (lazy(p_new=5e-324, refresh="cycle"), "clapping.lazy.p_new = 5e-324: accepted: greater than or equal to"),
-    (lazy(p=1), "clapping.lazy.p = 1: unknown key; accepted: p_new, refresh"),
+    (lazy(p=1), "clapping.lazy.p = 1: unknown key; accepted: pool, p_new, refresh"),
     ({"links": {"ladder": ["int2", "int8"]}},
      "links.ladder = ['int2', 'int8'] with int8 (8.125 bits per value)"),
-    ({"links": {"write": "\ud800"}}, r"clapping.links.write = '\ud800': accepted: the name of a file"),
+    ({"links": {"write": "\ud800"}}, r"links.write = '\ud800': accepted: the name of a file or folder"),
     ({"links": {"read": "a", "min_gain": 0.1}}, "links.min_gain = 0.1 together with read; accepted: one of"),
     ({"links": {"read": "a", "ladder": ["eden3"]}}, "together with read; accepted: one of them"),
     ({"timeout_s": 1e-9}, "clapping.timeout_s = 1e-09: accepted: greater than or equal to 1"),

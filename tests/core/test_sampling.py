@@ -52,13 +52,47 @@ def test_cycle_keeps_the_mean_where_it_is_no_whole_number():
     assert sum(sum(coin.toss(step, 5)) for step in range(1, 21)) == 30
 
 
+@pytest.mark.parametrize("refresh", ["step", "slot", "cycle"])
+def test_a_pool_is_used_in_rounds_in_orders_of_their_own_and_the_first_is_all_fresh(refresh):
+    coin = Coin(0.25, refresh, seed=3, pool=5)
+    rounds = [[coin.pick(step) for step in range(first, first + 5)] for first in range(0, 100, 5)]
+    assert all(sorted(entries) == list(range(5)) for entries in rounds)
+    assert len({tuple(entries) for entries in rounds}) > 10
+    assert all(coin.toss(step, 4) == [True] * 4 for step in range(5))
+    assert not all(all(coin.toss(step, 4)) for step in range(5, 10))
+
+
+def test_the_orders_of_a_pool_depend_on_its_seed_alone():
+    """A change of these numbers would change every resumed run."""
+    assert [Coin(0.5, "step", 1234, 4).pick(step) for step in range(8)] == [0, 1, 3, 2, 2, 3, 1, 0]
+
+
+@pytest.mark.parametrize(("p_new", "num_slots", "pool"), [(0.25, 4, 16), (0.25, 2, 8), (0.3, 5, 7)])
+def test_cycle_refreshes_each_slot_of_a_pool_as_often(p_new, num_slots, pool):
+    coin, num_rounds = Coin(p_new, "cycle", 1, pool), 20
+    fresh = {entry: [] for entry in range(pool)}
+    for step in range(pool, (1 + num_rounds) * pool):
+        fresh[coin.pick(step)].append(coin.toss(step, num_slots))
+    sums = [[sum(column) for column in zip(*rows, strict=True)] for rows in fresh.values()]
+    assert all(abs(number - p_new * num_rounds) <= 1 for row in sums for number in row)
+    assert sum(map(sum, sums)) == pytest.approx(p_new * num_rounds * num_slots * pool)
+    per_step = [sum(coin.toss(step, num_slots)) for step in range(pool, 10 * pool)]
+    assert max(per_step) - min(per_step) <= 1
+
+
+@pytest.mark.parametrize("refresh", ["step", "slot", "cycle"])
+def test_with_p_new_0_no_slot_is_fresh_after_the_first_round(refresh):
+    coin = Coin(0.0, refresh, seed=3, pool=3)
+    assert not any(any(coin.toss(step, 4)) for step in range(3, 300))
+
+
 def batch(number):
     return torch.tensor([number]), {"label": torch.tensor([10 * number])}
 
 
-def begin(sampler, fresh, source):
+def begin(sampler, fresh, source, entry=0):
     sampler.draw(sum(fresh), lambda: next(source))
-    sampler.begin(fresh)
+    sampler.begin(fresh, entry)
 
 
 def numbers(sampler, num_slots):
@@ -72,6 +106,33 @@ def test_draws_only_fresh_slots():
     assert numbers(sampler, 3) == [0, 1, 2]
     begin(sampler, [False, True, False], source)
     assert numbers(sampler, 3) == [0, 3, 2]
+
+
+def test_each_entry_keeps_its_batches():
+    source = map(batch, range(100))
+    sampler = LazySampler()
+    begin(sampler, [True] * 2, source, entry=1)
+    begin(sampler, [True] * 3, source, entry=0)
+    begin(sampler, [False, True], source, entry=1)
+    assert numbers(sampler, 2) == [0, 5]
+    loaded = LazySampler()
+    loaded.load_state_dict(sampler.state_dict(), torch.device("cpu"))
+    for each in (sampler, loaded):
+        begin(each, [False] * 3, source, entry=0)
+        assert numbers(each, 3) == [2, 3, 4]
+
+
+def test_shapes_are_of_all_entries_and_of_what_is_drawn():
+    one, other = torch.zeros(2), torch.zeros(3)
+    sampler = LazySampler()
+    begin(sampler, [True, True], iter([one, one]), entry=0)
+    assert len(sampler.list_shapes()) == 1
+    begin(sampler, [True, True], iter([one, other]), entry=1)
+    assert len(sampler.list_shapes()) == 2
+    begin(sampler, [False], iter([]), entry=1)
+    assert len(sampler.list_shapes()) == 1
+    sampler.draw(1, lambda: other)
+    assert len(sampler.list_shapes()) == 2
 
 
 def test_number_of_slots_changes():
@@ -124,7 +185,7 @@ def test_a_loaded_batch_is_where_it_was():
     sampler = LazySampler()
     begin(sampler, [True], iter([(torch.zeros(2, device="meta"), torch.zeros(3), "text")]))
     state = sampler.state_dict()
-    state["held"] = [(torch.zeros(2), torch.zeros(3), "text")]
+    state["pool"] = {0: [(torch.zeros(2), torch.zeros(3), "text")]}
     sampler.load_state_dict(state, torch.device("meta"))
     assert [leaf if leaf == "text" else leaf.device.type for leaf in sampler.next()] == [
         "meta",

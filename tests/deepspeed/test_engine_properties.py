@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from clapping_ds.codecs.base import pad_nbytes
 from clapping_ds.link.message import Spec
-from clapping_ds.stage.sampling import Coin
 from tests import models
 from tests.cluster import free_groups
 from tests.core.random_blocks import blocks, reproducible
@@ -81,7 +80,7 @@ class EngineRun:
         loss = getattr(self, name)(*arguments)
         memories = models.memories(self.engine)
         channels = self.engine._endpoint.channels.values()
-        held = [held for channel in channels for slot in channel.held.values() for held in slot.values()]
+        held = [held for channel in channels for held in channel.all_held()]
         tensors = [tensor for one in held for tensor in one[1:] if tensor is not None]
         found = Found(
             operation,
@@ -100,22 +99,21 @@ class EngineRun:
     # Operations
 
     def train(self):
-        before = len(self.engine._endpoints.fresh)
-        step = self.engine._endpoints.step
+        step, coin = self.engine._endpoints.step, self.engine._endpoints.coin
+        before = self.engine._endpoints.num_held.get(coin.pick(step), 0)
         try:
             loss = float(self.engine.train_batch(data_iter=self.data))
         except StopIteration as error:
             return str(error)
-        config = self.engine.clapping
-        tosses = Coin(config.sampling.p_new, config.sampling.refresh, config.seed).toss(step, self.number)
-        for slot, is_fresh in enumerate(tosses):
+        for slot, is_fresh in enumerate(coin.toss(step, self.number)):
             self.expected_bytes += self.num_bytes(slot, is_fresh or slot >= before)
         return loss
 
     def num_bytes(self, slot, fresh):
         """Of one message in each direction."""
         total = 0
-        length = self.engine._endpoint.sampler._held[slot][0].shape[1]
+        sampler = self.engine._endpoint.sampler
+        length = sampler._pool[sampler._entry][slot][0].shape[1]
         spec = Spec(
             torch.Size((models.BATCH, length, models.WIDTH)), torch.float16 if self.is_fp16 else torch.float32
         )

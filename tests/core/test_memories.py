@@ -1,0 +1,144 @@
+"""Where memories live: what is there is what was put there, and files leave nothing behind."""
+
+import os
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from clapping_ds.config import MemoryConfig
+from clapping_ds.link import disk, memories
+from clapping_ds.link.disk import MappedFile, Staging
+from clapping_ds.link.memories import Memories
+
+CPU = torch.device("cpu")
+SHAPE = torch.Size((3, 40, 64))
+
+
+def filled(number, shape=SHAPE):
+    return torch.full(shape, float(number))
+
+
+def test_a_file_holds_what_was_written_and_no_folder_shows_it(tmp_path):
+    file = MappedFile(str(tmp_path))
+    pieces = [file.new(num_bytes) for num_bytes in (1, 4096, 100_000, 7, 3 << 20)]
+    for number, piece in enumerate(pieces):
+        assert not piece.any()
+        piece.fill_(number + 1)
+    assert all(bool((piece == number + 1).all()) for number, piece in enumerate(pieces))
+    assert [len(piece) for piece in pieces] == [1, 4096, 100_000, 7, 3 << 20]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_gives_what_was_freed_again_and_zeroed(tmp_path):
+    file = MappedFile(str(tmp_path))
+    first = file.new(5000)
+    size = os.fstat(file._file.fileno()).st_size
+    for _ in range(100):
+        first.fill_(1)
+        file.free(first)
+        first = file.new(5000)
+        assert not first.any()
+    assert os.fstat(file._file.fileno()).st_size == size
+
+
+def test_a_file_has_few_maps_however_many_pieces(tmp_path):
+    file = MappedFile(str(tmp_path))
+    pieces = [file.new(4096) for _ in range(1000)]
+    assert len({id(file._pieces[piece.data_ptr()].pages) for piece in pieces}) < 15
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
+    disk.check_folder(str(tmp_path))
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError, match=f"clapping.memory.folder = '{missing}' on .*: No such file"):
+        disk.check_folder(missing)
+
+
+def test_a_full_disk_is_an_error_when_memory_is_asked_for(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    file = MappedFile(str(tmp_path))
+    monkeypatch.setattr(disk.os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        file.new(10)
+
+
+@pytest.mark.parametrize("device", ["same", "cpu", "disk"])
+def test_on_the_cpu_codecs_work_in_the_memory_itself(tmp_path, device):
+    folder = str(tmp_path) if device == "disk" else None
+    held = Memories(CPU, MemoryConfig(device=device, folder=folder, dtype="bfloat16"))
+    memory = held.new(SHAPE, torch.float32)
+    assert (memory.shape, memory.dtype, memory.any().item()) == (SHAPE, torch.bfloat16, False)
+    held.read(memory)
+    assert held.fetch(memory) is memory
+    held.put_back(memory)
+    held.end()
+    held.settle()
+    held.free(memory)
+
+
+@pytest.fixture
+def staging(monkeypatch):
+    """Its pinned memory is plain: this machine may have no GPU."""
+    real = torch.empty_like
+    monkeypatch.setattr(disk.torch, "empty_like", lambda like, pin_memory: real(like))
+    return Staging()
+
+
+def test_what_is_written_is_what_is_read_next_though_the_device_takes_its_time(staging):
+    memory, is_done = torch.zeros(SHAPE), Future()
+    staging.copy_of(memory).copy_(filled(1))
+    staging.write(memory, is_done.result)
+    staging.read(memory)
+    assert not memory.any()
+    is_done.set_result(None)
+    assert torch.equal(staging.copy_of(memory), filled(1))
+    assert torch.equal(memory, filled(1))
+
+
+def test_others_are_read_while_the_device_takes_its_time(staging):
+    busy, other, is_done = torch.zeros(SHAPE), filled(2), Future()
+    staging.copy_of(busy)
+    staging.write(busy, is_done.result)
+    assert torch.equal(staging.copy_of(other), filled(2))
+    is_done.set_result(None)
+    staging.settle()
+
+
+def test_copies_are_used_again(staging):
+    memories = [torch.zeros(SHAPE) for _ in range(3)]
+    seen = set()
+    for step in range(20):
+        memory = memories[step % 3]
+        copy = staging.copy_of(memory)
+        assert torch.equal(copy, filled(step // 3))
+        seen.add(copy.data_ptr())
+        copy.add_(1)
+        staging.write(memory, lambda: None)
+        staging.settle()
+    assert len(seen) == 1
+
+
+def test_a_read_that_no_message_used_leaves_the_memory_as_it_was(staging):
+    memory = filled(3)
+    staging.copy_of(memory).zero_()
+    staging.drop()
+    assert torch.equal(staging.copy_of(memory), filled(3))
+
+
+def test_a_device_that_works_asynchronously_sees_files_through_pinned_memory(tmp_path, monkeypatch):
+    """`meta` stands in for a GPU: what is put back has no values, so the copies are looked at."""
+    monkeypatch.setattr(memories, "is_asynchronous", lambda _: True)
+    monkeypatch.setattr(memories, "mark", lambda _: lambda: None)
+    real = torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda like, device=None, pin_memory=False: real(like, device=device)
+    )
+    held = Memories(torch.device("meta"), MemoryConfig(device="disk", folder=str(tmp_path)))
+    memory = held.new(SHAPE, torch.float32)
+    held.read(memory)
+    there = held.fetch(memory)
+    assert (memory.device.type, there.device.type) == ("cpu", "meta")
+    assert held.fetch(memory) is there

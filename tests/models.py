@@ -1,6 +1,7 @@
 """Small pipelines and the runs that the engine's tests make of them. Imported by the ranks."""
 
 from collections.abc import Iterable, Iterator
+from tempfile import gettempdir
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,12 @@ INT2 = {
     "strategy": "fc", "lazy": {"refresh": "slot"},
     "activations": {"delta": "int2"}, "gradients": {"delta": "int2"},
 }  # fmt: skip
+POOL = {
+    "strategy": "key_delta", "lazy": {"pool": 3, "p_new": 0.25, "refresh": "cycle"},
+    "activations": {"key": "int8", "delta": "int2"}, "gradients": {"key": "eden3", "delta": "int2"},
+}  # fmt: skip
+"""3 mini-batches: a run of 7 steps comes to the third round."""
+PLACES = {"same": {}, "cpu": {"device": "cpu"}, "disk": {"device": "disk", "folder": gettempdir()}}
 INT8_INT2 = {
     "strategy": "key_delta", "lazy": {"refresh": "cycle"},
     "activations": {"key": "int8", "delta": "int2"}, "gradients": {"key": "int8", "delta": "int2"},

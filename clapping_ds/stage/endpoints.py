@@ -135,6 +135,10 @@ class Endpoints:
         for stage, next_batch in draws:
             stage.begin_step(self.step, fresh, next_batch is not None, measures_error, entry)
 
+    def count_fresh(self, num_slots: int) -> int:
+        """Of the coming step's slots; so many batches are drawn from each data iterator."""
+        return sum(self._toss(num_slots))
+
     def _toss(self, num_slots: int) -> list[bool]:
         """For each slot of the coming step, whether it is fresh."""
         fresh, num_held = (

@@ -6,7 +6,7 @@ mini-batch is held. Here a pool of them is.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -134,6 +134,11 @@ class LazySampler:
         """The distinct (shape, dtype) lists of the batches held and drawn; one where all are alike."""
         held = {shapes for shapes, number in self._shapes.items() if number > 0}
         return held.union(map(_list_shapes, self._drawn))
+
+
+def to_iterator(batches: Iterator[Any] | Sequence[Any] | None) -> Iterator[Any] | None:
+    """What a host is given as data: an iterator, or a step's batches."""
+    return iter(batches) if isinstance(batches, Sequence) else batches
 
 
 def _clone(batch: Any) -> Any:

@@ -2,9 +2,10 @@
 
     python -m tests.commands.killed --kills 20
 
-trains a pipeline of two stages for 60 steps with a checkpoint every third, once in peace and once for each
-rank with SIGKILL at random moments. After each kill the other rank must end by itself; then both start again
-from `latest`. Every loss that any of the runs wrote must be that of the run in peace.
+trains a pipeline of two stages for 60 steps with a checkpoint every third, with a pool of mini-batches and
+memories on disk, once in peace and once for each rank with SIGKILL at random moments. After each kill the
+other rank must end by itself; then both start again from `latest`. Every loss that any of the runs wrote
+must be that of the run in peace.
 """
 
 import argparse
@@ -25,9 +26,11 @@ SAVE_INTERVAL = 3
 TIMEOUT_S = 10.0
 LONGEST_S = 600.0
 BLOCK = {
-    "strategy": "fc", "lazy": {"refresh": "slot"}, "timeout_s": TIMEOUT_S,
+    "strategy": "fc", "lazy": {"pool": 2, "refresh": "slot"}, "timeout_s": TIMEOUT_S,
     "activations": {"delta": "int2"}, "gradients": {"delta": "eden2"},
 }  # fmt: skip
+MEMORIES = "memories"
+"""The folder, in that of the run, that memories are in files of."""
 
 
 def train(folder: Path) -> None:
@@ -36,7 +39,9 @@ def train(folder: Path) -> None:
     from tests import models
 
     start_distributed()
-    engine = models.make_engine(BLOCK)
+    (folder / MEMORIES).mkdir(exist_ok=True)
+    memory = {"device": "disk", "folder": str(folder / MEMORIES)}
+    engine = models.make_engine({**BLOCK, "memory": memory})
     if (folder / "latest").exists():
         engine.load_checkpoint(str(folder))
     data = islice(models.batches(), engine.clapping_num_drawn, None)
@@ -117,6 +122,7 @@ def check(folder: Path, kills: int, seed: int = 0, victims: Sequence[int] = (0, 
             assert found[-1][0] == STEPS
             assert all(expected[step] == loss for step, loss in found)
         assert max(ended_s) < TIMEOUT_S * 2
+        assert not list((war / MEMORIES).iterdir())
         report.append(
             f"rank {victim} killed {kills} times: {len(losses(war, 0))} losses written, all equal; "
             f"the other rank ended within {max(ended_s):.1f} s"

@@ -12,7 +12,7 @@ from clapping_ds.codecs import Eden, Quantizer
 from clapping_ds.config import DIRECTIONS
 from tests import models
 from tests.commands import killed
-from tests.models import INT2
+from tests.models import INT2, PLACES, POOL
 
 LOWRANK = {
     "strategy": "key_delta", "lazy": {"p_new": 0.5, "refresh": "slot"},
@@ -21,11 +21,11 @@ LOWRANK = {
 }  # fmt: skip
 
 
-def interrupted(block, folder):
+def interrupted(block, folder, resumed_block=None):
     """Losses and what is held after 3 more steps: uninterrupted, and by a new engine from the checkpoint."""
     found = []
     for resumes in (False, True):
-        engine = models.make_engine(block)
+        engine = models.make_engine((resumed_block or block) if resumes else block)
         data = models.batches()
         if resumes:
             engine.load_checkpoint(folder)
@@ -43,6 +43,13 @@ def interrupted(block, folder):
 @pytest.mark.parametrize("block", [INT2, LOWRANK], ids=["int2", "lowrank and eden"])
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
     for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):
+        assert uninterrupted == resumed
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_resumed_run_with_a_pool_is_the_uninterrupted_one_wherever_it_is_held(two_ranks, tmp_path, place):
+    block, elsewhere = ({**POOL, "memory": PLACES[name]} for name in (place, "disk"))
+    for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path), elsewhere):
         assert uninterrupted == resumed
 
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 
 from tests import models
 from tests.cluster import assert_same_error
-from tests.models import INT2, NONE
+from tests.models import INT2, NONE, POOL
 
 ALL_FRESH = {**INT2, "lazy": {"p_new": 1 - 1e-9, "refresh": "slot"}}
 """In all likelihood, where 1 would be refused."""
@@ -49,6 +49,48 @@ def test_both_loading_stages_replay_the_same_batches(two_ranks):
     assert first == last
     assert drawn == also_drawn == 4 + 2 + 2
     assert [a == b for a, b in zip(first[:4], first[4:8], strict=True)] == [False, True, False, True]
+
+
+def with_data_of_each_step(kind):
+    """Losses of a run whose steps have lists or iterators of their own; and of one with a single iterator."""
+    found = []
+    for is_anew in (True, False):
+        engine, data, losses = (
+            models.make_engine({**POOL, "lazy": {"pool": 2, "refresh": "slot"}}),
+            models.batches(),
+            [],
+        )
+        for _ in range(6):
+            if is_anew:
+                own = list(islice(data, engine.clapping_num_fresh))
+                losses.append(float(engine.train_batch(data_iter=kind(own))))
+            else:
+                losses.append(float(engine.train_batch(data_iter=data)))
+        found.append((losses, models.memories(engine), engine.clapping_num_drawn))
+    return found
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_each_step_may_have_data_of_its_own(two_ranks, kind):
+    for anew, single in two_ranks.run(with_data_of_each_step, kind):
+        assert anew == single
+
+
+def with_more_than_is_drawn():
+    """Micro-batches that the sampler took, by step, of lists of as many as there are slots."""
+    engine, data, taken = models.make_engine(POOL), models.batches(), []
+    for _ in range(5):
+        own = list(islice(data, 4))
+        expected = engine.clapping_num_fresh
+        engine.train_batch(data_iter=own)
+        taken.append((expected, sum(engine._endpoints.fresh)))
+    return taken, engine.clapping_num_drawn
+
+
+def test_of_a_step_s_list_as_many_are_drawn_as_was_said(two_ranks):
+    for taken, num_drawn in two_ranks.run(with_more_than_is_drawn):
+        assert taken == [(4, 4)] * 3 + [(1, 1)] * 2
+        assert num_drawn == 14
 
 
 def test_number_of_micro_batches_changes(two_ranks):

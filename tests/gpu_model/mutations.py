@@ -14,8 +14,8 @@ from clapping_ds.hosts.deepspeed import engine as deepspeed_engine
 from clapping_ds.link import groups
 from clapping_ds.link.channel import Arrivals, Channel
 from clapping_ds.link.groups import Control
+from clapping_ds.link.memories import Memories
 from clapping_ds.link.traffic import Traffic
-from clapping_ds.link.visits import Visits
 from clapping_ds.link.wire import Buffers, Pending, Wire
 from clapping_ds.stage.endpoint import Endpoint
 from clapping_ds.streams import SideStream, Stopwatch
@@ -124,14 +124,13 @@ def _new_each_time(self: Buffers, num_bytes: int) -> torch.Tensor:
     return self._new()
 
 
-def _fetch_in_compute(self: Visits, memory: torch.Tensor) -> torch.Tensor:
+def _fetch_in_compute(self: Memories, memory: torch.Tensor) -> torch.Tensor:
     with in_compute():
         return real_fetch(self, memory)
 
 
-def _new_unpinned(self: Channel, spec: Any) -> Any:
-    held = real_new(self, spec)
-    return held._replace(memory=torch.zeros(spec.shape, dtype=held.memory.dtype))
+def _new_unpinned(self: Memories, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def _not_asynchronous(device: torch.device) -> bool:
@@ -183,8 +182,7 @@ real_arrivals = Channel._new_arrivals
 real_count_error = Traffic.count_error
 real_probe_send = measurement._send
 real_prepare = measurement._prepare
-real_fetch = Visits.fetch
-real_new = Channel._new
+real_fetch = Memories.fetch
 
 
 def _never(self: Any) -> bool:
@@ -259,9 +257,9 @@ MUTATIONS = [
     Mutation("payloads are new each time", 0, STEADY, {(Buffers, "lend"): _new_each_time}),
     Mutation("errors are read message by message", 0, REPORTS, {(Traffic, "count_error"): _count_at_once}),
     Mutation(
-        "memories are fetched by the compute stream", 0, VISITING, {(Visits, "fetch"): _fetch_in_compute}
+        "memories are fetched by the compute stream", 0, VISITING, {(Memories, "fetch"): _fetch_in_compute}
     ),
-    Mutation("memories on the CPU are not pinned", 15, VISITING, {(Channel, "_new"): _new_unpinned}),
+    Mutation("memories on the CPU are not pinned", 15, VISITING, {(Memories, "new"): _new_unpinned}),
     Mutation(
         "rows that are learned from are not pinned",
         0,

@@ -92,13 +92,13 @@ def drawn_batches(block: Any) -> tuple[int, int]:
         return len(drawn), trainer.pipeline.consumed_samples
 
 
-def interrupted(folder: str) -> list[Any]:
+def interrupted(block: dict[str, Any], folder: str) -> list[Any]:
     """Losses and what is held after 3 more steps: uninterrupted, resumed from a file per rank, and from a
     distributed checkpoint."""
     file, found, saved = f"{folder}/{torch.distributed.get_rank()}.pt", [], {}
     with megatron_cpu.parallel(2, 2):
         for source in ("uninterrupted", "file", "sharded"):
-            trainer = megatron_cpu.Trainer(BLOCKS["int8 key + int2 delta"], **OVERLAP)
+            trainer = megatron_cpu.Trainer(block, **OVERLAP)
             pipeline = trainer.pipeline
             if source == "uninterrupted":
                 for _ in range(4):

@@ -12,6 +12,7 @@ from tests import models
 from tests.cluster import assert_same_error
 from tests.megatron import runs
 from tests.megatron.runs import BLOCKS, CHUNKS, FLUSH, FREED, INT2, LENGTHS, NONE, OVERLAP, UNBATCHED
+from tests.models import PLACES, POOL
 
 
 def assert_finite_and_falling(losses):
@@ -160,7 +161,8 @@ def test_consumed_samples_are_those_of_all_replicas(four_ranks):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path):
-    for uninterrupted, from_file, sharded in two_ranks.run(runs.interrupted, str(tmp_path)):
+    block = {**POOL, "memory": PLACES["disk"]}
+    for uninterrupted, from_file, sharded in two_ranks.run(runs.interrupted, block, str(tmp_path)):
         assert uninterrupted == from_file == sharded
 
 

@@ -13,7 +13,7 @@ from clapping_ds.config import DIRECTIONS
 from clapping_ds.hosts.torch.pipeline import ClappingPipeline, ClappingStage
 from tests import models
 from tests.cluster import assert_same_error
-from tests.models import INT2, NONE
+from tests.models import INT2, NONE, PLACES, POOL
 from tests.torch.runs import (
     MICRO_BATCHES,
     Run,
@@ -172,8 +172,9 @@ def interrupted(name, block, folder, forgets=False):
 
 
 @pytest.mark.parametrize("name", ["Schedule1F1B", "ScheduleZBVZeroBubble"])
-def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, name):
-    for why, (uninterrupted, resumed) in two_ranks.run(interrupted, name, INT2, str(tmp_path)):
+@pytest.mark.parametrize("block", [INT2, {**POOL, "memory": PLACES["disk"]}], ids=["int2", "pool on disk"])
+def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, name, block):
+    for why, (uninterrupted, resumed) in two_ranks.run(interrupted, name, block, str(tmp_path)):
         assert why is None
         assert uninterrupted == resumed
 

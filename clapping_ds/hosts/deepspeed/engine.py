@@ -45,6 +45,7 @@ from clapping_ds.stage.endpoint import (
 )
 from clapping_ds.stage.endpoints import Endpoints
 from clapping_ds.stage.handshake import agree_on_config, refuse_without_links
+from clapping_ds.stage.sampling import to_iterator
 
 
 class ClappingPipelineEngine(CheckpointingEngine):
@@ -127,11 +128,14 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     # Steps
 
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
-        """As `PipelineEngine.train_batch`. Draws from `data_iter` only for fresh slots.
+    def train_batch(self, data_iter: Iterator[Any] | Sequence[Any] | None = None) -> torch.Tensor:
+        """As `PipelineEngine.train_batch`. Draws from `data_iter` only for fresh slots. Each step may
+        have a list, or an iterator, of its own: what it does not draw (`clapping_num_fresh`) is not used
+        later.
 
         Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends.
         """
+        data_iter = to_iterator(data_iter)
         if not self.clapping.enabled:
             return super().train_batch(data_iter)
         if data_iter is not None:
@@ -164,6 +168,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if not (self.clapping.enabled and self.module.training):
             return super()._next_batch()
         return self._endpoint.sampler.next()
+
+    @property
+    def clapping_num_fresh(self) -> int:
+        """Batches that the next `train_batch` draws from each data iterator."""
+        return self._endpoints.count_fresh(self.micro_batches)
 
     def clapping_traffic(self) -> Traffic:
         """This rank's counters, both directions of its links together. No communication."""

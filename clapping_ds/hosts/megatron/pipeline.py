@@ -169,6 +169,11 @@ class MegatronPipeline:
         ]
         return ClappingCommunicator(self.groups.pp, model_config, self.chunks), lazy
 
+    def num_fresh(self, num_micro_batches: int) -> int:
+        """Micro-batches that the next step draws from each data iterator, of which each step may have its
+        own."""
+        return self.endpoints.count_fresh(num_micro_batches) if self.config.enabled else num_micro_batches
+
     def end_step(self) -> None:
         """After the schedule. Waits until the step's last messages have gone."""
         self.endpoints.end_step()

@@ -24,7 +24,7 @@ from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
 from clapping_ds.stage.handshake import agree_on_config, refuse_tuning, refuse_without_links
-from clapping_ds.stage.sampling import LazySampler
+from clapping_ds.stage.sampling import LazySampler, to_iterator
 
 # What a schedule calls a message: the end that gets it, the stage that has this end, what uses it there.
 MESSAGES = {"SEND_F": (ACTIVATIONS_FROM_PREVIOUS, 1, "F"), "SEND_B": (GRADIENTS_FROM_NEXT, -1, "B")}
@@ -73,16 +73,19 @@ class ClappingPipeline:
         self._sampler_of_stock = LazySampler()
         self.endpoints.announce(next((w.dtype for w in first.submod.parameters()), torch.float32))
 
-    def step(self, data_iter: Iterator[Any] | None = None, **options: Any) -> Any:
+    def step(self, data_iter: Iterator[Any] | Sequence[Any] | None = None, **options: Any) -> Any:
         """As `schedule.step`, on a batch of micro-batches that are drawn from `data_iter` for fresh slots
         and replayed for the others.
 
-        data_iter   of MicroBatches of one shape; not needed on ranks with neither first nor last stage
+        data_iter   of MicroBatches of one shape; not needed on ranks with neither first nor last stage. Each
+                    step may have a list, or an iterator, of its own: what it does not draw (`num_fresh`) is
+                    not used later
         options     losses, return_outputs and loss_kwargs of `schedule.step`
         Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends;
         ValueError on every rank if one's micro-batches differ in shape. With `"enabled": false` only the
         rank whose iterator ends raises, as torch's own schedules do.
         """
+        data_iter = to_iterator(data_iter)
         is_first = any(stage.is_first for stage in self.stages)
         is_last = any(stage.is_last for stage in self.stages)
         if data_iter is None and (is_first or is_last):
@@ -124,6 +127,11 @@ class ClappingPipeline:
     @property
     def sampler(self) -> LazySampler:
         return self.endpoints.stages[0].sampler if self.config.enabled else self._sampler_of_stock
+
+    @property
+    def num_fresh(self) -> int:
+        """Micro-batches that the next step draws from each data iterator."""
+        return self.endpoints.count_fresh(self.num_slots) if self.config.enabled else self.num_slots
 
     @property
     def num_drawn(self) -> int:

@@ -1,6 +1,7 @@
 """Random pipelines, and what must hold of each."""
 
 import random
+from tempfile import gettempdir
 from typing import Any
 
 from tests.gpu_model import deepspeed_program, megatron_program, torch_program
@@ -70,6 +71,7 @@ def _draw_for_host(draw: random.Random, case: Case) -> None:
             case.num_slots = _round_up(case.num_slots, case.num_stages)
 
 
+PLACES = ({}, {"device": "cpu"}, {"device": "disk", "folder": gettempdir()})
 LEARNING = {"name": "transform", "bits": 2, "basis": "eigen", "anchors": 4, "refresh": REFRESH}
 
 
@@ -87,13 +89,13 @@ def _draw_block(draw: random.Random) -> dict[str, Any]:
             LEARNING,
         ]
     )
-    device = draw.choice(["same", "cpu"])
-    lazy = {"p_new": 0.5, "refresh": draw.choice(["step", "slot", "cycle"])}
+    place = draw.choice(PLACES)
+    lazy = {"pool": draw.choice([1, 2]), "p_new": 0.5, "refresh": draw.choice(["step", "slot", "cycle"])}
     return {
         "strategy": "key_delta",
         "lazy": lazy,
         "overlap": overlap,
-        "memory": {"device": device},
+        "memory": place,
         **_both(key="none", delta=delta, min_numel=16),
     }
 

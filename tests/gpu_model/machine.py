@@ -217,6 +217,13 @@ class Rank:
         for block in writes:
             block.written, block.read = work, []
 
+    def access_on_host(self, reads: Iterable[Block], writes: Iterable[Block]) -> None:
+        """Of pinned memory, by what the host does itself."""
+        written = [block.written for block in (*reads, *writes)]
+        for work in (*written, *(read for block in writes for read in block.read)):
+            if work is not None and self.host_clock.get(work.stream, 0) < work.tick:
+                raise RaceError(f"{self}: the host uses what {work.stream}: {work.name} uses, in no order")
+
     def _check(self, work: Work, before: Work | None, does: str, did: str) -> None:
         if before is not None and work is not before and work.clock.get(before.stream, 0) < before.tick:
             raise RaceError(

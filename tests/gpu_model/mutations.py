@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -11,7 +12,7 @@ from clapping_ds import streams
 from clapping_ds.autotune import measurement
 from clapping_ds.codecs import learning
 from clapping_ds.hosts.deepspeed import engine as deepspeed_engine
-from clapping_ds.link import groups
+from clapping_ds.link import groups, memories
 from clapping_ds.link.channel import Arrivals, Channel
 from clapping_ds.link.groups import Control
 from clapping_ds.link.memories import Memories
@@ -26,6 +27,7 @@ from tests.gpu_model.program import Case
 NONE = {"activations": {"codec": "none"}, "gradients": {"codec": "none"}}
 INT8 = {"key": "none", "delta": {"name": "int8", "group_size": 16}, "min_numel": 16}
 LAZY = {"strategy": "key_delta", "lazy": {"refresh": "cycle"}, "activations": INT8, "gradients": INT8}
+DISK = {"device": "disk", "folder": gettempdir()}
 ON_CPU = {**LAZY, "memory": {"device": "cpu"}}
 
 PLAIN = Case(3, 8, num_steps=3, block={**NONE, "in_flight": 1})
@@ -35,6 +37,7 @@ STEADY = Case(2, 4, num_steps=6, block={**NONE, "in_flight": 1})
 MEASURED = Case(2, 4, num_steps=5, block={**NONE, "in_flight": "auto"})
 LAZILY = Case(2, 4, num_steps=4, block={**LAZY, "in_flight": 1})
 VISITING = Case(2, 4, num_steps=4, block={**ON_CPU, "in_flight": 1})
+ON_DISK = Case(2, 4, num_steps=6, block={**LAZY, "memory": DISK, "in_flight": 1})
 ON_GLOO = Case(2, 6, num_steps=3, block={**NONE, "in_flight": 1}, backend="gloo")
 REPORTS = Case(2, 4, num_steps=4, block={**LAZY, "in_flight": 1}, steps_per_print=2)
 DYNAMIC = Case(2, 13, num_steps=3, block={**NONE, "in_flight": 2}, syncs=0.5, is_dynamic=True)
@@ -131,6 +134,10 @@ def _fetch_in_compute(self: Memories, memory: torch.Tensor) -> torch.Tensor:
 
 def _new_unpinned(self: Memories, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+def _mark_nothing(device: torch.device) -> Any:
+    return lambda: None
 
 
 def _not_asynchronous(device: torch.device) -> bool:
@@ -258,6 +265,12 @@ MUTATIONS = [
     Mutation("errors are read message by message", 0, REPORTS, {(Traffic, "count_error"): _count_at_once}),
     Mutation(
         "memories are fetched by the compute stream", 0, VISITING, {(Memories, "fetch"): _fetch_in_compute}
+    ),
+    Mutation(
+        "what goes into a file is taken before it is there",
+        15,
+        ON_DISK,
+        {(memories, "mark"): _mark_nothing},
     ),
     Mutation("memories on the CPU are not pinned", 15, VISITING, {(Memories, "new"): _new_unpinned}),
     Mutation(

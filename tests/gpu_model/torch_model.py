@@ -19,7 +19,7 @@ from clapping_ds import streams
 from clapping_ds.autotune import measurement
 from clapping_ds.codecs import learning, transform
 from clapping_ds.codecs.reference import transform_reference
-from clapping_ds.link import groups, wire
+from clapping_ds.link import disk, groups, wire
 from tests.gpu_model.machine import Block, Machine, ModelError, Rank, Stream, Work
 from tests.gpu_model.process_groups import ProcessGroups
 
@@ -121,6 +121,8 @@ class Tracking(TorchDispatchMode):
         else:
             target = args[0]
         if source.device.type == "cpu" and target.device.type == "cpu":
+            pinned = [_there([self.memory.block_of(tensor)]) for tensor in (source, target)]
+            self.rank.access_on_host(*pinned)
             return target.copy_(source)
         blocks = self.memory.block_of(source), self.memory.block_of(target)
         if non_blocking:  # torch's pinned memory is not given away again before such a copy is done
@@ -263,6 +265,35 @@ class Codes:
         return integers + basis[:1]
 
 
+class Job:
+    """What a `Thread` was given, done when its result is asked for."""
+
+    def __init__(self, machine: Machine, work: Any, arguments: tuple[Any, ...]) -> None:
+        self.machine = machine
+        self.work = work
+        self.arguments = arguments
+        self.found: Any = None
+
+    def result(self) -> Any:
+        """The thread waits for the device, not the host."""
+        if self.work is not None:
+            rank, work, self.work = self.machine.here, self.work, None
+            forbids, rank.forbids_syncs = rank.forbids_syncs, False
+            self.found = work(*self.arguments)
+            rank.forbids_syncs = forbids
+        return self.found
+
+
+class Thread:
+    """As a thread beside the host's own, which works when it must."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def submit(self, work: Any, *arguments: Any) -> Job:
+        return Job(self.machine, work, arguments)
+
+
 class Learner:
     """As a thread beside the host's own, which ends when its result is asked for."""
 
@@ -308,6 +339,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (measurement, "time", Clock(machine)),
             (transform, "_implementation", lambda tensor: Codes),
             (learning, "ThreadPoolExecutor", lambda num_threads: Learner(machine)),
+            (disk, "ThreadPoolExecutor", lambda num_threads: Thread(machine)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

@@ -4,6 +4,7 @@ What a stage would get from its neighbour is what its blocks compute with here, 
 ranks, as many as there are, on a machine that has no room for them.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.codecs.peers import Peer
 from clapping_ds.config import ClappingConfig
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
@@ -87,11 +89,13 @@ class Links:
     """All links of a pipeline.
 
     blocks   of the configuration: the "clapping" block of each link
+    peer     another's quantiser, of activations and gradients, in place of the codecs of the blocks
     """
 
-    def __init__(self, *blocks: Mapping[str, Any]) -> None:
+    def __init__(self, *blocks: Mapping[str, Any], peer: Peer | None = None) -> None:
         configs = [ClappingConfig.from_ds_config({"clapping": block}) for block in blocks]
         self.config = configs[0]
+        self.peer = peer
         self.directions = {
             (name, link): Direction(config, link, name)
             for name in ("activations", "gradients")
@@ -100,6 +104,8 @@ class Links:
         self.fresh: Sequence[bool] = ()
         self.slot = 0
         """Of the micro-batch that is computed."""
+        self.codec_s = 0.0
+        """Spent on both ends of all messages."""
 
     def begin_step(self, step: int, fresh: Sequence[bool], entry: int = 0) -> None:
         """fresh: by slot. entry: of the pool."""
@@ -109,7 +115,13 @@ class Links:
 
     def carry(self, direction: str, link: int, slot: int, value: torch.Tensor) -> torch.Tensor:
         """What arrives of a value at the other end."""
-        return self.directions[direction, link].carry(slot, self.fresh[slot], value)
+        start_s = time.perf_counter()
+        if self.peer is None:
+            arrived = self.directions[direction, link].carry(slot, self.fresh[slot], value)
+        else:
+            arrived = self.peer.decode(self.peer.encode(value), value)
+        self.codec_s += time.perf_counter() - start_s
+        return arrived
 
     @contextmanager
     def behind(self, blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
@@ -127,6 +139,14 @@ class Links:
     @property
     def bits_per_value(self) -> float:
         """Sent so far, mean of both directions."""
+        if self.peer is not None:
+            return self.peer.bits
         traffics = [direction.sender.traffic for direction in self.directions.values()]
         num_values = sum(traffic.raw_bytes for traffic in traffics) / 4
         return 8 * sum(traffic.payload_bytes for traffic in traffics) / num_values
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Held at all ends."""
+        ends = (end for each in self.directions.values() for end in (each.sender, each.receiver))
+        return sum(end.memory_nbytes for end in ends)

@@ -126,25 +126,25 @@ def train(
     sampling = links.config.sampling
     coin = Coin(sampling.p_new, sampling.refresh, links.config.seed, sampling.pool)
     sampler = LazySampler()
-    with links.behind(blocks):
-        for step in range(steps):
-            fresh, entry = coin.toss(step, NUM_SLOTS), coin.pick(step)
-            sampler.draw(sum(fresh), next_batch)
-            sampler.begin(fresh, entry)
-            links.begin_step(step, fresh, entry)
-            losses = []
+    for step in range(steps):
+        fresh, entry = coin.toss(step, NUM_SLOTS), coin.pick(step)
+        sampler.draw(sum(fresh), next_batch)
+        sampler.begin(fresh, entry)
+        links.begin_step(step, fresh, entry)
+        losses = []
+        with links.behind(blocks):
             for links.slot in range(NUM_SLOTS):
                 ids, labels = sampler.next()
                 loss = llm.loss(model(ids, use_cache=False).logits, labels)
                 (loss / NUM_SLOTS).backward()
                 losses.append(loss.item())
-            adam.step()
-            adam.zero_grad()
-            schedule.step()
-            yield mean(losses)
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+        yield mean(losses)
 
 
-def measure(run: Run, seed: int, steps: int) -> dict[str, Any]:
+def measure(run: Run, seed: int, steps: int) -> list[dict[str, Any]]:
     """One line of the table."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -164,17 +164,19 @@ def measure(run: Run, seed: int, steps: int) -> dict[str, Any]:
     blocks = [model.base_model.layers[number - 1] for number in CUTS[run.num_links]]
     before = validate(model.eval(), held_out)
     losses = list(train(model.train(), blocks, links, adam, warm_up, partial(next, batches), steps))
-    return {
-        "run": run.name,
-        "weights": run.weights,
-        "links": run.num_links,
-        "seed": seed,
-        "steps": steps,
-        "bits per value": round(links.bits_per_value, 3),
-        "loss before": round(before, 4),
-        "training loss": round(mean(losses[-8:]), 4),
-        "loss": round(validate(model.eval(), held_out), 4),
-    }
+    return [
+        {
+            "run": run.name,
+            "weights": run.weights,
+            "links": run.num_links,
+            "seed": seed,
+            "steps": steps,
+            "bits per value": round(links.bits_per_value, 3),
+            "loss before": round(before, 4),
+            "training loss": round(mean(losses[-8:]), 4),
+            "loss": round(validate(model.eval(), held_out), 4),
+        }
+    ]
 
 
 def _in_epochs(batches: Iterator[Batch], number: int, seed: int) -> Iterator[Batch]:
@@ -191,11 +193,16 @@ def validate(model: Any, batches: Sequence[Batch]) -> float:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each run: mean over seeds, and how much worse than uncompressed with the same seed."""
-    base = {(row["weights"], row["seed"]): row["loss"] for row in rows if row["run"] == "uncompressed"}
+    plain = [row for row in rows if row["run"] == "uncompressed"]
+    base = {(row["weights"], row["links"], row["seed"]): row["loss"] for row in plain}
+    for row in plain:  # links change nothing there, where the model is the same
+        for links in CUTS:
+            base.setdefault((row["weights"], links, row["seed"]), row["loss"])
     found = []
     for run in dict.fromkeys((row["run"], row["weights"], row["links"]) for row in rows):
         mine = [row for row in rows if (row["run"], row["weights"], row["links"]) == run]
-        worse = [row["loss"] - base[key] for row in mine if (key := (row["weights"], row["seed"])) in base]
+        keys = [(row["weights"], row["links"], row["seed"]) for row in mine]
+        worse = [row["loss"] - base[key] for row, key in zip(mine, keys, strict=True) if key in base]
         found.append({
             "run": run[0], "weights": run[1], "links": run[2], "bits per value": mine[0]["bits per value"],
             "seeds": len(mine), "loss": f"{mean(row['loss'] for row in mine):.4f}",
@@ -214,12 +221,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def add_rows(
-    jobs: Sequence[Callable[[], dict[str, Any]]], rows: list[dict[str, Any]], target: Path, processes: int
+    jobs: Sequence[Callable[[], list[dict[str, Any]]]],
+    rows: list[dict[str, Any]],
+    target: Path,
+    processes: int,
 ) -> None:
     """Measures each in a process of its own, and writes the table after each."""
     with ProcessPoolExecutor(processes, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
-            rows.append(done.result())
+            rows += done.result()
             print(rows[-1], flush=True)
             write_csv(target, rows)
 

@@ -113,7 +113,7 @@ class Model(nn.Module):
         return SimpleNamespace(logits=logits(self.embedding, hidden))
 
 
-def measure(run: Run, seed: int) -> dict[str, Any]:
+def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     """One line of the table."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -128,16 +128,18 @@ def measure(run: Run, seed: int) -> dict[str, Any]:
     schedule = learning_rate_schedule(adam, training)
     blocks = list(model.blocks)[:-1]
     losses = list(train(model, blocks, links, adam, schedule, partial(next, batches), training.steps))
-    return {
-        "run": run.name,
-        "weights": "from scratch",
-        "links": run.num_links,
-        "seed": seed,
-        "steps": training.steps,
-        "bits per value": round(links.bits_per_value, 3),
-        "training loss": round(sum(losses[-16:]) / 16, 4),
-        "loss": round(validate(model, held_out), 4),
-    }
+    return [
+        {
+            "run": run.name,
+            "weights": "from scratch",
+            "links": run.num_links,
+            "seed": seed,
+            "steps": training.steps,
+            "bits per value": round(links.bits_per_value, 3),
+            "training loss": round(sum(losses[-16:]) / 16, 4),
+            "loss": round(validate(model, held_out), 4),
+        }
+    ]
 
 
 def _batches(corpus: Any, config: GPTConfig, validation: bool, seed: int) -> Iterator[Any]:

@@ -143,6 +143,6 @@ def test_the_small_gpt_has_a_link_behind_every_block_but_the_last(monkeypatch):
     monkeypatch.setattr(scratch, "Training", partial(Training, steps=3, warmup_steps=2))
     runs = scratch.list_runs()
     assert len({(run.name, run.num_links) for run in runs}) == len(runs)
-    found = scratch.measure(runs[0], seed=1)
+    (found,) = scratch.measure(runs[0], seed=1)
     assert (found["links"], found["steps"], found["bits per value"]) == (3, 3, 32.0)
     assert 4 < found["loss"] < 6

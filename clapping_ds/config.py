@@ -154,6 +154,9 @@ class LinksConfig(BaseModel):
     `direct`, of `delta` with the others."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Part of the step time that a heavier codec must save to be preferred to a lighter one."""
+    lazy_gain: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Part of the step time that lazy sampling must save over codecs of the ladder and all samples new; else
+    it is switched off. Not with `direct`."""
     write: FileName | None = None
     """File that the decision is written to."""
     read: FileName | None = None
@@ -161,7 +164,7 @@ class LinksConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
-        for field in ("write", "ladder", "min_gain") if self.read is not None else ():
+        for field in ("write", "ladder", "min_gain", "lazy_gain") if self.read is not None else ():
             value, default = getattr(self, field), type(self).model_fields[field].default
             if value != default:
                 raise ValueError(f"{field} = {_show(value)} together with read; accepted: one of them")
@@ -227,6 +230,10 @@ class Plan:
         """The same with the codec that `links` chose; with `none` every message is raw."""
         key = codec if self.key_is_delta or isinstance(codec, Raw) else self.key
         return replace(self, key=key, delta=codec)
+
+    def as_direct(self, codec: AnyCodec) -> "Plan":
+        """The same where `links` chose this codec, and that every sample is new."""
+        return replace(self, key=codec, delta=codec, key_is_delta=True, base="reset", p_new=1.0)
 
     def describe(self) -> dict[str, Any]:
         """What both ends of a link, and a run and the checkpoint that it loads, must have alike."""

@@ -6,8 +6,8 @@ Three tasks, each the same model over 1, 3 and 7 links, whole in one process (`b
 byte GPT from scratch, SmolLM2-135M fine-tuned on torch's C++ headers with all weights, and with LoRA. After a
 warm-up the learning rate is constant, so that a run can end at any step: the uncompressed one after `steps`,
 every other one once it has been as good as that at two validations, or after `most_steps`. Validation is
-uncompressed. Two at a time, one to fifteen minutes each on one core; what `time_to_loss_curves.csv` has is not
-measured again.
+uncompressed. Two at a time, one to fifteen minutes each on one core; what `time_to_loss_curves.csv` has is
+not measured again.
 """
 
 import argparse

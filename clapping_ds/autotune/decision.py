@@ -40,6 +40,8 @@ class Candidate(NamedTuple):
     delta_bytes: int
     codec_s: float
     """To encode a message at one end and decode one at the other."""
+    is_of_ladder: bool = True
+    """False: the configuration's own, of deltas alone."""
 
 
 class Direction(NamedTuple):
@@ -81,6 +83,18 @@ class Choice(BaseModel):
     compressed_ms: float
 
 
+class Lazy(BaseModel):
+    """What was decided about lazy sampling."""
+
+    model_config = STRICT
+
+    pays: bool
+    """False: every sample is new."""
+    step_ms: float
+    """Of a step, without what comes after its messages: with lazy sampling, and with all samples new."""
+    all_new_step_ms: float
+
+
 class Decision(BaseModel):
     """For the whole pipeline; the same on every rank."""
 
@@ -91,6 +105,8 @@ class Decision(BaseModel):
     stage_ms: float
     """Forward and backward of one micro-batch on the slowest stage."""
     choices: list[Choice]
+    lazy: Lazy | None = None
+    """None: nothing was to be decided."""
 
     def codec(self, link: str, direction: str) -> AnyCodec | None:
         """Of one direction of one link; None if none was chosen."""
@@ -115,12 +131,16 @@ class Decision(BaseModel):
         ]
         return format_table(rows)
 
-    def advice(self, is_lazy: bool) -> str:
-        """What to do where no link needs what was configured. is_lazy: samples are replayed."""
-        if any(not isinstance(choice.codec, Raw) for choice in self.choices):
-            return ""
-        saving = ': "enabled": false would save the price of lazy sampling' if is_lazy else ""
-        return f"\nNo link needs compression{saving}."
+    def advice(self) -> list[str]:
+        """Lines: whether lazy sampling pays, and that no link needs compression, where that is so."""
+        lines = []
+        if self.lazy is not None:
+            told = "pays" if self.lazy.pays else "does not pay, and is off from now on"
+            with_it, without = f"{self.lazy.step_ms:.4g} ms", f"{self.lazy.all_new_step_ms:.4g} ms"
+            lines.append(f"Lazy sampling {told}: a step takes {with_it}, with all samples new {without}.")
+        if all(isinstance(choice.codec, Raw) for choice in self.choices):
+            lines.append("No link needs compression.")
+        return lines
 
     def write(self, path: str) -> None:
         Path(path).write_text(self.model_dump_json(indent=2) + "\n")
@@ -161,17 +181,27 @@ def decide(measured: Sequence[Measured], config: ClappingConfig, num_micro_batch
     compute_s = max(rank.compute_s for rank in measured)
     num_stages = 1 + max(rank.stage_id for rank in measured)
     directions = _merge_replicas(direction for rank in measured for direction in rank.sent)
-    chosen = [_choose(direction, config, compute_s, num_micro_batches) for direction in directions]
+    sampling, lazy = config.sampling, None
+    chosen, step_s = _choose_all(directions, config, sampling, compute_s, num_micro_batches)
+    if config.links is not None and sampling.p_new < 1:
+        all_new = LazyConfig(p_new=1.0)
+        as_direct = [_as_direct(direction) for direction in directions]
+        others, other_s = _choose_all(as_direct, config, all_new, compute_s, num_micro_batches)
+        pays = step_s <= (1 - config.links.lazy_gain) * other_s
+        lazy = Lazy(pays=pays, step_ms=step_s * 1e3, all_new_step_ms=other_s * 1e3)
+        if not pays:
+            directions, chosen, sampling = as_direct, others, all_new
     in_flight = config.in_flight
     if in_flight == "auto":
         in_flight = 0
         if config.overlap:
-            depth = _depth(directions, chosen, config, compute_s, num_stages)
+            depth = _depth(directions, chosen, sampling, compute_s, num_stages)
             in_flight = _limit_depth(min(depth, num_micro_batches), measured, num_stages, num_micro_batches)
-    choices = [
-        _choice(direction, candidate, config) for direction, candidate in zip(directions, chosen, strict=True)
-    ]
-    return Decision(num_stages=num_stages, in_flight=in_flight, stage_ms=compute_s * 1e3, choices=choices)
+    pairs = zip(directions, chosen, strict=True)
+    choices = [_choice(direction, candidate, sampling) for direction, candidate in pairs]
+    return Decision(
+        num_stages=num_stages, in_flight=in_flight, stage_ms=compute_s * 1e3, choices=choices, lazy=lazy
+    )
 
 
 def describe_memory(decision: Decision, measured: Sequence[Measured], num_micro_batches: int) -> str:
@@ -207,23 +237,35 @@ def _merge_replicas(directions: Iterable[Direction]) -> list[Direction]:
     return sorted(merged.values(), key=lambda each: (first_stage(each.link), each.direction))
 
 
-def _choose(
-    direction: Direction, config: ClappingConfig, compute_s: float, num_micro_batches: int
-) -> Candidate:
-    """The lightest candidate that no heavier one beats by more than `min_gain`."""
-    if len(direction.candidates) == 1:
-        return direction.candidates[0]
-    assert config.links is not None
-    steps_s = [
-        _step_s(candidate, direction.speed, config.sampling, compute_s, num_micro_batches)
-        for candidate in direction.candidates
-    ]
-    good_enough_s = min(steps_s) / (1 - config.links.min_gain)
-    return next(
-        candidate
-        for candidate, step_s in zip(direction.candidates, steps_s, strict=True)
-        if step_s <= good_enough_s
-    )
+def _as_direct(direction: Direction) -> Direction:
+    """The same where each message is of the candidate's codec, one of the ladder."""
+    of_ladder = [candidate for candidate in direction.candidates if candidate.is_of_ladder]
+    candidates = [candidate._replace(key_bytes=candidate.delta_bytes) for candidate in of_ladder]
+    return direction._replace(candidates=candidates)
+
+
+def _choose_all(
+    directions: Sequence[Direction],
+    config: ClappingConfig,
+    sampling: LazyConfig,
+    compute_s: float,
+    num_micro_batches: int,
+) -> tuple[list[Candidate], float]:
+    """For each direction the lightest candidate that no heavier one beats by more than `min_gain`; and the
+    step that they lead to."""
+    chosen, longest_s = [], 0.0
+    for direction in directions:
+        steps_s = [
+            _step_s(candidate, direction.speed, sampling, compute_s, num_micro_batches)
+            for candidate in direction.candidates
+        ]
+        min_gain = 0.0 if config.links is None else config.links.min_gain
+        good_enough_s = min(steps_s) / (1 - min_gain)
+        pairs = zip(direction.candidates, steps_s, strict=True)
+        candidate, step_s = next(pair for pair in pairs if pair[1] <= good_enough_s)
+        chosen.append(candidate)
+        longest_s = max(longest_s, step_s)
+    return chosen, longest_s
 
 
 def _step_s(
@@ -254,7 +296,7 @@ def _find_largest_bytes(candidate: Candidate, sampling: LazyConfig) -> int:
 def _depth(
     directions: Sequence[Direction],
     chosen: Sequence[Candidate],
-    config: ClappingConfig,
+    sampling: LazyConfig,
     compute_s: float,
     num_stages: int,
 ) -> int:
@@ -262,8 +304,8 @@ def _depth(
     largest: a key may come at any time."""
     period_s, delays_s = compute_s, [0.0] * (num_stages - 1)
     for direction, candidate in zip(directions, chosen, strict=True):
-        period_s = max(period_s, average_bytes(candidate, config.sampling) / direction.speed.bytes_per_s)
-        largest_s = _find_largest_bytes(candidate, config.sampling) / direction.speed.bytes_per_s
+        period_s = max(period_s, average_bytes(candidate, sampling) / direction.speed.bytes_per_s)
+        largest_s = _find_largest_bytes(candidate, sampling) / direction.speed.bytes_per_s
         delays_s[first_stage(direction.link)] += largest_s + direction.speed.latency_s + candidate.codec_s
     return find_hiding_depth(compute_s, period_s, delays_s, tolerance=0.05)
 
@@ -280,7 +322,7 @@ def _limit_depth(
     return max(depth for depth in range(in_flight + 1) if all(fits(depth, rank) for rank in measured))
 
 
-def _choice(direction: Direction, candidate: Candidate, config: ClappingConfig) -> Choice:
+def _choice(direction: Direction, candidate: Candidate, sampling: LazyConfig) -> Choice:
     bytes_per_ms = direction.speed.bytes_per_s / 1e3
     return Choice(
         link=direction.link,
@@ -289,5 +331,5 @@ def _choice(direction: Direction, candidate: Candidate, config: ClappingConfig) 
         mbit_per_s=direction.speed.bytes_per_s * 8 / 1e6,
         latency_ms=direction.speed.latency_s * 1e3,
         raw_ms=direction.raw_bytes / bytes_per_ms,
-        compressed_ms=average_bytes(candidate, config.sampling) / bytes_per_ms,
+        compressed_ms=average_bytes(candidate, sampling) / bytes_per_ms,
     )

@@ -73,12 +73,15 @@ class Passes:
 
 
 def list_candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> list[Candidate]:
-    """What the last message of a channel would cost with each codec that the channel may get: that of
-    its plan, or one of `links`."""
+    """What the last message of a channel would cost with each codec that the channel may get: that of its
+    plan, or one of `links`, to which lazy sampling adds that of the plan's deltas. Lightest first."""
     if links is None:
         return [_candidate(channel, plan)]
     codecs: list[AnyCodec] = [Raw(), *links.ladder]
-    return [_candidate(channel, plan.with_codec(codec)) for codec in codecs]
+    found = [_candidate(channel, plan.with_codec(codec)) for codec in codecs]
+    if plan.p_new < 1 and plan.delta not in codecs:
+        found.append(_candidate(channel, plan)._replace(is_of_ladder=False))
+    return sorted(found, key=lambda candidate: -candidate.delta_bytes)
 
 
 def _candidate(channel: Channel, plan: Plan) -> Candidate:

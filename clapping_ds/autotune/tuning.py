@@ -88,8 +88,9 @@ class Tuning:
         self._adopt(decision)
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)
-        advice = "" if links is None else decision.advice(is_lazy=self.config.sampling.p_new < 1)
-        return f"{decision.describe()}\n{describe_memory(decision, measured, num_micro_batches)}{advice}"
+        advice = [] if links is None else decision.advice()
+        memory = describe_memory(decision, measured, num_micro_batches)
+        return "\n".join([decision.describe(), memory, *advice])
 
     def _adopt(self, decision: Decision) -> None:
         """What the configuration leaves open and no checkpoint has settled."""
@@ -98,10 +99,13 @@ class Tuning:
             self.stage.set_depth(decision.in_flight)
             self.endpoints.depth_is_measured = True
         if self.lacks_links:
+            is_lazy = decision.lazy is None or decision.lazy.pays
+            self.endpoints.set_lazy(is_lazy)
             for end, channel in self.stage.channels.items():
                 codec = decision.codec(channel.link, channel.direction)
                 plan = self.config.plan(end.direction)
-                self.stage.set_plan(end, plan if codec is None else plan.with_codec(codec))
+                with_codec = plan.with_codec if is_lazy else plan.as_direct
+                self.stage.set_plan(end, plan if codec is None else with_codec(codec))
             self.endpoints.links_are_measured = True
 
     def _measured(self, links: LinksConfig | None, free_bytes: int | None) -> Measured:

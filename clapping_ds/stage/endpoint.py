@@ -266,14 +266,16 @@ class Endpoint:
         }
         return {"sampler": self.sampler.state_dict(), "channels": channels}
 
-    def match_plans(self, state: Mapping[str, Any]) -> dict[End, Plan] | None:
-        """The plans that a state's channels had; None if this configuration does not allow them."""
+    def match_plans(self, state: Mapping[str, Any], is_lazy: bool) -> dict[End, Plan] | None:
+        """The plans that a state's channels had; None if this configuration does not allow them. is_lazy:
+        whether samples were replayed, where the configuration says so."""
         saved = state["channels"]
         if set(saved) != {str(end) for end in self.channels}:
             return None
         found = {}
         for end in self.channels:
-            plans = [plan for plan in self._allowed(end) if plan.describe() == saved[str(end)]["plan"]]
+            allowed = self._allowed(end, is_lazy)
+            plans = [plan for plan in allowed if plan.describe() == saved[str(end)]["plan"]]
             if not plans:
                 return None
             found[end] = plans[0]
@@ -292,14 +294,16 @@ class Endpoint:
         for channel in self.channels.values():
             channel.forget()
 
-    def _allowed(self, end: End) -> Iterable[Plan]:
+    def _allowed(self, end: End, is_lazy: bool) -> Iterable[Plan]:
         """The plans that an end may get from a state: what `links` may choose, else what it has."""
         links = self.config.links
         if links is None or links.read is not None:
             return [self.channels[end].plan]
         plan = self.config.plan(end.direction)
         codecs: list[AnyCodec] = [Raw(), *links.ladder]
-        return [plan, *(plan.with_codec(codec) for codec in codecs)]
+        if not is_lazy:
+            return map(plan.as_direct, codecs)
+        return [plan, *map(plan.with_codec, codecs)]
 
     def _channel(self, end: End, plan: Plan) -> Channel:
         """A new end of a channel, with its wire."""

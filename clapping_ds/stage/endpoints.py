@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from clapping_ds import report
-from clapping_ds.config import ClappingConfig
+from clapping_ds.config import ClappingConfig, LazyConfig
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.disk import check_folder
 from clapping_ds.link.groups import Control, make_peers, rank
@@ -70,11 +70,12 @@ class Endpoints:
             for stage_id, place in enumerate(places)
             if config.enabled and ranks[place] == rank()
         ]
-        sampling = config.sampling
-        self.coin = Coin(sampling.p_new, sampling.refresh, config.seed, sampling.pool)
         if config.verify:
             control.check_equal({"type of device, with verify": device.type})
         # State
+        self.coin = self._make_coin(is_lazy=True)
+        self.is_lazy = True
+        """Whether samples are replayed where the configuration says so: `links` may decide against it."""
         self.step = 0
         self.num_drawn = 0
         """Batches that the finished steps took from each data iterator; a resumed run skips as many."""
@@ -87,6 +88,17 @@ class Endpoints:
         self.loss_scale = 1.0
         self.depth_is_measured = self.links_are_measured = False
         """Whether `in_flight` and codecs are those that measurements led to."""
+
+    def _make_coin(self, is_lazy: bool) -> Coin:
+        sampling = self.config.sampling if is_lazy else LazyConfig(p_new=1.0)
+        return Coin(sampling.p_new, sampling.refresh, self.config.seed, sampling.pool)
+
+    def set_lazy(self, is_lazy: bool) -> None:
+        """Between two steps: whether the configuration's lazy sampling is used; else every sample is new."""
+        if is_lazy != self.is_lazy:
+            self.is_lazy, self.coin, self.num_held = is_lazy, self._make_coin(is_lazy), {}
+            for stage in self.stages:
+                stage.sampler.forget_held()
 
     # Steps
 
@@ -200,6 +212,7 @@ class Endpoints:
             "num_drawn": self.num_drawn,
             "fresh": self.fresh,
             "num_held": self.num_held,
+            "is_lazy": self.is_lazy,
             "shapes_differ": self.shapes_differ,
             "loss_scale": self.loss_scale,
             "in_flight": max((stage.in_flight for stage in self.stages), default=0),
@@ -222,6 +235,7 @@ class Endpoints:
         if state is None or plans is None or not fits:
             self.forget()
             return DIFFERENT if is_there else MISSING
+        self.set_lazy(state["is_lazy"])
         self.step, self.fresh, self.shapes_differ = state["step"], state["fresh"], state["shapes_differ"]
         self.loss_scale, self.num_held = state["loss_scale"], dict(state["num_held"])
         for stage, saved in zip(self.stages, plans, strict=True):
@@ -251,12 +265,16 @@ class Endpoints:
         return state if list(state["stages"]) == state["written by"]["stages"] else None
 
     def _fits(self, state: Mapping[str, Any], num_slots: int | None) -> bool:
+        links = self.config.links
+        may_choose = links is not None and links.read is None
         same_slots = num_slots is None or len(state["fresh"]) == num_slots
-        return same_slots and state["written by"] == self._identify()
+        same_sampling = may_choose or state["is_lazy"] == self.is_lazy
+        return same_slots and same_sampling and state["written by"] == self._identify()
 
     def _match_plans(self, state: Mapping[str, Any]) -> list[Any] | None:
         """The plans of each stage's channels; None if one is not allowed here."""
-        plans = [stage.match_plans(state["stages"][stage.stage_id]) for stage in self.stages]
+        is_lazy = state["is_lazy"]
+        plans = [stage.match_plans(state["stages"][stage.stage_id], is_lazy) for stage in self.stages]
         return None if None in plans else plans
 
     def _identify(self) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class LazySampler:
         """Forgets what was drawn for a step that will not begin."""
         self._drawn = []
 
+    def forget_held(self) -> None:
+        """Forgets all but what was drawn for the step to come."""
+        self._pool, self._shapes = {}, Counter()
+
     def next(self) -> Any:
         """The batch of the next slot of the step, safe to be changed by the caller."""
         batch = _clone(self._pool[self._entry][self._next_slot])

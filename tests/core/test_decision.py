@@ -62,9 +62,8 @@ def test_a_link_off_the_critical_path_gets_none_whatever_the_default():
     block = {"activations": {"codec": "int2"}, "gradients": {"codec": "int2"}}
     decision = decide(pipeline([0.1]), config(**block), 16)
     assert set(names(decision).values()) == {"none"}
-    assert "No link needs compression" in decision.advice(is_lazy=False)
-    assert "price of lazy sampling" in decision.advice(is_lazy=True)
-    assert decide(pipeline([9.0]), config(), 16).advice(is_lazy=True) == ""
+    assert "No link needs compression" in decision.advice()[-1]
+    assert decide(pipeline([9.0]), config(), 16).advice() == []
     for strategy, member in (("direct", "codec"), ("fc", "delta"), ("fu", "delta")):
         plan = config(strategy=strategy, activations={member: "int2"}).plan("activations")
         mine = plan.with_codec(decision.codec("0-1", "activations"))
@@ -88,6 +87,54 @@ def test_uncompressed_keys_count():
     fu = config(strategy="fu")
     measured = pipeline([4.0], key_ratio=1.0)
     assert set(names(decide(measured, fu, 16)).values()) == {"int8"}
+
+
+LAZY = {"strategy": "fc", "lazy": {"p_new": 0.25, "refresh": "cycle"}}
+
+
+@pytest.mark.parametrize(
+    ("transfer_s", "pays", "codec"),
+    [(0.1, False, "none"), (8.0, False, "int4"), (30.0, True, "int3"), (500.0, True, "int3")],
+    ids=["a fast link", "one that the ladder takes care of", "a slow one", "a very slow one"],
+)
+def test_lazy_sampling_pays_where_no_codec_of_the_ladder_is_enough(transfer_s, pays, codec):
+    """Keys as small as the smallest codec of the ladder, deltas a sixteenth of that (int3 is theirs)."""
+    measured = pipeline([transfer_s], key_ratio=1 / 16)
+    own = Candidate(Quantizer(name="int3"), RAW_BYTES // 16, RAW_BYTES // 256, 0.0, is_of_ladder=False)
+    for rank in measured:
+        for direction in rank.sent:
+            direction.candidates.append(own)
+    decision = decide(measured, config(strategy="fu", lazy=LAZY["lazy"]), 16)
+    assert (decision.lazy.pays, decision.choices[0].codec.name) == (pays, codec)
+
+
+def test_lazy_sampling_does_not_pay_where_a_step_is_as_fast_without_it():
+    """With `fc` a key is of the same codec as a delta: nothing is saved by replaying samples."""
+    decision = decide(pipeline([100.0]), config(**LAZY), 16)
+    assert not decision.lazy.pays
+    assert decision.lazy.step_ms == decision.lazy.all_new_step_ms
+    assert decision.choices[0].codec.name == "int2"
+
+
+def test_lazy_sampling_with_raw_keys_is_slower_than_all_new():
+    decision = decide(pipeline([10.0], key_ratio=1.0), config(strategy="fu"), 16)
+    assert not decision.lazy.pays
+    assert decision.lazy.step_ms > decision.lazy.all_new_step_ms
+
+
+def test_lazy_gain_is_what_lazy_sampling_must_save():
+    """Keys are smaller than any codec of the ladder here."""
+    measured = pipeline([160.0], key_ratio=1 / 64)
+    lazy = {"p_new": 0.9, "refresh": "cycle"}
+    for gain, pays in ((0.2, True), (0.9, False)):
+        decision = decide(measured, config(strategy="fu", lazy=lazy, links={"lazy_gain": gain}), 100)
+        assert decision.lazy.pays is pays
+        assert pays or "does not pay" in decision.advice()[0]
+
+
+def test_where_all_samples_are_new_nothing_is_decided_about_lazy_sampling():
+    assert decide(pipeline([1.0]), config(), 16).lazy is None
+    assert decide(pipeline([1.0]), config(strategy="fu", links=None), 16).lazy is None
 
 
 def test_replicas_count_as_slow_as_the_slowest():

@@ -40,7 +40,14 @@ def interrupted(block, folder, resumed_block=None):
     return found
 
 
-@pytest.mark.parametrize("block", [INT2, LOWRANK], ids=["int2", "lowrank and eden"])
+UNDECIDED = {**POOL, "lazy": {"pool": 2}, "links": {"min_gain": 0.5, "ladder": ["int2"]}}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [INT2, LOWRANK, UNDECIDED],
+    ids=["int2", "lowrank and eden", "lazy sampling off"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
     for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):
         assert uninterrupted == resumed
@@ -82,7 +89,7 @@ def test_an_engine_that_loads_its_own_checkpoint_forgets_what_came_after(two_ran
 
 
 def test_an_engine_loads_a_checkpoint_from_before_its_links_were_decided(two_ranks, tmp_path):
-    block = {**STEPWISE, "links": {"min_gain": 0.5}}
+    block = {**STEPWISE, "links": {"min_gain": 0.5, "lazy_gain": 0.0}}
     (_, losses, one), (_, also_losses, other) = two_ranks.run(taken_back, block, str(tmp_path))
     assert losses == also_losses
     assert one == other
@@ -225,6 +232,7 @@ def of_other_tuning(saving, loading, folder, num_steps):
     ("saving", "loading", "num_steps", "expected"),
     [(INT2, {**INT2, "in_flight": 3}, 5, (3, {"int2"}, False, False)),
      ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "links": "auto"}, 5, (1, {"int2"}, True, False)),
+     ({**INT2, "links": {"min_gain": 0.5, "ladder": ["int2"]}}, INT2, 5, (0, {"int2"}, True, True)),
      ({**INT2, "links": "auto"}, {**INT2, "links": "auto"}, 2, (0, {"int2"}, True, False)),
      ({**INT2, "links": {"min_gain": 0.5}}, {**INT2, "in_flight": 0}, 5, (0, {"int2"}, False, True)),
      ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "memory": {}}, 2, (1, {"int2"}, False, False))],

@@ -22,6 +22,7 @@ def test_links_auto_leaves_fast_links_alone(two_ranks, tmp_path):
     (one, *_, report), (other, *_) = two_ranks.run(with_links, block, 2)
     assert one == other == Decision.read(str(tmp_path / "links.json"), 2)
     assert [choice.codec.name for choice in one.choices] == ["none", "none"]
+    assert not one.lazy.pays
     for row in report:
         before, after = 3 * 4 * (2048 + 128), 3 * 4 * 2 * 64 * 64 * 4
         assert row["payload_bytes"] == before + after
@@ -44,7 +45,7 @@ def test_links_from_a_file_that_only_the_first_rank_sees(four_ranks, tmp_path):
         for channel, bits in memories.items():
             ends.setdefault(channel, []).append(bits)
     assert all(one == other for one, other in ends.values())
-    assert [bool(ends[choice.link, choice.direction][0][0, 0]) for choice in choices] == [
+    assert [bool(ends[choice.link, choice.direction][0][0, 0, 0]) for choice in choices] == [
         True, False, True, True, False, True,
     ]  # fmt: skip
     outcomes = four_ranks.outcomes(models.make_engine_only, block, 2)

@@ -232,7 +232,6 @@ def of_other_tuning(saving, loading, folder, num_steps):
     ("saving", "loading", "num_steps", "expected"),
     [(INT2, {**INT2, "in_flight": 3}, 5, (3, {"int2"}, False, False)),
      ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "links": "auto"}, 5, (1, {"int2"}, True, False)),
-     ({**INT2, "links": {"min_gain": 0.5, "ladder": ["int2"]}}, INT2, 5, (0, {"int2"}, True, True)),
      ({**INT2, "links": "auto"}, {**INT2, "links": "auto"}, 2, (0, {"int2"}, True, False)),
      ({**INT2, "links": {"min_gain": 0.5}}, {**INT2, "in_flight": 0}, 5, (0, {"int2"}, False, True)),
      ({**INT2, "in_flight": 1}, {**INT2, "in_flight": 1, "memory": {}}, 2, (1, {"int2"}, False, False))],

@@ -13,7 +13,7 @@ not measured again.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -221,7 +221,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
     return [{key: cell if key in texts else json.loads(cell) for key, cell in row.items()} for row in rows]
 
 
-def find_target(rows: Sequence[dict[str, Any]], task: str, seed: int) -> float:
+def find_target(rows: Sequence[Mapping[str, Any]], task: str, seed: int) -> float:
     """The uncompressed run's last loss."""
     mine = [row for row in rows if (row["task"], row["name"], row["seed"]) == (task, UNCOMPRESSED, seed)]
     loss: float = mine[-1]["loss"]

@@ -7,7 +7,7 @@ import torch
 
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.codecs.sequence import label
-from clapping_ds.config import Plan
+from clapping_ds.config import LazyConfig, Plan
 from clapping_ds.link.channel import Channel
 
 
@@ -58,6 +58,18 @@ def describe_cost(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
             f"saving against {raw_bits} bit": f"{raw_bits / mean:.2f}x",
         })  # fmt: skip
     return format_table(rows)
+
+
+def describe_sampling(sampling: LazyConfig) -> str:
+    """How often samples are replayed, in words."""
+    held, first = "1 mini-batch is held", "step 0 is"
+    if sampling.pool > 1:
+        held = f"{sampling.pool} mini-batches are held, each used once in a round"
+        first = f"the first {sampling.pool} steps are"
+    uses = "and no other is drawn later"
+    if sampling.p_new:
+        uses = f"a sample is used {1 / sampling.p_new:.3g} times on average"
+    return f"lazy sampling: {held}; {first} all fresh; {uses}"
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -179,7 +179,9 @@ class Endpoints:
     def announce(self, dtype: torch.dtype) -> None:
         """Prints, on the first rank, what the configuration will cost. dtype: of what the stages send."""
         if self.config.enabled and rank() == 0:
-            report.say(report.describe_cost(self.config.plans, dtype))
+            text = report.describe_cost(self.config.plans, dtype)
+            sampling = self.config.sampling
+            report.say(text if sampling.p_new == 1 else f"{text}\n{report.describe_sampling(sampling)}")
 
     @property
     def channels(self) -> Iterator[Channel]:

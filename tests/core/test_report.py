@@ -62,3 +62,14 @@ def test_total_adds_the_counters():
 def test_table_is_aligned():
     table = report.format_table([{"a": 1, "long name": 0.123456}, {"a": None, "long name": "x"}])
     assert table.splitlines() == ["a  long name", "-  ---------", "1  0.1235", "-  x"]
+
+
+@pytest.mark.parametrize(
+    ("lazy", "text"),
+    [({}, "1 mini-batch is held; step 0 is all fresh; a sample is used 2 times on average"),
+     ({"pool": 16, "p_new": 0.25}, "16 mini-batches are held, each used once in a round; the first 16"),
+     ({"pool": 16, "p_new": 0}, "the first 16 steps are all fresh; and no other is drawn later")],
+)  # fmt: skip
+def test_lazy_sampling_is_said_in_words(lazy, text):
+    config = ClappingConfig.from_ds_config({"clapping": {"strategy": "fu", "lazy": lazy}})
+    assert text in report.describe_sampling(config.sampling)

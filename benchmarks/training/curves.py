@@ -175,14 +175,16 @@ def list_runs(seeds: Sequence[int]) -> list[Run]:
     return found
 
 
-def measure(run: Run, target: float | None) -> list[dict[str, Any]]:
-    """A row per validation. target: the loss that ends the run; None: it takes the task's steps."""
+def measure(run: Run, target: float | None, block: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """A row per validation. target: the loss that ends the run; None: it takes the task's steps. block: None:
+    that of the run's name."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     task = TASKS[run.task]
     trainee = task.start(run.seed)
     peer = tah_quant() if run.name == TAH_QUANT else None
-    links = Links(*[list_blocks(task)[run.name]] * run.num_links, peer=peer)
+    block = list_blocks(task)[run.name] if block is None else block
+    links = Links(*[block] * run.num_links, peer=peer)
     warm_up = torch.optim.lr_scheduler.LinearLR(
         trainee.adam, 1 / task.warm_up_steps, total_iters=task.warm_up_steps - 1
     )

@@ -112,7 +112,7 @@ TASKS = {
             steps=32,
             most_steps=64,
             warm_up_steps=finetune.WARM_UP_STEPS,
-            interval=4,
+            interval=8,
             pool=4,
             learned=finetune.LEARNED,
         )
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--only", nargs="+", default=None, help="names of runs")
+    parser.add_argument("--only", nargs="+", default=None, help="names of runs, in the order to be run")
     parser.add_argument("--links", type=int, nargs="+", default=[1, 3, 7])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -250,6 +250,7 @@ def main() -> None:
         and run.num_links in options.links
         and (options.only is None or run.name in options.only)
     ]
+    wanted.sort(key=lambda run: options.only.index(run.name) if options.only else 0)
     for is_uncompressed in (True, False):
         jobs = [run for run in wanted if (run.name == UNCOMPRESSED) == is_uncompressed]
         targets = [None if is_uncompressed else find_target(rows, run.task, run.seed) for run in jobs]

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 import clapping_ds
+from benchmarks.links import tasks
 from clapping_ds.codecs import CODECS
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, loss
@@ -85,6 +86,7 @@ class Rank:
         self.clock.watch_codecs()
         self.engines: dict[str, Any] = {}
         self.batches: dict[str, Iterator[Any]] = {}
+        self.runners: dict[str, tasks.Runner] = {}
         self.rank = dist.get_rank()
 
     def checkout(self) -> dict[str, str]:
@@ -102,6 +104,18 @@ class Rank:
             self.clock.watch_instructions(self.engines[run])
             self.batches[run] = Windows(corpus, config.length, 1, validation=False).batches(SEED)
         return {}
+
+    def build_task(self, task: str, run: str, block: dict[str, Any] | None) -> dict[str, Any]:
+        """An engine for a run of `benchmarks.training.curves`, with its data, seed and learning rate.
+        raw_bytes: of a micro-batch's activations."""
+        runner = self.runners[run] = tasks.make_runner(task, block)
+        self.engines[run], self.batches[run] = runner.engine, runner.batches
+        self.clock.watch_instructions(runner.engine)
+        return {"raw_bytes": runner.raw_bytes}
+
+    def validate(self, run: str) -> dict[str, float]:
+        """The loss on what the task holds out; it is that of the last stage."""
+        return {"loss": self.runners[run].validate()}
 
     def link(self, num_bytes: int) -> dict[str, float]:
         """The link as the processes see it.

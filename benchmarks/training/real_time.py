@@ -1,0 +1,150 @@
+"""Time to loss on a real link, end to end, beside what the model of a pipeline says.
+
+    python -m benchmarks.training.real_time [--tasks NAME ...] [--rho 4] [--steps N]
+
+Two ranks, a core each, in two network namespaces joined by a shaped link (`benchmarks.links.network`; needs
+root), train the tasks of `benchmarks.training.curves` cut in two: stock DeepSpeed for as many steps as the
+uncompressed run has there, ours for as many as reached its loss over one link. rho is that of
+`benchmarks.links.pipeline`: of fp32 activations. Times are those of all training steps of a run, the first
+included, added up; the model's are its step time (`benchmarks.links.simulate`, from the passes, codecs and
+link that were measured in the same run) times the steps. Three to twenty minutes a run; writes
+real_time.csv.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.links.network import Network, open_network, prepare
+from benchmarks.links.pipeline import BULK_S, Ranks, link_rate, started
+from benchmarks.links.rows import Compute, timing, traffic
+from benchmarks.links.simulate import check_row
+from benchmarks.training.compare import STOCK
+from benchmarks.training.curves import TASKS, UNCOMPRESSED, list_blocks, read_curves
+from benchmarks.training.finetune import NUM_SLOTS
+from benchmarks.training.time_to_loss import list_trained
+from clapping_ds.report import format_table
+
+OURS = {
+    "byte GPT": "direct transform 2, learned",
+    "SmolLM2, all weights": "direct transform 2, learned",
+    "SmolLM2, LoRA": "direct transform 2, learned",
+}
+NUM_PROBED = 3
+"""Steps of stock on the link without a limit, which tell how long a stage computes."""
+
+
+def build(ranks: Ranks, task: str, run: str) -> int:
+    """An engine for a run on both ranks; bytes of a micro-batch's activations in fp32."""
+    block = None if run == STOCK else list_blocks(TASKS[task])[run]
+    answers = ranks.ask("build_task", task=task, run=run, block=block)
+    raw_bytes: int = answers[0]["raw_bytes"]
+    return raw_bytes
+
+
+def find_rate(network: Network, task: str, rho: float) -> float | None:
+    """The link's speed, in bits per second."""
+    network.shape(None)
+    with started(network) as ranks:
+        raw_bytes = build(ranks, task, STOCK)
+        steps = [ranks.ask("step", run=STOCK) for _ in range(NUM_PROBED)]
+    stage_s = Compute.of(timing(steps[1:])).slowest_s
+    return link_rate(rho, raw_bytes, stage_s)
+
+
+def race(network: Network, task: str, run: str, rate: float | None, num_steps: int) -> dict[str, Any]:
+    """One line of the table."""
+    network.shape(rate)
+    with started(network) as ranks:
+        raw_bytes = build(ranks, task, run)
+        speeds = ranks.ask("link", num_bytes=round((rate or 1e9) / 8 * BULK_S))
+        before = ranks.ask("describe", run=run)[0]
+        loss_before = ranks.ask("validate", run=run)[1]["loss"]
+        steps = [ranks.ask("step", run=run) for _ in range(num_steps)]
+        loss = ranks.ask("validate", run=run)[1]["loss"]
+        after = ranks.ask("describe", run=run)[0]
+    before.setdefault("report", [])
+    for row in after["report"] if not before["report"] else ():
+        before["report"].append({**row, "messages": 0, "payload_bytes": 0, "fresh_share": 0.0})
+    row = {
+        "run": run,
+        "schedule": "stock" if run == STOCK else "ours",
+        "rho": None,
+        "bandwidth_bytes_per_s": max(speed["bandwidth_bytes_per_s"] for speed in speeds),
+        "latency_s": min(speed["latency_s"] for speed in speeds),
+        "buffer_bytes": max(speed["buffer_bytes"] for speed in speeds),
+        "num_stages": 2,
+        "micro_batches": NUM_SLOTS,
+        "in_flight": after["in_flight"],
+        **traffic(before, after, raw_bytes, NUM_SLOTS),
+        **timing(steps),
+    }
+    checked = check_row({name: "" if cell is None else str(cell) for name, cell in row.items()})
+    measured_s = sum(max(answer["step_s"] for answer in answers) for answers in steps)
+    return {
+        "task": task,
+        "run": run,
+        "Mbit/s": round(row["bandwidth_bytes_per_s"] * 8 / 1e6, 2),
+        "steps": num_steps,
+        "loss before": round(loss_before, 4),
+        "loss": round(loss, 4),
+        "measured s": round(measured_s, 1),
+        "model s": round(checked["predicted_s"] * num_steps, 1),
+        "model/measured": round(checked["predicted_s"] * num_steps / measured_s, 4),
+        "step s": round(row["step_s"], 4),
+        "in_flight": after["in_flight"],
+    }
+
+
+def count_steps(folder: Path, task: str, run: str) -> int:
+    """To the uncompressed loss over one link, else over three."""
+    trained = list_trained(read_curves(folder / "time_to_loss_curves.csv"))
+    for num_links in (1, 3):
+        found = trained.get((task, run, num_links))
+        if found is not None and found.steps is not None:
+            return round(found.steps)
+    raise SystemExit(f"{task}, {run}: time_to_loss_curves.csv has no run that reached the uncompressed loss")
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With each run's time as a share of stock's, measured and by the model."""
+    stock = {row["task"]: row for row in rows if row["run"] == STOCK}
+    return [
+        {
+            **row,
+            "of stock": round(row["measured s"] / stock[row["task"]]["measured s"], 4),
+            "of stock, model": round(row["model s"] / stock[row["task"]]["model s"], 4),
+        }
+        for row in rows
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--rho", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=None, help="of every run, in place of those to the loss")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    prepare("benchmarks.training.real_time")
+    path = options.results / "real_time.csv"
+    rows = [row for row in read_curves(path) if row["task"] not in options.tasks]
+    with open_network() as network:
+        for task in options.tasks:
+            rate = find_rate(network, task, options.rho)
+            for run in (STOCK, UNCOMPRESSED, OURS[task]):
+                num_steps = TASKS[task].steps
+                if run == OURS[task]:
+                    num_steps = count_steps(options.results, task, run) if options.steps is None else 0
+                rows.append(race(network, task, run, rate, options.steps or num_steps))
+                print(rows[-1], flush=True)
+                done = {row["task"] for row in rows if row["run"] == STOCK}
+                write_csv(path, compare([row for row in rows if row["task"] in done]))
+    write_json(path.with_suffix(".json"), {**provenance(), "rho": options.rho})
+    print(format_table(compare(rows)))
+
+
+if __name__ == "__main__":
+    main()

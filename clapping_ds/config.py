@@ -101,7 +101,7 @@ class LazyConfig(BaseModel):
 
     model_config = STRICT
 
-    pool: Annotated[int, Field(ge=1, le=1 << 24)] = 1
+    pool: Annotated[int, Field(ge=1, le=1 << 20)] = 1
     """Mini-batches that are held. A step uses one of them, in rounds, each in an order of its own; the first
     round is all fresh. 1: each step uses the mini-batch of the step before."""
     p_new: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -362,6 +362,16 @@ class ClappingConfig(BaseModel):
         for number, codec in enumerate(self.links.ladder if self.links else []):
             smallest = min(self.activations.min_numel, self.gradients.min_numel)
             _check_block(f"links.ladder.{number}", codec, smallest)
+        return self
+
+    @model_validator(mode="after")
+    def _check_lazy_gain(self) -> Self:
+        default = LinksConfig.model_fields["lazy_gain"].default
+        if self.strategy == "direct" and self.links is not None and self.links.lazy_gain != default:
+            raise ValueError(
+                f"links.lazy_gain = {self.links.lazy_gain} with strategy = 'direct', which makes every step "
+                "fresh; accepted: no lazy_gain, or another strategy"
+            )
         return self
 
     @model_validator(mode="after")

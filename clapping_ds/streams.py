@@ -64,7 +64,8 @@ def mark(device: torch.device) -> Callable[[], None]:
     """Waits, when called, for what the current stream has got so far; any thread may call it."""
     if not is_asynchronous(device):
         return lambda: None
-    event = cuda.current_stream(device).record_event()
+    event = cuda.Event(blocking=True)
+    event.record(cuda.current_stream(device))
 
     def wait() -> None:
         with cuda.device(device):  # a thread of its own begins on the first GPU

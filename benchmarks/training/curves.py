@@ -218,9 +218,12 @@ def measure(run: Run, target: float | None, block: dict[str, Any] | None = None)
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    texts = ("task", "name")
+    texts = ("task", "name", "run")
     rows = read_csv(path) if path.exists() else []
-    return [{key: cell if key in texts else json.loads(cell) for key, cell in row.items()} for row in rows]
+    return [
+        {key: cell if key in texts or not cell else json.loads(cell) for key, cell in row.items()}
+        for row in rows
+    ]
 
 
 def find_target(rows: Sequence[Mapping[str, Any]], task: str, seed: int) -> float:

@@ -60,14 +60,12 @@ def race(network: Network, task: str, run: str, rate: float | None, num_steps: i
     with started(network) as ranks:
         raw_bytes = build(ranks, task, run)
         speeds = ranks.ask("link", num_bytes=round((rate or 1e9) / 8 * BULK_S))
-        before = ranks.ask("describe", run=run)[0]
         loss_before = ranks.ask("validate", run=run)[1]["loss"]
         steps = [ranks.ask("step", run=run) for _ in range(num_steps)]
         loss = ranks.ask("validate", run=run)[1]["loss"]
         after = ranks.ask("describe", run=run)[0]
-    before.setdefault("report", [])
-    for row in after["report"] if not before["report"] else ():
-        before["report"].append({**row, "messages": 0, "payload_bytes": 0, "fresh_share": 0.0})
+    nothing = {"messages": 0, "payload_bytes": 0, "fresh_share": 0.0}
+    before = {"report": [{**channel, **nothing} for channel in after["report"]]}
     row = {
         "run": run,
         "schedule": "stock" if run == STOCK else "ours",

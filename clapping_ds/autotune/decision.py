@@ -176,17 +176,27 @@ def check_writable(path: str) -> None:
         file.unlink()
 
 
-def decide(measured: Sequence[Measured], config: ClappingConfig, num_micro_batches: int) -> Decision:
-    """The decision for a pipeline, from what the ranks of all its replicas measured."""
+def decide(
+    measured: Sequence[Measured],
+    config: ClappingConfig,
+    num_micro_batches: int,
+    sampling: LazyConfig | None = None,
+) -> Decision:
+    """The decision for a pipeline, from what the ranks of all its replicas measured.
+
+    sampling   that is in force, where codecs and it are settled; None: they are to be decided
+    """
     compute_s = max(rank.compute_s for rank in measured)
     num_stages = 1 + max(rank.stage_id for rank in measured)
     directions = _merge_replicas(direction for rank in measured for direction in rank.sent)
-    sampling, lazy = config.sampling, None
+    is_open, lazy = sampling is None and config.links is not None, None
+    sampling = config.sampling if sampling is None else sampling
     chosen, step_s = _choose_all(directions, config, sampling, compute_s, num_micro_batches)
-    if config.links is not None and sampling.p_new < 1:
+    if is_open and sampling.p_new < 1 and config.strategy != "aqsgd":
         all_new = LazyConfig(p_new=1.0)
         as_direct = [_as_direct(direction) for direction in directions]
         others, other_s = _choose_all(as_direct, config, all_new, compute_s, num_micro_batches)
+        assert config.links is not None
         pays = step_s <= (1 - config.links.lazy_gain) * other_s
         lazy = Lazy(pays=pays, step_ms=step_s * 1e3, all_new_step_ms=other_s * 1e3)
         if not pays:

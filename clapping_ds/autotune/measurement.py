@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from clapping_ds.autotune.decision import Candidate, Speed
-from clapping_ds.codecs import AnyCodec, CodecSequence, Context, Raw, State, Transform
+from clapping_ds.codecs import AnyCodec, CodecSequence, Context, Raw, State, Transform, bits_per_value
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import LinksConfig, Plan
 from clapping_ds.link.channel import Channel, is_compressed
@@ -81,7 +81,7 @@ def list_candidates(channel: Channel, plan: Plan, links: LinksConfig | None) -> 
     found = [_candidate(channel, plan.with_codec(codec)) for codec in codecs]
     if plan.p_new < 1 and plan.delta not in codecs:
         found.append(_candidate(channel, plan)._replace(is_of_ladder=False))
-    return sorted(found, key=lambda candidate: -candidate.delta_bytes)
+    return sorted(found, key=lambda candidate: -bits_per_value(candidate.codec, torch.float32))
 
 
 def _candidate(channel: Channel, plan: Plan) -> Candidate:

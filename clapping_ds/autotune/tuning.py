@@ -84,7 +84,8 @@ class Tuning:
             return None
         links = self.config.links if self.lacks_links else None
         measured = self.control.gather(self._measured(links, free_bytes))
-        decision = decide(measured, self.config, num_micro_batches)
+        sampling = self.endpoints.sampling if links is None else None
+        decision = decide(measured, self.config, num_micro_batches, sampling)
         self._adopt(decision)
         if links is not None and links.write is not None and rank() == 0:
             decision.write(links.write)

@@ -21,6 +21,7 @@ from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, Stat
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import Plan
 from clapping_ds.link import verification
+from clapping_ds.link.disk import DiskError
 from clapping_ds.link.memories import Memories
 from clapping_ds.link.message import Held, Learned, Message, Part, Spec, Wire
 from clapping_ds.link.seeds import draw_word
@@ -76,6 +77,12 @@ class Channel:
         """By slot and tensor, of the step's entry."""
         self.pool = {0: self.held}
         """By entry."""
+        self.scale = 1.0
+        """Of the values that are sent, against those of the start."""
+        self.scales: dict[int, float] = {}
+        """By entry, of what is held; it follows `scale` when the entry is used."""
+        self._used: set[int] = set()
+        """Slots of the step whose message was sent or received."""
         self.learned: dict[tuple[int, str], Learned] = {}
         """By tensor, and whether messages are keys or deltas."""
         self.traffic = Traffic()
@@ -93,7 +100,9 @@ class Channel:
         self.step = step
         self.measures_error = measures_error
         self.held = self.pool.setdefault(entry, {})
+        self._used.clear()
         self.memories.end()
+        self._follow_scale(entry)
         for slot in [slot for slot in self.held if slot >= num_slots]:
             self._free(self.held.pop(slot))
         for slot in range(NUM_READ_AHEAD):
@@ -153,12 +162,28 @@ class Channel:
         states = [learned.state for learned in self.learned.values()]
         return held + sum(state.nbytes for state in states if state is not None)
 
+    def count_lacking_bytes(self, pool: int) -> int:
+        """That memories of a pool of so many entries like the largest one will take besides those held."""
+        sizes = [
+            sum(held.nbytes for tensors in slots.values() for held in tensors.values())
+            for slots in self.pool.values()
+        ]
+        return max(0, pool * max(sizes) - sum(sizes))
+
     def rescale(self, factor: float) -> None:
-        """Multiplies what is held, at both ends: the values to come are so many times larger."""
+        """At both ends, between two steps: the values to come are so many times larger. What is held becomes
+        so, each entry when it is used."""
+        self.scale *= factor
+
+    def _follow_scale(self, entry: int) -> None:
+        factor = self.scale / self.scales.get(entry, self.scale)
+        self.scales[entry] = self.scale
+        if factor == 1:
+            return
         self.wire.side.wait()
         self.memories.settle()
         with self.wire.side.active():
-            for memory in [held.memory for held in self.all_held()]:
+            for memory in [held.memory for tensors in self.held.values() for held in tensors.values()]:
                 if memory is not None:
                     largest = torch.finfo(memory.dtype).max
                     memory.copy_((memory.float() * factor).clamp(-largest, largest))
@@ -180,7 +205,8 @@ class Channel:
             for place, learned in self.learned.items()
             if learned.state is not None
         }
-        return {"traffic": asdict(self.traffic), "pool": pool, "learned": learned}
+        scales = {"scale": self.scale, "scales": self.scales}
+        return {"traffic": asdict(self.traffic), "pool": pool, "learned": learned, **scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
@@ -196,6 +222,7 @@ class Channel:
                 for entry, slots in state["pool"].items()
             }
             self.held = self.pool.setdefault(0, {})
+            self.scale, self.scales = state["scale"], dict(state["scales"])
             for (index, kind), saved in state["learned"].items():
                 learned = self._state(index, kind, saved["width"])
                 assert learned is not None
@@ -210,6 +237,7 @@ class Channel:
                 self._free(tensors)
         self.held = {}
         self.pool = {0: self.held}
+        self.scale, self.scales = 1.0, {}
         self.learned.clear()
 
     def all_held(self) -> Iterator[Held]:
@@ -244,22 +272,26 @@ class Channel:
 
     def _put_back(self, message: Message) -> None:
         """The memories of a message, to where they live."""
+        self._used.add(message.slot)
         for part in message.parts:
             if part.context.memory is not None:
                 self.memories.put_back(part.context.memory)
 
     def _fetch(self, slot: int) -> None:
         """Has the memories of a message that is to come on their way."""
-        for held in self.held.get(slot, {}).values():
-            if held.memory is not None:
-                self.memories.fetch(held.memory)
+        for memory in self._list_waiting(slot):
+            self.memories.fetch(memory)
         self._read(slot + NUM_READ_AHEAD - 1)
 
     def _read(self, slot: int) -> None:
         """Has the memories of a message that is to come read from disk, where they are there."""
-        for held in self.held.get(slot, {}).values():
-            if held.memory is not None:
-                self.memories.read(held.memory)
+        for memory in self._list_waiting(slot):
+            self.memories.read(memory)
+
+    def _list_waiting(self, slot: int) -> Iterator[torch.Tensor]:
+        """The memories of a slot whose message is still to come in this step."""
+        held = () if slot in self._used else self.held.get(slot, {}).values()
+        return (each.memory for each in held if each.memory is not None)
 
     def _prepare_next(self) -> None:
         """For the message that comes next, while compute goes on: what decoding it would wait for."""
@@ -281,7 +313,7 @@ class Channel:
         """Errors of the wire and of verification say where they happened."""
         try:
             yield
-        except (ConnectionError, VerificationError) as error:
+        except (ConnectionError, VerificationError, DiskError) as error:
             place = f"link {self.link}, {self.direction}, step {self.step}, slot {slot}"
             raise type(error)(f"{place}: {error}") from error
 
@@ -295,7 +327,7 @@ class Channel:
             return None
         self.wire.side.wait()  # memories on the CPU are read by the host
         codecs = [part.codec for part in message.parts]
-        return Header.of(self.step, message.slot, codecs, [part.context for part in message.parts])
+        return Header.of(self.step, message.slot, codecs, [self._visited(part) for part in message.parts])
 
     def _count(self, message: Message) -> None:
         self.specs = message.specs

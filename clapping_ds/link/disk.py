@@ -5,14 +5,22 @@ import mmap
 import os
 import socket
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 
 LARGEST_GROWTH_BYTES = 1 << 30
+"""Of a file of up to eight times as much."""
+
+
+class DiskError(RuntimeError):
+    """A disk has no room for a memory."""
 
 
 def check_folder(folder: str) -> None:
@@ -39,19 +47,21 @@ class MappedFile:
     """Memory of a file that no folder shows, so that it is gone when the process is, however that ends."""
 
     def __init__(self, folder: str) -> None:
+        self.folder = folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (open as long as this is)
+        finalize(self, self._file.close)
         self._num_bytes = 0
         self._pieces: dict[int, Piece] = {}
         """By address."""
         self._free: defaultdict[int, list[Piece]] = defaultdict(list)
         """By size."""
-        self._left: list[Piece] = []
+        self._left: Piece | None = None
         """What the file grew by and nobody has."""
 
     def new(self, num_bytes: int) -> torch.Tensor:
-        """Zeros, uint8 [num_bytes]. Raises OSError where the disk is full: to find that out later, at a page
-        that has no place there, would end the process."""
-        size = _round_up(num_bytes)
+        """Zeros, uint8 [num_bytes]. Raises DiskError where the disk is full: to find that out later, at a
+        page that has no place there, would end the process."""
+        size = round_up(num_bytes)
         if self._free[size]:
             piece = self._free[size].pop()
             piece.bytes.zero_()
@@ -71,36 +81,75 @@ class MappedFile:
         piece.pages.madvise(mmap.MADV_WILLNEED, piece.start, len(piece.bytes))
 
     def _cut(self, size: int) -> Piece:
-        """So many bytes that nobody has. The file doubles when it grows, so that it has few maps."""
-        left = self._left.pop() if self._left else None
+        """So many bytes that nobody has."""
+        left, self._left = self._left, None
         if left is None or len(left.bytes) < size:
-            growth = max(size, min(self._num_bytes, LARGEST_GROWTH_BYTES))
-            os.posix_fallocate(self._file.fileno(), self._num_bytes, growth)
-            pages = mmap.mmap(self._file.fileno(), growth, offset=self._num_bytes)
-            self._num_bytes += growth
-            left = _piece(pages, 0, growth)
+            left = self._grow(size)
         if len(left.bytes) > size:
-            self._left = [_piece(left.pages, left.start + size, len(left.bytes) - size)]
+            self._left = _piece(left.pages, left.start + size, len(left.bytes) - size)
         return _piece(left.pages, left.start, size)
 
+    def _grow(self, size: int) -> Piece:
+        """By a multiple of a size. The file doubles at first, so that it has few maps, each of which keeps a
+        descriptor."""
+        most = min(self._num_bytes, max(LARGEST_GROWTH_BYTES, self._num_bytes // 8))
+        growth = size * max(1, most // size)
+        try:
+            os.posix_fallocate(self._file.fileno(), self._num_bytes, growth)
+            pages = mmap.mmap(self._file.fileno(), growth, offset=self._num_bytes)
+        except OSError as error:
+            raise DiskError(
+                f"clapping.memory.folder = {self.folder!r} on {socket.gethostname()}: no room for {growth} "
+                f"bytes beside {self._num_bytes} ({error.strerror}); accepted: a folder with more room"
+            ) from None
+        self._num_bytes += growth
+        return _piece(pages, 0, growth)
 
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+def round_up(num_bytes: int) -> int:
+    """To whole pages, and to one of four sizes between two powers of two: what is freed fits again."""
+    step = max(mmap.PAGESIZE, 1 << max(0, num_bytes.bit_length() - 3))
+    return -(-num_bytes // step) * step
 
 
 def _piece(pages: mmap.mmap, start: int, size: int) -> Piece:
     return Piece(torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=start), pages, start)
 
 
+class Worker:
+    """A thread that does what it is given, in order. The process ends without it: it may wait for a device
+    that waits for a rank that is gone."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=_work, args=[self._jobs], daemon=True).start()
+        finalize(self, self._jobs.put, None)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._jobs.put((future, function, arguments))
+        return future
+
+
+def _work(jobs: "SimpleQueue[Any]") -> None:
+    while (job := jobs.get()) is not None:
+        future, function, arguments = job
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+        del job, future, function, arguments
+
+
 class Staging:
     """Pinned copies of memories that are in a file. Of each there is at most one."""
 
     def __init__(self) -> None:
-        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._reader, self._writer = Worker(), Worker()
         self._copies: dict[int, tuple[torch.Tensor, Future[torch.Tensor]]] = {}
         """By identity of the memory: it, and its copy."""
         self._written: dict[int, tuple[torch.Tensor, Future[None]]] = {}
-        """By identity of the memory: it, and that it has what was written last."""
+        """By identity of the memory: it, and that it will have what was written last."""
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
     def read(self, memory: torch.Tensor) -> None:
@@ -119,6 +168,8 @@ class Staging:
     def write(self, memory: torch.Tensor, wait: Callable[[], None]) -> None:
         """Ends a copy, which has what is to be written once `wait` returns."""
         _, copy = self._copies.pop(id(memory))
+        for key in [key for key, (_, written) in self._written.items() if written.done()]:
+            self._written.pop(key)[1].result()
         written = self._writer.submit(self._write, memory, copy.result(), wait)
         self._written[id(memory)] = memory, written
 
@@ -138,7 +189,7 @@ class Staging:
         self._free[copy.shape, copy.dtype].append(copy)
 
 
-def _read(memory: torch.Tensor, copy: torch.Tensor, written: Future[None] | None) -> torch.Tensor:
+def _read(memory: torch.Tensor, copy: torch.Tensor, written: "Future[None] | None") -> torch.Tensor:
     if written is not None:
         written.result()
     return copy.copy_(memory)

@@ -5,6 +5,9 @@ the stages of a rank have in common is here, once: the coin, the position in the
 the report, and checkpoints that are loaded as a whole or not at all.
 """
 
+import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from secrets import token_hex
@@ -62,8 +65,10 @@ class Endpoints:
         self.run_id: str = told[0][1]
         """The same on every rank, and another in every run."""
         self.replica = pipelines.index(tuple(ranks)) if replica is None else replica
-        if config.memory is not None and config.memory.folder is not None:
-            control.check(partial(check_folder, config.memory.folder))
+        self.folder = None if config.memory is None or not config.enabled else config.memory.folder
+        """For memories in files."""
+        if self.folder is not None:
+            control.check(partial(check_folder, self.folder))
         peers = make_peers(pipelines, places if config.enabled else (), device, config.timeout_s)
         self.stages = [
             Endpoint(config, stage_id, peers, device, self.replica, most_pending, control.group)
@@ -73,9 +78,9 @@ class Endpoints:
         if config.verify:
             control.check_equal({"type of device, with verify": device.type})
         # State
-        self.coin = self._make_coin(is_lazy=True)
         self.is_lazy = True
         """Whether samples are replayed where the configuration says so: `links` may decide against it."""
+        self.coin = self._make_coin()
         self.step = 0
         self.num_drawn = 0
         """Batches that the finished steps took from each data iterator; a resumed run skips as many."""
@@ -86,17 +91,25 @@ class Endpoints:
         self.shapes_differ = False
         """Whether some rank's held batches are of more than one shape."""
         self.loss_scale = 1.0
+        self._has_room = False
+        """Whether disks were found to have room for the pool."""
         self.depth_is_measured = self.links_are_measured = False
         """Whether `in_flight` and codecs are those that measurements led to."""
 
-    def _make_coin(self, is_lazy: bool) -> Coin:
-        sampling = self.config.sampling if is_lazy else LazyConfig(p_new=1.0)
+    @property
+    def sampling(self) -> LazyConfig:
+        """That is in force."""
+        return self.config.sampling if self.is_lazy else LazyConfig(p_new=1.0)
+
+    def _make_coin(self) -> Coin:
+        sampling = self.sampling
         return Coin(sampling.p_new, sampling.refresh, self.config.seed, sampling.pool)
 
     def set_lazy(self, is_lazy: bool) -> None:
         """Between two steps: whether the configuration's lazy sampling is used; else every sample is new."""
         if is_lazy != self.is_lazy:
-            self.is_lazy, self.coin, self.num_held = is_lazy, self._make_coin(is_lazy), {}
+            self.is_lazy, self.num_held = is_lazy, {}
+            self.coin = self._make_coin()
             for stage in self.stages:
                 stage.sampler.forget_held()
 
@@ -108,15 +121,17 @@ class Endpoints:
         next_batches: Sequence[NextBatch | None],
         measures_error: bool = False,
         needs_one_shape: bool = False,
+        has_own_data: bool = False,
     ) -> None:
         """Tosses the coin and draws the new batches. A collective of all ranks when a slot is fresh.
 
         next_batches      for each stage, returns its data iterator's next batch; None: it reads no data
         measures_error    whether the relative error of this step's messages is measured
         needs_one_shape   whether batches of more than one shape are refused
+        has_own_data      whether the batches are of this step alone, as a list of them is
         Raises StopIteration on every rank if `next_batch` did on one: no message was sent then, and what was
-        drawn is used when the step is tried again. Raises ValueError on every rank for shapes that are
-        refused: what was drawn is dropped.
+        drawn is used when the step is tried again, or dropped if it was of this step alone. Raises ValueError
+        on every rank for shapes that are refused: what was drawn is dropped.
         """
         fresh = self._toss(num_slots)
         draws = list(zip(self.stages, next_batches, strict=True))
@@ -127,10 +142,13 @@ class Endpoints:
             has_data, is_one_shape = self.control.agree([has_data, is_one_shape])
             self.shapes_differ = not is_one_shape
         if not has_data:
+            for stage in self.stages if has_own_data else ():
+                stage.sampler.drop_drawn()
             raise StopIteration(
                 f"data_iter ended in step {self.step}, which needs {sum(fresh)} new micro-batches on "
                 "each rank that loads data; accepted: an iterator that holds them, or that repeats "
-                "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost."
+                "(deepspeed.utils.RepeatingLoader). Nothing of this step was trained or lost: what an "
+                "iterator gave is used when the step is tried again."
             )
         if self.shapes_differ and needs_one_shape:
             for stage in self.stages:
@@ -166,6 +184,25 @@ class Endpoints:
         self.num_drawn += sum(self.fresh)
         for stage in self.stages:
             stage.end_step()
+        if self.folder is not None and not self._has_room:
+            self._check_room(self.folder)
+            self._has_room = True
+
+    def _check_room(self, folder: str) -> None:
+        """After a step, which tells how large an entry is. Raises ValueError on every rank where a disk lacks
+        room for the memories of a whole pool."""
+        lacking = sum(channel.count_lacking_bytes(self.sampling.pool) for channel in self.channels)
+        place, free = (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
+        told = self.control.gather((place, lacking, free))
+        for place in dict.fromkeys(place for place, _, _ in told):
+            mine = [(lacking, free) for its_place, lacking, free in told if its_place == place]
+            needed, free = sum(lacking for lacking, _ in mine), min(free for _, free in mine)
+            if needed > free:
+                raise ValueError(
+                    f"clapping.memory.folder = {folder!r} on {place[0]}: {free / 2**30:.3f} GiB are free, a "
+                    f"pool of {self.sampling.pool} needs {needed / 2**30:.3f} GiB more; accepted: a folder "
+                    "with room for it, or a smaller lazy.pool"
+                )
 
     def rescale_gradients(self, scale: float) -> None:
         """Between two steps: the loss scale of the next one. What is held of gradients follows it."""

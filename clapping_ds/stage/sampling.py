@@ -128,8 +128,9 @@ class LazySampler:
         kinds = iter(state["devices"])
 
         def put_back(leaf: Any) -> Any:
-            is_elsewhere = torch.is_tensor(leaf) and next(kinds) != "cpu"
-            return leaf.to(device) if is_elsewhere else leaf
+            if not torch.is_tensor(leaf):
+                return leaf
+            return leaf.clone() if next(kinds) == "cpu" else leaf.to(device)
 
         self._pool, self._drawn = tree_map(put_back, state["pool"]), []
         self._shapes = Counter(_list_shapes(batch) for held in self._pool.values() for batch in held)

@@ -25,7 +25,7 @@ def write(state: dict[str, Any], folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """This rank's state, on the CPU: what belongs on a GPU is copied there by its owner, tensor by tensor.
+    """This rank's state, mapped from the file: its owners copy tensor by tensor to where each belongs.
 
     None where there is no file, or none that can be read, which this rank then says: the others must not
     wait for it. As hosts do with their own files, it loads whatever objects held batches are made of: a
@@ -35,7 +35,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:  # whatever a broken file, or a class that is gone, raises
         say(f"rank {rank()} cannot read {file} ({type(error).__name__}: {error})")
         return None

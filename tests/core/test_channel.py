@@ -1,6 +1,7 @@
 """The two ends of a channel, joined by a queue: equal memories, exact bytes, every case of the design."""
 
 from collections import deque
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -237,9 +238,30 @@ def test_memories_follow_the_loss_scale(dtype):
     ends.begin_step(0, 1)
     first = ends.pass_on(0, True, value_of(0))
     for end in (ends.sender, ends.receiver):
-        end.rescale(4.0)
+        end.rescale(8.0)
+        end.rescale(0.5)
+    ends.begin_step(1, 1)
     ends.assert_equal()
     assert torch.equal(ends.sender.held[0][0].memory.float(), first * 4)
+
+
+def test_each_entry_of_a_pool_follows_the_loss_scale_when_it_is_used():
+    ends = Ends(strategy="fc", activations={"delta": "int4"}, lazy={"pool": 2})
+    first = {}
+    for step in range(2):
+        for end in (ends.sender, ends.receiver):
+            end.begin_step(step, 1, entry=step)
+        first[step] = ends.pass_on(0, True, value_of(step))
+        for end in (ends.sender, ends.receiver):
+            end.rescale(2.0)
+    state = [end.state_dict() for end in (ends.sender, ends.receiver)]
+    for reloads in (False, True):
+        for entry, factor in ((1, 2.0), (0, 4.0)):
+            for end, saved in zip((ends.sender, ends.receiver), state, strict=True):
+                if reloads:
+                    end.load_state_dict(deepcopy(saved))
+                end.begin_step(2 + entry, 1, entry=entry)
+                assert torch.equal(end.held[0][0].memory, first[entry] * factor)
 
 
 def test_a_memory_that_is_rescaled_stays_finite():
@@ -247,6 +269,7 @@ def test_a_memory_that_is_rescaled_stays_finite():
     ends.begin_step(0, 1)
     ends.pass_on(0, True, value_of(0) * 1000)
     ends.sender.rescale(2.0**10)
+    ends.sender.begin_step(1, 1)
     assert ends.sender.held[0][0].memory.isfinite().all()
 
 

@@ -16,6 +16,7 @@ from clapping_ds.autotune.decision import (
     describe_memory,
 )
 from clapping_ds.codecs import Quantizer, Raw
+from clapping_ds.config import LazyConfig
 
 RAW_BYTES = 1_000_000
 LADDER = [("int8", 1 / 4), ("int4", 1 / 8), ("int2", 1 / 16)]
@@ -130,6 +131,20 @@ def test_lazy_gain_is_what_lazy_sampling_must_save():
         decision = decide(measured, config(strategy="fu", lazy=lazy, links={"lazy_gain": gain}), 100)
         assert decision.lazy.pays is pays
         assert pays or "does not pay" in decision.advice()[0]
+
+
+def test_where_codecs_and_sampling_are_settled_they_are_not_decided_again():
+    """Of a run that goes on from a checkpoint with `in_flight` "auto": depth alone."""
+    open_block, lazy = config(strategy="fu"), LAZY["lazy"]
+    measured = pipeline([10.0], key_ratio=1.0)
+    for rank in measured:
+        for direction in rank.sent:
+            del direction.candidates[:-1]
+    decision = decide(measured, open_block, 16, open_block.sampling)
+    assert (decision.lazy, decision.choices[0].codec.name) == (None, "int2")
+    assert decision.choices[0].compressed_ms == pytest.approx(1e3 * (0.5 * 10 + 0.5 * 10 / 16), rel=1e-3)
+    all_new = decide(measured, config(strategy="fu", lazy=lazy), 16, LazyConfig(p_new=1.0))
+    assert all_new.choices[0].compressed_ms == pytest.approx(1e4)
 
 
 def test_where_all_samples_are_new_nothing_is_decided_about_lazy_sampling():

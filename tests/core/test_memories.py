@@ -1,6 +1,9 @@
 """Where memories live: what is there is what was put there, and files leave nothing behind."""
 
 import os
+import random
+import subprocess
+import sys
 from concurrent.futures import Future
 
 import pytest
@@ -8,8 +11,10 @@ import torch
 
 from clapping_ds.config import MemoryConfig
 from clapping_ds.link import disk, memories
-from clapping_ds.link.disk import MappedFile, Staging
+from clapping_ds.link.disk import DiskError, MappedFile, Staging
 from clapping_ds.link.memories import Memories
+from clapping_ds.link.message import Spec
+from tests.core.test_channel import Ends
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((3, 40, 64))
@@ -55,13 +60,36 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
         disk.check_folder(missing)
 
 
+def test_pieces_of_one_size_waste_nothing_and_pieces_of_many_fit_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LARGEST_GROWTH_BYTES", 1 << 20)
+    file = MappedFile(str(tmp_path))
+    kept = [file.new(520 << 10) for _ in range(40)]
+    assert file._num_bytes < 1.3 * sum(map(len, kept))
+    generator, sizes = random.Random(0), []
+    live = [file.new(1 << 16) for _ in range(8)]
+    for _ in range(1000):
+        number = generator.randrange(8)
+        file.free(live[number])
+        live[number] = file.new(generator.randrange(1 << 15, 1 << 18))
+        sizes.append(file._num_bytes)
+    assert sizes[-1] - sizes[0] < 12 << 20
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 100_000, 1 << 30, (1 << 30) + 1])
+def test_sizes_are_whole_pages_and_a_quarter_larger_at_most(num_bytes):
+    size = disk.round_up(num_bytes)
+    assert size % 4096 == 0
+    assert num_bytes <= size < max(1.25 * num_bytes, 4097) + 4096
+    assert disk.round_up(size) == size
+
+
 def test_a_full_disk_is_an_error_when_memory_is_asked_for(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
     file = MappedFile(str(tmp_path))
     monkeypatch.setattr(disk.os, "posix_fallocate", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="no room for 4096 bytes beside 0"):
         file.new(10)
 
 
@@ -142,3 +170,50 @@ def test_a_device_that_works_asynchronously_sees_files_through_pinned_memory(tmp
     there = held.fetch(memory)
     assert (memory.device.type, there.device.type) == ("cpu", "meta")
     assert held.fetch(memory) is there
+
+
+def test_what_is_checksummed_is_what_the_device_has_not_what_the_file_has_yet(tmp_path):
+    """With `verify`, of a memory that is still being written: as on a GPU whose thread is late."""
+    ends = Ends(strategy="fc", activations={"delta": "int2"}, verify=True)
+    visiting = ends.sender.memories = Late(CPU, MemoryConfig())
+    for step in range(3):
+        ends.begin_step(step, 2)
+        for slot in range(2):
+            ends.sender.send(slot, step == 0, [filled(step + slot)])
+            ends.receiver.expect(slot, step == 0, [Spec(SHAPE, torch.float32)])
+            ends.receiver.receive()
+    assert visiting.num_late == 6
+
+
+class Late(Memories):
+    """The memory itself never gets what is put back."""
+
+    num_late = 0
+
+    def fetch(self, memory):
+        if id(memory) not in self._here:
+            self._here[id(memory)] = memory, memory.clone()
+        return self._here[id(memory)][1]
+
+    def put_back(self, memory):
+        self.num_late += 1
+
+    def end(self):
+        pass
+
+
+def test_a_worker_does_things_in_order_and_hands_on_errors():
+    worker, done = disk.Worker(), []
+    futures = [worker.submit(done.append, number) for number in range(5)]
+    failing = worker.submit(lambda: 1 / 0)
+    assert [future.result() for future in futures] == [None] * 5
+    assert done == list(range(5))
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+    assert worker.submit(lambda: 7).result() == 7
+
+
+def test_the_process_ends_though_a_worker_waits_for_ever():
+    waits = "worker = Worker(); worker.submit(threading.Event().wait)"
+    script = f"import threading; from clapping_ds.link.disk import Worker; {waits}"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

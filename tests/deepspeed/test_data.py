@@ -10,7 +10,7 @@ from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 
 from tests import models
 from tests.cluster import assert_same_error
-from tests.models import INT2, NONE, POOL
+from tests.models import INT2, NONE, PLACES, POOL
 
 ALL_FRESH = {**INT2, "lazy": {"p_new": 1 - 1e-9, "refresh": "slot"}}
 """In all likelihood, where 1 would be refused."""
@@ -74,6 +74,70 @@ def with_data_of_each_step(kind):
 def test_each_step_may_have_data_of_its_own(two_ranks, kind):
     for anew, single in two_ranks.run(with_data_of_each_step, kind):
         assert anew == single
+
+
+def lists_that_lack_some(short_rank):
+    """What the sampler holds after a step whose list was too short on one rank, and the same step with
+    another list."""
+    engine = models.make_engine(INT2)
+    lists = [list(islice(models.batches(), first, first + 4)) for first in (0, 4)]
+    short = lists[0][:3] if engine.global_rank == short_rank else lists[0]
+    with pytest.raises(StopIteration, match="data_iter ended in step 0, which needs 4"):
+        engine.train_batch(data_iter=short)
+    expected = engine.clapping_num_fresh
+    engine.train_batch(data_iter=lists[1])
+    used = [int(batch[0][0, 0]) for batch in engine._endpoint.sampler._pool[0]]
+    return expected, used, [int(batch[0][0, 0]) for batch in lists[1]]
+
+
+@pytest.mark.parametrize("short_rank", [0, 1])
+def test_of_a_list_that_lacked_some_nothing_is_used_later(two_ranks, short_rank):
+    for expected, used, second in two_ranks.run(lists_that_lack_some, short_rank):
+        assert expected == 4
+        assert used == second
+
+
+def lists_where_lazy_sampling_is_switched_off():
+    """Micro-batches drawn from lists of as many as the engine said, by step."""
+    block = {**POOL, "lazy": {"p_new": 0.25, "refresh": "cycle"}, "links": {"min_gain": 0.5}}
+    engine, data, said = models.make_engine(block), models.batches(), []
+    for _ in range(6):
+        said.append(engine.clapping_num_fresh)
+        engine.train_batch(data_iter=list(islice(data, said[-1])))
+    return said, engine.clapping_num_drawn
+
+
+def test_a_step_whose_lazy_sampling_was_switched_off_says_so_before_it_begins(two_ranks):
+    for said, num_drawn in two_ranks.run(lists_where_lazy_sampling_is_switched_off):
+        assert said == [4, 1, 1, 4, 4, 4]
+        assert num_drawn == sum(said)
+
+
+def uncompressed_with_lists():
+    engine, data = models.make_engine({"enabled": False}), models.batches()
+    losses = [
+        float(engine.train_batch(data_iter=list(islice(data, engine.clapping_num_fresh)))) for _ in range(2)
+    ]
+    return losses, engine.clapping_num_drawn
+
+
+def test_a_script_that_makes_lists_runs_stock_as_well(two_ranks):
+    for losses, num_drawn in two_ranks.run(uncompressed_with_lists):
+        assert len(losses) == 2
+        assert num_drawn == 8
+
+
+def without_room(free):
+    """A disk that is too small for the pool, on one rank's machine or on every one's."""
+    usage = mock.Mock(free=free if torch.distributed.get_rank() == 1 else 1 << 40)
+    engine = models.make_engine({**POOL, "memory": PLACES["disk"]})
+    with mock.patch("clapping_ds.stage.endpoints.shutil.disk_usage", return_value=usage):
+        engine.train_batch(data_iter=models.batches())
+
+
+def test_a_disk_that_is_too_small_for_the_pool_is_one_error_after_the_first_step(two_ranks):
+    outcomes = two_ranks.outcomes(without_room, 1 << 12)
+    assert_same_error(outcomes, "ValueError", "GiB are free, a pool of 3 needs")
 
 
 def with_more_than_is_drawn():

@@ -82,6 +82,7 @@ def rescaled(scale_changes):
         channel = engine._endpoint.channels[end]
         before = channel.held[0][0].memory.clone()
         engine._endpoints.rescale_gradients(engine._loss_scale())
+        channel.begin_step(channel.step, 4)
         after = channel.held[0][0].memory.clone()
         errors.append(torch.equal(after.float(), before.float() * change))
         engine.train_batch(data_iter=data)

@@ -207,7 +207,7 @@ class Cuda:
         rank = self.machine.here
         return StreamHandle(self, rank.new_stream(f"side {len(rank.streams)}"))
 
-    def Event(self, enable_timing: bool = False) -> Event:  # noqa: N802
+    def Event(self, enable_timing: bool = False, blocking: bool = False) -> Event:  # noqa: N802
         return Event(self)
 
     def current_stream(self, device: torch.device) -> StreamHandle:
@@ -274,8 +274,11 @@ class Job:
         self.arguments = arguments
         self.found: Any = None
 
+    def done(self) -> bool:
+        return self.work is None
+
     def result(self) -> Any:
-        """The thread waits for the device, not the host."""
+        """The thread waits for the device: the host only where it asks for what it gave a moment ago."""
         if self.work is not None:
             rank, work, self.work = self.machine.here, self.work, None
             forbids, rank.forbids_syncs = rank.forbids_syncs, False
@@ -339,7 +342,7 @@ def torch_on(machine: Machine, backend: str = "nccl") -> Iterator[ProcessGroups]
             (measurement, "time", Clock(machine)),
             (transform, "_implementation", lambda tensor: Codes),
             (learning, "ThreadPoolExecutor", lambda num_threads: Learner(machine)),
-            (disk, "ThreadPoolExecutor", lambda num_threads: Thread(machine)),
+            (disk, "Worker", lambda: Thread(machine)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield dist

@@ -93,7 +93,7 @@ class CheckpointingEngine(PipelineEngine):
     @property
     def clapping_num_drawn(self) -> int:
         """Batches that the finished steps took from each data iterator."""
-        return self._endpoints.num_drawn
+        return self._endpoints.num_drawn if self.clapping.enabled else self.global_steps * self.micro_batches
 
 
 def _replace_latest(save_dir: Path, tag: str) -> None:

@@ -135,6 +135,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
         Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends.
         """
+        has_own_data = isinstance(data_iter, Sequence)
         data_iter = to_iterator(data_iter)
         if not self.clapping.enabled:
             return super().train_batch(data_iter)
@@ -143,16 +144,16 @@ class ClappingPipelineEngine(CheckpointingEngine):
         loads_data = self.is_first_stage() or self.is_last_stage()
         reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
         self._endpoints.rescale_gradients(self._loss_scale())
-        decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
-        if decided is not None and self.global_rank == 0:
-            report.say(decided)
         next_batch = super()._next_batch if loads_data else None
-        self._endpoints.begin_step(self.micro_batches, [next_batch], reports)
+        self._endpoints.begin_step(self.micro_batches, [next_batch], reports, has_own_data=has_own_data)
         self._endpoint.leads = self._find_leads()
         self._look_ahead()
         loss = super().train_batch()
         self._endpoints.end_step()
         self._tuning.end_step(self.micro_batches)
+        decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
+        if decided is not None and self.global_rank == 0:
+            report.say(decided)
         if reports and self.monitor.enabled and self.global_rank == 0:
             self.monitor.write_events(report.make_events(self._endpoints.channels, self.global_samples))
         return loss
@@ -172,7 +173,9 @@ class ClappingPipelineEngine(CheckpointingEngine):
     @property
     def clapping_num_fresh(self) -> int:
         """Batches that the next `train_batch` draws from each data iterator."""
-        return self._endpoints.count_fresh(self.micro_batches)
+        return (
+            self._endpoints.count_fresh(self.micro_batches) if self.clapping.enabled else self.micro_batches
+        )
 
     def clapping_traffic(self) -> Traffic:
         """This rank's counters, both directions of its links together. No communication."""

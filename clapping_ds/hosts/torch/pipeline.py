@@ -85,12 +85,13 @@ class ClappingPipeline:
         ValueError on every rank if one's micro-batches differ in shape. With `"enabled": false` only the
         rank whose iterator ends raises, as torch's own schedules do.
         """
+        has_own_data = isinstance(data_iter, Sequence)
         data_iter = to_iterator(data_iter)
         is_first = any(stage.is_first for stage in self.stages)
         is_last = any(stage.is_last for stage in self.stages)
         if data_iter is None and (is_first or is_last):
             data_iter = iter(())
-        self._begin_step(data_iter)
+        self._begin_step(data_iter, has_own_data)
         inputs, target, kwargs = MicroBatch() if data_iter is None else self._batch()
         try:
             outputs = self.schedule.step(
@@ -102,7 +103,7 @@ class ClappingPipeline:
         self.endpoints.end_step()
         return outputs
 
-    def _begin_step(self, data_iter: Iterator[Any] | None) -> None:
+    def _begin_step(self, data_iter: Iterator[Any] | None, has_own_data: bool) -> None:
         next_batch = None if data_iter is None else lambda: tuple(next(data_iter))
         if not self.config.enabled:
             if next_batch is not None:
@@ -112,7 +113,9 @@ class ClappingPipeline:
             return
         # The rank's first stage holds the batches of all: they have one data iterator.
         of_others = [None] * (len(self.stages) - 1)
-        self.endpoints.begin_step(self.num_slots, [next_batch, *of_others], needs_one_shape=True)
+        self.endpoints.begin_step(
+            self.num_slots, [next_batch, *of_others], needs_one_shape=True, has_own_data=has_own_data
+        )
         endpoints = {endpoint.stage_id: endpoint for endpoint in self.endpoints.stages}
         for stage in self.stages:
             orders = {end: order for (index, end), order in self.orders.items() if index == stage.stage_index}

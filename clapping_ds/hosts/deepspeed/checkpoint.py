@@ -85,7 +85,8 @@ class CheckpointingEngine(PipelineEngine):
             reason = self._endpoints.load_state_dict(state, self.micro_batches)
             self._tuning.restart()
             if reason is not None:
-                self._endpoints.num_drawn = (client_state or {}).get(NUM_DRAWN, 0)
+                of_stock = self.global_steps * self.micro_batches
+                self._endpoints.num_drawn = (client_state or {}).get(NUM_DRAWN, of_stock)
                 if self.global_rank == 0:
                     report.say(f"{reason}: the next step is all fresh")
         return path, client_state

@@ -1,6 +1,7 @@
 """What ranks do in the tests of Megatron-Core, and the blocks and options that they do it with."""
 
 import time
+from itertools import islice
 from multiprocessing import active_children
 from typing import Any
 
@@ -64,6 +65,8 @@ def scaled(block: Any, scales: list[float]) -> list[Any]:
             trainer.grad_scale = scale
             losses.append(trainer.step())
         trainer.pipeline.endpoints.rescale_gradients(1.0)
+        for channel in trainer.pipeline.endpoints.channels:  # what is held follows when it is used
+            channel.begin_step(channel.step, trainer.num_micro_batches)
         return [losses, megatron_cpu.memories(trainer.pipeline)]
 
 
@@ -90,6 +93,21 @@ def drawn_batches(block: Any) -> tuple[int, int]:
         for _ in range(20):
             trainer.step()
         return len(drawn), trainer.pipeline.consumed_samples
+
+
+def with_data_of_each_step() -> Any:
+    """Losses and memories of a run whose steps have iterators of their own, and of one with a single one."""
+    with megatron_cpu.parallel(2):
+        found = []
+        for is_anew in (True, False):
+            trainer = megatron_cpu.Trainer(models.POOL)
+            (data,), losses = trainer.data, []
+            for _ in range(6):
+                if is_anew:
+                    trainer.data = [islice(data, trainer.pipeline.num_fresh(4))]
+                losses.append(trainer.step())
+            found.append((losses, megatron_cpu.memories(trainer.pipeline)))
+        return found
 
 
 def interrupted(block: dict[str, Any], folder: str) -> list[Any]:

@@ -160,6 +160,11 @@ def test_consumed_samples_are_those_of_all_replicas(four_ranks):
         assert why is not None
 
 
+def test_each_step_may_have_iterators_of_its_own(two_ranks):
+    for anew, single in two_ranks.run(runs.with_data_of_each_step):
+        assert anew == single
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path):
     block = {**POOL, "memory": PLACES["disk"]}
     for uninterrupted, from_file, sharded in two_ranks.run(runs.interrupted, block, str(tmp_path)):

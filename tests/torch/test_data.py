@@ -114,6 +114,26 @@ def test_an_iterator_that_ends_in_mid_step_stops_every_rank_and_loses_nothing(tw
         assert two_ranks.run(ends_in_mid_step, ending_ranks) == whole
 
 
+def with_data_of_each_step(kind):
+    """Losses of a run whose steps have lists or iterators of their own, and of one with a single iterator."""
+    found = []
+    for is_anew in (True, False):
+        run, losses = Run("Schedule1F1B", {**POOL, "lazy": {"pool": 2, "refresh": "slot"}}), []
+        data = run.data
+        for _ in range(6):
+            if is_anew:
+                run.data = kind(list(islice(data, run.pipeline.num_fresh)))
+            losses.append(run.step())
+        found.append((losses, run.memories(), run.pipeline.num_drawn))
+    return found
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_each_step_may_have_data_of_its_own(two_ranks, kind):
+    for anew, single in two_ranks.run(with_data_of_each_step, kind):
+        assert anew == single
+
+
 def other_shapes(kind):
     run = Run("Schedule1F1B", {**INT2, "lazy": {"refresh": "step"}})
     if kind == "short last batch":

@@ -156,7 +156,7 @@ class LinksConfig(BaseModel):
     """Part of the step time that a heavier codec must save to be preferred to a lighter one."""
     lazy_gain: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Part of the step time that lazy sampling must save over codecs of the ladder and all samples new; else
-    it is switched off. Not with `direct`."""
+    it is switched off. Not with `direct` and `aqsgd`."""
     write: FileName | None = None
     """File that the decision is written to."""
     read: FileName | None = None
@@ -367,10 +367,11 @@ class ClappingConfig(BaseModel):
     @model_validator(mode="after")
     def _check_lazy_gain(self) -> Self:
         default = LinksConfig.model_fields["lazy_gain"].default
-        if self.strategy == "direct" and self.links is not None and self.links.lazy_gain != default:
+        is_settled = self.strategy in ("direct", "aqsgd")
+        if is_settled and self.links is not None and self.links.lazy_gain != default:
             raise ValueError(
-                f"links.lazy_gain = {self.links.lazy_gain} with strategy = 'direct', which makes every step "
-                "fresh; accepted: no lazy_gain, or another strategy"
+                f"links.lazy_gain = {self.links.lazy_gain} with strategy = {self.strategy!r}, which says "
+                "itself whether samples are replayed; accepted: no lazy_gain, or another strategy"
             )
         return self
 

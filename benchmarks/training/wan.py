@@ -83,8 +83,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
         for bits in (1, 0.5, 0.25)
     },
 }
-"""Gradients pass all links before the first stage trains on them: a codec that drops coordinates drops them for
-good, which costs more there than noise that averages out over tokens."""
+"""Gradients pass all links before the first stage trains on them: a codec that drops coordinates drops them
+for good, which costs more there than noise that averages out over tokens."""
 
 
 def find_bits(block: dict[str, Any]) -> float:

@@ -164,11 +164,11 @@ class Channel:
 
     def count_lacking_bytes(self, pool: int) -> int:
         """That memories of a pool of so many entries like the largest one will take besides those held."""
-        sizes = [
-            sum(held.nbytes for tensors in slots.values() for held in tensors.values())
-            for slots in self.pool.values()
-        ]
-        return max(0, pool * max(sizes) - sum(sizes))
+        sizes = []
+        for slots in self.pool.values():
+            memories = [held.memory for tensors in slots.values() for held in tensors.values()]
+            sizes.append(sum(self.memories.count_bytes(each) for each in memories if each is not None))
+        return max(0, pool * max(sizes) - sum(sizes) - self.memories.unused_bytes)
 
     def rescale(self, factor: float) -> None:
         """At both ends, between two steps: the values to come are so many times larger. What is held becomes

@@ -3,6 +3,7 @@ read and write, so that nobody waits for a disk but for what is not there yet.""
 
 import mmap
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -17,6 +18,8 @@ import torch
 
 LARGEST_GROWTH_BYTES = 1 << 30
 """Of a file of up to eight times as much."""
+PATIENCE_S = 10.0
+"""With a thread, when it is to end."""
 
 
 class DiskError(RuntimeError):
@@ -31,6 +34,17 @@ def check_folder(folder: str) -> None:
         raise ValueError(
             f"clapping.memory.folder = {folder!r} on {socket.gethostname()}: {error.strerror}; accepted: a "
             "folder that can be written"
+        ) from None
+
+
+def measure_disk(folder: str) -> tuple[tuple[str, int], int]:
+    """Which disk of which machine it is, and how many bytes are free. Raises ValueError if it is gone."""
+    try:
+        return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(
+            f"clapping.memory.folder = {folder!r} on {socket.gethostname()}: {error.strerror}; accepted: a "
+            "folder that stays"
         ) from None
 
 
@@ -55,7 +69,7 @@ class MappedFile:
         """By address."""
         self._free: defaultdict[int, list[Piece]] = defaultdict(list)
         """By size."""
-        self._left: Piece | None = None
+        self._left: list[Piece] = []
         """What the file grew by and nobody has."""
 
     def new(self, num_bytes: int) -> torch.Tensor:
@@ -82,26 +96,38 @@ class MappedFile:
 
     def _cut(self, size: int) -> Piece:
         """So many bytes that nobody has."""
-        left, self._left = self._left, None
-        if left is None or len(left.bytes) < size:
-            left = self._grow(size)
+        fitting = (number for number, piece in enumerate(self._left) if len(piece.bytes) >= size)
+        number = next(fitting, None)
+        left = self._grow(size) if number is None else self._left.pop(number)
         if len(left.bytes) > size:
-            self._left = _piece(left.pages, left.start + size, len(left.bytes) - size)
+            self._left.append(_piece(left.pages, left.start + size, len(left.bytes) - size))
         return _piece(left.pages, left.start, size)
+
+    @property
+    def unused_bytes(self) -> int:
+        """Of what the file has taken of its disk."""
+        free = sum(size * len(pieces) for size, pieces in self._free.items())
+        return free + sum(len(piece.bytes) for piece in self._left)
 
     def _grow(self, size: int) -> Piece:
         """By a multiple of a size. The file doubles at first, so that it has few maps, each of which keeps a
         descriptor."""
         most = min(self._num_bytes, max(LARGEST_GROWTH_BYTES, self._num_bytes // 8))
-        growth = size * max(1, most // size)
         try:
-            os.posix_fallocate(self._file.fileno(), self._num_bytes, growth)
-            pages = mmap.mmap(self._file.fileno(), growth, offset=self._num_bytes)
+            return self._grow_by(size * max(1, most // size))
+        except OSError:
+            pass  # there may be room for less
+        try:
+            return self._grow_by(size)
         except OSError as error:
             raise DiskError(
-                f"clapping.memory.folder = {self.folder!r} on {socket.gethostname()}: no room for {growth} "
+                f"clapping.memory.folder = {self.folder!r} on {socket.gethostname()}: no room for {size} "
                 f"bytes beside {self._num_bytes} ({error.strerror}); accepted: a folder with more room"
             ) from None
+
+    def _grow_by(self, growth: int) -> Piece:
+        os.posix_fallocate(self._file.fileno(), self._num_bytes, growth)
+        pages = mmap.mmap(self._file.fileno(), growth, offset=self._num_bytes)
         self._num_bytes += growth
         return _piece(pages, 0, growth)
 
@@ -117,18 +143,25 @@ def _piece(pages: mmap.mmap, start: int, size: int) -> Piece:
 
 
 class Worker:
-    """A thread that does what it is given, in order. The process ends without it: it may wait for a device
-    that waits for a rank that is gone."""
+    """A thread that does what it is given, in order. The process waits for it when it ends, but not for long:
+    it may wait for a device that waits for a rank that is gone."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=_work, args=[self._jobs], daemon=True).start()
-        finalize(self, self._jobs.put, None)
+        thread = threading.Thread(target=_work, args=[self._jobs], daemon=True)
+        thread.start()
+        finalize(self, _end, self._jobs, thread)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         future: Future[Any] = Future()
         self._jobs.put((future, function, arguments))
         return future
+
+
+def _end(jobs: "SimpleQueue[Any]", thread: threading.Thread) -> None:
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join(PATIENCE_S)
 
 
 def _work(jobs: "SimpleQueue[Any]") -> None:
@@ -178,7 +211,9 @@ class Staging:
         self._copies.clear()
 
     def settle(self) -> None:
-        """Waits until all is written."""
+        """Waits until all is written, and all copies are there, which some of it may have been left to."""
+        for _, copy in self._copies.values():
+            copy.result()
         for _, written in self._written.values():
             written.result()
         self._written.clear()

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 
 from clapping_ds.config import MemoryConfig
-from clapping_ds.link.disk import MappedFile, Staging
+from clapping_ds.link.disk import MappedFile, Staging, round_up
 from clapping_ds.streams import is_asynchronous, mark
 
 
@@ -77,6 +77,15 @@ class Memories:
         self._here.clear()
         if self._staging is not None:
             self._staging.drop()
+
+    def count_bytes(self, memory: torch.Tensor) -> int:
+        """That a memory takes where it lives."""
+        return memory.nbytes if self._file is None else round_up(memory.nbytes)
+
+    @property
+    def unused_bytes(self) -> int:
+        """That were taken and no memory has."""
+        return 0 if self._file is None else self._file.unused_bytes
 
     def settle(self) -> None:
         """Waits until all that was put back is where it lives. The device has done what it got."""

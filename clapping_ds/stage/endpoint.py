@@ -266,7 +266,7 @@ class Endpoint:
         }
         return {"sampler": self.sampler.state_dict(), "channels": channels}
 
-    def match_plans(self, state: Mapping[str, Any], is_lazy: bool) -> dict[End, Plan] | None:
+    def match_plans(self, state: Mapping[str, Any], is_lazy: bool = True) -> dict[End, Plan] | None:
         """The plans that a state's channels had; None if this configuration does not allow them. is_lazy:
         whether samples were replayed, where the configuration says so."""
         saved = state["channels"]

@@ -5,9 +5,6 @@ the stages of a rank have in common is here, once: the coin, the position in the
 the report, and checkpoints that are loaded as a whole or not at all.
 """
 
-import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from secrets import token_hex
@@ -18,7 +15,7 @@ import torch
 from clapping_ds import report
 from clapping_ds.config import ClappingConfig, LazyConfig
 from clapping_ds.link.channel import Channel
-from clapping_ds.link.disk import check_folder
+from clapping_ds.link.disk import check_folder, measure_disk
 from clapping_ds.link.groups import Control, make_peers, rank
 from clapping_ds.link.traffic import Traffic, add_up
 from clapping_ds.stage.endpoint import Endpoint
@@ -26,7 +23,7 @@ from clapping_ds.stage.sampling import Coin
 
 NextBatch = Callable[[], Any]
 
-FORMAT = 2
+FORMAT = 3
 """Of a state: another is not read."""
 MISSING = "the checkpoint has no state of clapping_ds for every rank"
 DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"
@@ -134,6 +131,7 @@ class Endpoints:
         on every rank for shapes that are refused: what was drawn is dropped.
         """
         fresh = self._toss(num_slots)
+        num_kept = [stage.sampler.num_drawn for stage in self.stages]
         draws = list(zip(self.stages, next_batches, strict=True))
         found = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
         has_data = all(found)
@@ -142,8 +140,8 @@ class Endpoints:
             has_data, is_one_shape = self.control.agree([has_data, is_one_shape])
             self.shapes_differ = not is_one_shape
         if not has_data:
-            for stage in self.stages if has_own_data else ():
-                stage.sampler.drop_drawn()
+            for stage, number in zip(self.stages, num_kept, strict=True) if has_own_data else ():
+                stage.sampler.drop_drawn(number)
             raise StopIteration(
                 f"data_iter ended in step {self.step}, which needs {sum(fresh)} new micro-batches on "
                 "each rank that loads data; accepted: an iterator that holds them, or that repeats "
@@ -192,9 +190,9 @@ class Endpoints:
         """After a step, which tells how large an entry is. Raises ValueError on every rank where a disk lacks
         room for the memories of a whole pool."""
         lacking = sum(channel.count_lacking_bytes(self.sampling.pool) for channel in self.channels)
-        place, free = (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
+        place, free = self.control.check(partial(measure_disk, folder))
         told = self.control.gather((place, lacking, free))
-        for place in dict.fromkeys(place for place, _, _ in told):
+        for place in dict.fromkeys(its_place for its_place, _, _ in told):
             mine = [(lacking, free) for its_place, lacking, free in told if its_place == place]
             needed, free = sum(lacking for lacking, _ in mine), min(free for _, free in mine)
             if needed > free:

@@ -7,6 +7,7 @@ mini-batch is held. Here a pool of them is.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -104,9 +105,14 @@ class LazySampler:
         self._drawn = list(drawn)
         self._next_slot = 0
 
-    def drop_drawn(self) -> None:
-        """Forgets what was drawn for a step that will not begin."""
-        self._drawn = []
+    @property
+    def num_drawn(self) -> int:
+        """For the step to come."""
+        return len(self._drawn)
+
+    def drop_drawn(self, number: int = 0) -> None:
+        """Forgets what was drawn for a step that will not begin, but so many."""
+        del self._drawn[number:]
 
     def forget_held(self) -> None:
         """Forgets all but what was drawn for the step to come."""
@@ -124,13 +130,13 @@ class LazySampler:
         return {"pool": self._pool, "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Takes what `state_dict` gave. device: this rank's, for what was not on the CPU."""
+        """Takes copies of what `state_dict` gave. device: this rank's, for what was not on the CPU."""
         kinds = iter(state["devices"])
 
         def put_back(leaf: Any) -> Any:
             if not torch.is_tensor(leaf):
-                return leaf
-            return leaf.clone() if next(kinds) == "cpu" else leaf.to(device)
+                return deepcopy(leaf)
+            return leaf.to("cpu" if next(kinds) == "cpu" else device, copy=True)
 
         self._pool, self._drawn = tree_map(put_back, state["pool"]), []
         self._shapes = Counter(_list_shapes(batch) for held in self._pool.values() for batch in held)

@@ -169,7 +169,7 @@ WRONG = [
     (lazy(p=1), "clapping.lazy.p = 1: unknown key; accepted: pool, p_new, refresh"),
     ({"links": {"ladder": ["int2", "int8"]}},
      "links.ladder = ['int2', 'int8'] with int8 (8.125 bits per value)"),
-    ({"links": {"lazy_gain": 0.5}}, "clapping.links.lazy_gain = 0.5 with strategy = 'direct', which makes"),
+    ({"links": {"lazy_gain": 0.5}}, "clapping.links.lazy_gain = 0.5 with strategy = 'direct', which says"),
     ({"links": {"write": "\ud800"}}, r"links.write = '\ud800': accepted: the name of a file or folder"),
     ({"links": {"read": "a", "min_gain": 0.1}}, "links.min_gain = 0.1 together with read; accepted: one of"),
     ({"links": {"read": "a", "ladder": ["eden3"]}}, "together with read; accepted: one of them"),

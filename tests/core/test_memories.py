@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future
 
 import pytest
@@ -73,6 +74,47 @@ def test_pieces_of_one_size_waste_nothing_and_pieces_of_many_fit_again(tmp_path,
         live[number] = file.new(generator.randrange(1 << 15, 1 << 18))
         sizes.append(file._num_bytes)
     assert sizes[-1] - sizes[0] < 12 << 20
+
+
+def test_a_file_that_cannot_double_grows_by_what_is_needed(tmp_path, monkeypatch):
+    room, real = [10 << 20], os.posix_fallocate
+
+    def allocate(descriptor, start, num_bytes):
+        if num_bytes > room[0]:
+            raise OSError(28, "No space left on device")
+        room[0] -= num_bytes
+        real(descriptor, start, num_bytes)
+
+    monkeypatch.setattr(disk.os, "posix_fallocate", allocate)
+    file = MappedFile(str(tmp_path))
+    pieces = [file.new(1 << 20) for _ in range(10)]
+    assert len(pieces) == 10
+    with pytest.raises(DiskError, match="beside 10485760"):
+        file.new(1 << 20)
+
+
+def test_what_is_left_over_is_used_and_counted(tmp_path):
+    file = MappedFile(str(tmp_path))
+    pieces = [file.new(num_bytes) for _ in range(20) for num_bytes in (3 << 18, 1 << 13)]
+    held = sum(disk.round_up(len(piece)) for piece in pieces)
+    assert file._num_bytes == held + file.unused_bytes
+    for piece in pieces:
+        file.free(piece)
+    assert file.unused_bytes == file._num_bytes
+
+
+def test_a_piece_is_freed_after_what_is_still_written_there(staging):
+    memory, is_done = torch.zeros(SHAPE), Future()
+    staging.copy_of(memory).copy_(filled(1))
+    staging.write(memory, is_done.result)
+    staging.read(memory)
+    waiting = threading.Thread(target=staging.settle)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    is_done.set_result(None)
+    waiting.join()
+    assert torch.equal(memory, filled(1))
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 100_000, 1 << 30, (1 << 30) + 1])

@@ -168,6 +168,16 @@ def test_what_was_drawn_for_a_step_that_lacked_some_is_used_in_order_whichever_s
     assert numbers(sampler, 3) == [3, 2, 4]
 
 
+def test_of_what_was_drawn_all_but_the_first_can_be_dropped():
+    sampler = LazySampler()
+    sampler.draw(1, lambda: batch(7))
+    kept = sampler.num_drawn
+    sampler.draw(3, lambda: batch(8))
+    sampler.drop_drawn(kept)
+    begin(sampler, [True, True], map(batch, [9]))
+    assert numbers(sampler, 2) == [7, 9]
+
+
 def test_what_was_drawn_after_a_state_is_gone_with_that_state():
     source = map(batch, range(3))
     sampler = LazySampler()

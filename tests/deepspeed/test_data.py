@@ -131,7 +131,7 @@ def without_room(free):
     """A disk that is too small for the pool, on one rank's machine or on every one's."""
     usage = mock.Mock(free=free if torch.distributed.get_rank() == 1 else 1 << 40)
     engine = models.make_engine({**POOL, "memory": PLACES["disk"]})
-    with mock.patch("clapping_ds.stage.endpoints.shutil.disk_usage", return_value=usage):
+    with mock.patch("clapping_ds.link.disk.shutil.disk_usage", return_value=usage):
         engine.train_batch(data_iter=models.batches())
 
 

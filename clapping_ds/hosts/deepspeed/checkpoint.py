@@ -79,14 +79,16 @@ class CheckpointingEngine(PipelineEngine):
         path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
         if self.clapping.enabled:
             self.reset_activation_shape()
-            state = None
+            state, num_drawn = None, self._endpoints.num_drawn
             if path is not None and self.clapping.checkpoint_memory:
                 state = state_file.read(Path(path).parent)
             reason = self._endpoints.load_state_dict(state, self.micro_batches)
             self._tuning.restart()
             if reason is not None:
-                of_stock = self.global_steps * self.micro_batches
-                self._endpoints.num_drawn = (client_state or {}).get(NUM_DRAWN, of_stock)
+                if path is not None:
+                    of_stock = self.global_steps * self.micro_batches
+                    num_drawn = (client_state or {}).get(NUM_DRAWN, of_stock)
+                self._endpoints.num_drawn = num_drawn
                 if self.global_rank == 0:
                     report.say(f"{reason}: the next step is all fresh")
         return path, client_state

@@ -151,11 +151,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
         loss = super().train_batch()
         self._endpoints.end_step()
         self._tuning.end_step(self.micro_batches)
+        if reports and self.monitor.enabled and self.global_rank == 0:
+            self.monitor.write_events(report.make_events(self._endpoints.channels, self.global_samples))
         decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
         if decided is not None and self.global_rank == 0:
             report.say(decided)
-        if reports and self.monitor.enabled and self.global_rank == 0:
-            self.monitor.write_events(report.make_events(self._endpoints.channels, self.global_samples))
         return loss
 
     def _loss_scale(self) -> float:

@@ -107,7 +107,13 @@ class ClappingPipeline:
         next_batch = None if data_iter is None else lambda: tuple(next(data_iter))
         if not self.config.enabled:
             if next_batch is not None:
-                self.sampler.draw(self.num_slots, next_batch)
+                num_kept = self.sampler.num_drawn
+                try:
+                    self.sampler.draw(self.num_slots, next_batch)
+                except StopIteration:
+                    if has_own_data:
+                        self.sampler.drop_drawn(num_kept)
+                    raise
                 self.sampler.begin([True] * self.num_slots)
             self.endpoints.fresh = [True] * self.num_slots
             return

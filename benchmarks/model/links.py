@@ -105,7 +105,7 @@ class Links:
         self.slot = 0
         """Of the micro-batch that is computed."""
         self.codec_s = 0.0
-        """Spent on both ends of all messages."""
+        """That this thread's core spent on both ends of all messages."""
 
     def begin_step(self, step: int, fresh: Sequence[bool], entry: int = 0) -> None:
         """fresh: by slot. entry: of the pool."""
@@ -115,12 +115,12 @@ class Links:
 
     def carry(self, direction: str, link: int, slot: int, value: torch.Tensor) -> torch.Tensor:
         """What arrives of a value at the other end."""
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         if self.peer is None:
             arrived = self.directions[direction, link].carry(slot, self.fresh[slot], value)
         else:
             arrived = self.peer.decode(self.peer.encode(value), value)
-        self.codec_s += time.perf_counter() - start_s
+        self.codec_s += time.thread_time() - start_s
         return arrived
 
     @contextmanager

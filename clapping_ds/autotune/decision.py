@@ -83,7 +83,7 @@ class Choice(BaseModel):
     compressed_ms: float
 
 
-class Lazy(BaseModel):
+class LazySampling(BaseModel):
     """What was decided about lazy sampling."""
 
     model_config = STRICT
@@ -105,7 +105,7 @@ class Decision(BaseModel):
     stage_ms: float
     """Forward and backward of one micro-batch on the slowest stage."""
     choices: list[Choice]
-    lazy: Lazy | None = None
+    lazy: LazySampling | None = None
     """None: nothing was to be decided."""
 
     def codec(self, link: str, direction: str) -> AnyCodec | None:
@@ -198,7 +198,7 @@ def decide(
         others, other_s = _choose_all(as_direct, config, all_new, compute_s, num_micro_batches)
         assert config.links is not None
         pays = step_s <= (1 - config.links.lazy_gain) * other_s
-        lazy = Lazy(pays=pays, step_ms=step_s * 1e3, all_new_step_ms=other_s * 1e3)
+        lazy = LazySampling(pays=pays, step_ms=step_s * 1e3, all_new_step_ms=other_s * 1e3)
         if not pays:
             directions, chosen, sampling = as_direct, others, all_new
     in_flight = config.in_flight

@@ -10,7 +10,7 @@ bit for bit.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -104,7 +104,8 @@ class Channel:
         self.memories.end()
         self._follow_scale(entry)
         for slot in [slot for slot in self.held if slot >= num_slots]:
-            self._free(self.held.pop(slot))
+            tensors = self.held.pop(slot)
+            self._drop(tensors, *list(tensors))
         for slot in range(NUM_READ_AHEAD):
             self._read(slot)
 
@@ -232,21 +233,22 @@ class Channel:
     def forget(self) -> None:
         """Forgets what is held and what codecs have learned."""
         self.memories.end()
-        for slots in self.pool.values():
-            for tensors in slots.values():
-                self._free(tensors)
+        for tensors in (tensors for slots in self.pool.values() for tensors in slots.values()):
+            self._drop(tensors, *list(tensors))
         self.held = {}
         self.pool = {0: self.held}
         self.scale, self.scales = 1.0, {}
         self.learned.clear()
 
     def all_held(self) -> Iterator[Held]:
+        """Of all entries, slots and tensors."""
         return (held for slots in self.pool.values() for of in slots.values() for held in of.values())
 
-    def _free(self, tensors: Mapping[int, Held]) -> None:
-        """Of a slot, what is not held any longer."""
-        for held in tensors.values():
-            self.memories.free(held.memory)
+    def _drop(self, tensors: dict[int, Held], *indexes: int) -> None:
+        """What is held of some of a slot's tensors, where something is."""
+        for index in indexes:
+            if index in tensors:
+                self.memories.free(tensors.pop(index).memory)
 
     def _load_held(self, saved: dict[str, Any]) -> Held:
         held = self._new(Spec(*saved["spec"]))
@@ -336,18 +338,18 @@ class Channel:
     def _message(self, slot: int, fresh: bool, specs: Sequence[Spec]) -> Message:
         """How each tensor is sent. A function of state that is equal at both ends."""
         held = self.held.setdefault(slot, {})
-        self._free({index: held.pop(index) for index in [*held] if index >= len(specs)})
+        self._drop(held, *[index for index in held if index >= len(specs)])
         parts = [self._part(slot, index, fresh, spec) for index, spec in enumerate(specs)]
         return Message(slot, fresh, specs, parts, self.header_nbytes + sum(part.nbytes for part in parts))
 
     def _part(self, slot: int, index: int, fresh: bool, spec: Spec) -> Part:
         tensors, plan = self.held[slot], self.plan
         if not is_compressed(spec, plan.min_numel):
-            self._free({index: tensors.pop(index) for index in [index] if index in tensors})
+            self._drop(tensors, index)
             return Part(RAW, Context(), RAW.nbytes(*spec))
         is_known = index in tensors and tensors[index].spec == spec
         if not is_known:
-            self._free({index: tensors[index]} if index in tensors else {})
+            self._drop(tensors, index)
             tensors[index] = self._new(spec)
         held = tensors[index]
         is_delta = not fresh and (is_known or not plan.holds_memory)

@@ -26,14 +26,18 @@ class DiskError(RuntimeError):
     """A disk has no room for a memory."""
 
 
+def _name(folder: str) -> str:
+    """As errors name it."""
+    return f"clapping.memory.folder = {folder!r} on {socket.gethostname()}"
+
+
 def check_folder(folder: str) -> None:
     """Raises ValueError if no file can be made there."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"clapping.memory.folder = {folder!r} on {socket.gethostname()}: {error.strerror}; accepted: a "
-            "folder that can be written"
+            f"{_name(folder)}: {error.strerror}; accepted: a folder that can be written"
         ) from None
 
 
@@ -42,10 +46,7 @@ def measure_disk(folder: str) -> tuple[tuple[str, int], int]:
     try:
         return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
     except OSError as error:
-        raise ValueError(
-            f"clapping.memory.folder = {folder!r} on {socket.gethostname()}: {error.strerror}; accepted: a "
-            "folder that stays"
-        ) from None
+        raise ValueError(f"{_name(folder)}: {error.strerror}; accepted: a folder that stays") from None
 
 
 class Piece(NamedTuple):
@@ -121,8 +122,8 @@ class MappedFile:
             return self._grow_by(size)
         except OSError as error:
             raise DiskError(
-                f"clapping.memory.folder = {self.folder!r} on {socket.gethostname()}: no room for {size} "
-                f"bytes beside {self._num_bytes} ({error.strerror}); accepted: a folder with more room"
+                f"{_name(self.folder)}: no room for {size} bytes beside {self._num_bytes} "
+                f"({error.strerror}); accepted: a folder with more room"
             ) from None
 
     def _grow_by(self, growth: int) -> Piece:

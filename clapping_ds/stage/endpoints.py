@@ -131,7 +131,7 @@ class Endpoints:
         on every rank for shapes that are refused: what was drawn is dropped.
         """
         fresh = self._toss(num_slots)
-        num_kept = [stage.sampler.num_drawn for stage in self.stages]
+        num_kept = [stage.sampler.num_waiting for stage in self.stages]
         draws = list(zip(self.stages, next_batches, strict=True))
         found = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
         has_data = all(found)

@@ -106,13 +106,13 @@ class LazySampler:
         self._next_slot = 0
 
     @property
-    def num_drawn(self) -> int:
-        """For the step to come."""
+    def num_waiting(self) -> int:
+        """Batches that were drawn for the step to come."""
         return len(self._drawn)
 
-    def drop_drawn(self, number: int = 0) -> None:
-        """Forgets what was drawn for a step that will not begin, but so many."""
-        del self._drawn[number:]
+    def drop_drawn(self, num_kept: int = 0) -> None:
+        """Forgets what was drawn for a step that will not begin. num_kept: but for so many, the first."""
+        del self._drawn[num_kept:]
 
     def forget_held(self) -> None:
         """Forgets all but what was drawn for the step to come."""

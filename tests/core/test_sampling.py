@@ -171,7 +171,7 @@ def test_what_was_drawn_for_a_step_that_lacked_some_is_used_in_order_whichever_s
 def test_of_what_was_drawn_all_but_the_first_can_be_dropped():
     sampler = LazySampler()
     sampler.draw(1, lambda: batch(7))
-    kept = sampler.num_drawn
+    kept = sampler.num_waiting
     sampler.draw(3, lambda: batch(8))
     sampler.drop_drawn(kept)
     begin(sampler, [True, True], map(batch, [9]))

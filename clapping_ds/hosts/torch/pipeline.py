@@ -107,7 +107,7 @@ class ClappingPipeline:
         next_batch = None if data_iter is None else lambda: tuple(next(data_iter))
         if not self.config.enabled:
             if next_batch is not None:
-                num_kept = self.sampler.num_drawn
+                num_kept = self.sampler.num_waiting
                 try:
                     self.sampler.draw(self.num_slots, next_batch)
                 except StopIteration:

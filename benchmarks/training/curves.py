@@ -76,9 +76,11 @@ def start_gpt(seed: int) -> Trainee:
     corpus, vocabulary = tokens(None)
     config = GPTConfig(vocabulary=vocabulary, num_blocks=8)
     model = scratch.Model(config)
-    held_out = list(islice(scratch._batches(corpus, config, True, 1), NUM_HELD_OUT))
+    held_out = list(islice(scratch.draw_batches(corpus, config, True, 1), NUM_HELD_OUT))
     adam = optimizer(model, Training(learning_rate=1e-3))
-    return Trainee(model, list(model.blocks), adam, scratch._batches(corpus, config, False, seed), held_out)
+    return Trainee(
+        model, list(model.blocks), adam, scratch.draw_batches(corpus, config, False, seed), held_out
+    )
 
 
 def start_llm(weights: str, seed: int) -> Trainee:

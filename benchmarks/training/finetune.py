@@ -156,7 +156,7 @@ def measure(run: Run, seed: int, steps: int) -> list[dict[str, Any]]:
     held_out = list(islice(Windows(corpus, LENGTH, 1, validation=True).batches(1), NUM_HELD_OUT))
     batches = Windows(corpus, LENGTH, 1, validation=False).batches(seed * 1000)
     if run.in_epochs:
-        batches = _in_epochs(batches, NUM_SLOTS + round((steps - 1) * NUM_SLOTS * P_NEW), seed)
+        batches = iterate_epochs(batches, NUM_SLOTS + round((steps - 1) * NUM_SLOTS * P_NEW), seed)
     rate = LEARNING_RATES[run.weights]
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(adam, 1 / WARM_UP_STEPS, total_iters=WARM_UP_STEPS - 1)
@@ -179,7 +179,7 @@ def measure(run: Run, seed: int, steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def _in_epochs(batches: Iterator[Batch], number: int, seed: int) -> Iterator[Batch]:
+def iterate_epochs(batches: Iterator[Batch], number: int, seed: int) -> Iterator[Batch]:
     """So many batches, again and again, each time in another order."""
     held, generator = list(islice(batches, number)), np.random.default_rng(seed)
     while True:

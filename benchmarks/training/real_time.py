@@ -1,14 +1,15 @@
 """Time to loss on a real link, end to end, beside what the model of a pipeline says.
 
-    python -m benchmarks.training.real_time [--tasks NAME ...] [--rho 4] [--steps N]
+    python -m benchmarks.training.real_time [--tasks NAME ...] [--rho 4] [--uncompressed-steps N]
 
 Two ranks, a core each, in two network namespaces joined by a shaped link (`benchmarks.links.network`; needs
 root), train the tasks of `benchmarks.training.curves` cut in two: stock DeepSpeed for as many steps as the
 uncompressed run has there, ours for as many as reached its loss over one link. rho is that of
 `benchmarks.links.pipeline`: of fp32 activations. Times are those of all training steps of a run, the first
 included, added up; the model's are its step time (`benchmarks.links.simulate`, from the passes, codecs and
-link that were measured in the same run) times the steps. Three to twenty minutes a run; writes
-real_time.csv.
+link that were measured in the same run) times the steps. Three to twenty minutes a run. The two uncompressed
+runs have the losses that `curves` found, step by step, so that a few of their steps tell their time: with
+--uncompressed-steps they are cut short. Writes real_time.csv.
 """
 
 import argparse
@@ -27,11 +28,7 @@ from benchmarks.training.finetune import NUM_SLOTS
 from benchmarks.training.time_to_loss import list_trained
 from clapping_ds.report import format_table
 
-OURS = {
-    "byte GPT": "direct transform 2, learned",
-    "SmolLM2, all weights": "direct transform 2, learned",
-    "SmolLM2, LoRA": "direct transform 2, learned",
-}
+OURS = dict.fromkeys(TASKS, "direct transform 2, learned")
 NUM_PROBED = 3
 """Steps of stock on the link without a limit, which tell how long a stage computes."""
 
@@ -54,14 +51,17 @@ def find_rate(network: Network, task: str, rho: float) -> float | None:
     return link_rate(rho, raw_bytes, stage_s)
 
 
-def race(network: Network, task: str, run: str, rate: float | None, num_steps: int) -> dict[str, Any]:
-    """One line of the table."""
+def race(
+    network: Network, task: str, run: str, rate: float | None, num_steps: int, most_steps: int | None
+) -> dict[str, Any]:
+    """One line of the table. num_steps: to the uncompressed loss. most_steps: that are trained; None: all."""
+    timed_steps = min(num_steps, most_steps or num_steps)
     network.shape(rate)
     with started(network) as ranks:
         raw_bytes = build(ranks, task, run)
         speeds = ranks.ask("link", num_bytes=round((rate or 1e9) / 8 * BULK_S))
         loss_before = ranks.ask("validate", run=run)[1]["loss"]
-        steps = [ranks.ask("step", run=run) for _ in range(num_steps)]
+        steps = [ranks.ask("step", run=run) for _ in range(timed_steps)]
         loss = ranks.ask("validate", run=run)[1]["loss"]
         after = ranks.ask("describe", run=run)[0]
     nothing = {"messages": 0, "payload_bytes": 0, "fresh_share": 0.0}
@@ -85,12 +85,13 @@ def race(network: Network, task: str, run: str, rate: float | None, num_steps: i
         "task": task,
         "run": run,
         "Mbit/s": round(row["bandwidth_bytes_per_s"] * 8 / 1e6, 2),
-        "steps": num_steps,
+        "steps to the loss": num_steps,
+        "steps": timed_steps,
         "loss before": round(loss_before, 4),
         "loss": round(loss, 4),
         "measured s": round(measured_s, 1),
-        "model s": round(checked["predicted_s"] * num_steps, 1),
-        "model/measured": round(checked["predicted_s"] * num_steps / measured_s, 4),
+        "model s": round(checked["predicted_s"] * timed_steps, 1),
+        "model/measured": round(checked["predicted_s"] * timed_steps / measured_s, 4),
         "step s": round(row["step_s"], 4),
         "in_flight": after["in_flight"],
     }
@@ -107,13 +108,19 @@ def count_steps(folder: Path, task: str, run: str) -> int:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With each run's time as a share of stock's, measured and by the model."""
+    """With each run's time to the loss as a share of stock's, measured and by the model."""
+
+    def find_s(row: dict[str, Any], name: str) -> float:
+        seconds: float = row[name] / row["steps"] * row["steps to the loss"]
+        return seconds
+
     stock = {row["task"]: row for row in rows if row["run"] == STOCK}
+    shares = {"of stock": "measured s", "of stock, model": "model s"}
     return [
-        {
-            **row,
-            "of stock": round(row["measured s"] / stock[row["task"]]["measured s"], 4),
-            "of stock, model": round(row["model s"] / stock[row["task"]]["model s"], 4),
+        row
+        | {
+            share: round(find_s(row, name) / find_s(stock[row["task"]], name), 4)
+            for share, name in shares.items()
         }
         for row in rows
     ]
@@ -123,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--rho", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=None, help="of every run, in place of those to the loss")
+    parser.add_argument("--uncompressed-steps", type=int, default=None, help="default: to the loss")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     prepare("benchmarks.training.real_time")
@@ -133,10 +140,10 @@ def main() -> None:
         for task in options.tasks:
             rate = find_rate(network, task, options.rho)
             for run in (STOCK, UNCOMPRESSED, OURS[task]):
-                num_steps = TASKS[task].steps
-                if run == OURS[task]:
-                    num_steps = count_steps(options.results, task, run) if options.steps is None else 0
-                rows.append(race(network, task, run, rate, options.steps or num_steps))
+                is_ours = run == OURS[task]
+                num_steps = count_steps(options.results, task, run) if is_ours else TASKS[task].steps
+                most_steps = None if is_ours else options.uncompressed_steps
+                rows.append(race(network, task, run, rate, num_steps, most_steps))
                 print(rows[-1], flush=True)
                 done = {row["task"] for row in rows if row["run"] == STOCK}
                 write_csv(path, compare([row for row in rows if row["task"] in done]))

@@ -27,8 +27,8 @@ from benchmarks.training.finetune import (
     NUM_SLOTS,
     WARM_UP_STEPS,
     Batch,
-    _in_epochs,
     add_rows,
+    iterate_epochs,
     train,
     validate,
 )
@@ -82,7 +82,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )
     batches: Iterator[Batch] = islice(trainee.batches, NUM_MINI_BATCHES * NUM_SLOTS)
     if run.name == EPOCHS:
-        batches = _in_epochs(batches, NUM_MINI_BATCHES * NUM_SLOTS, run.seed)
+        batches = iterate_epochs(batches, NUM_MINI_BATCHES * NUM_SLOTS, run.seed)
     links = Links(*[BLOCKS[run.name]] * NUM_LINKS)
     layers = [trainee.layers[number - 1] for number in CUTS[NUM_LINKS]]
     before = validate(trainee.model.eval(), trainee.held_out)

@@ -121,8 +121,8 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     corpus, vocabulary = tokens(None)
     config = GPTConfig(vocabulary=vocabulary, num_blocks=run.num_links + 1)
     model = Model(config)
-    held_out = list(islice(_batches(corpus, config, True, 1), NUM_HELD_OUT))
-    batches = _batches(corpus, config, False, seed)
+    held_out = list(islice(draw_batches(corpus, config, True, 1), NUM_HELD_OUT))
+    batches = draw_batches(corpus, config, False, seed)
     adam = optimizer(model, training)
     links = Links(*[run.block] * run.num_links)
     schedule = learning_rate_schedule(adam, training)
@@ -142,7 +142,7 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _batches(corpus: Any, config: GPTConfig, validation: bool, seed: int) -> Iterator[Any]:
+def draw_batches(corpus: Any, config: GPTConfig, validation: bool, seed: int) -> Iterator[Any]:
     return Windows(corpus, config.length, NUM_SAMPLES, validation=validation).batches(seed)
 
 

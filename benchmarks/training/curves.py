@@ -71,6 +71,10 @@ class Task:
     learned: dict[str, Any]
     """Options of what is learned."""
 
+    def warm_up(self, step: int) -> float:
+        """The learning rate of a step, as a share of what it is from the last step of the warm-up on."""
+        return min(1.0, (step + 1) / self.warm_up_steps)
+
 
 def start_gpt(seed: int) -> Trainee:
     corpus, vocabulary = tokens(None)
@@ -177,26 +181,34 @@ def list_runs(seeds: Sequence[int]) -> list[Run]:
     return found
 
 
-def measure(run: Run, target: float | None, block: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A row per validation. target: the loss that ends the run; None: it takes the task's steps. block: None:
-    that of the run's name."""
+def measure(run: Run, target: float | None) -> list[dict[str, Any]]:
+    """A row per validation. target: the loss that ends the run; None: it takes the task's steps."""
+    task = TASKS[run.task]
+    num_steps = task.steps if target is None else task.most_steps
+    rows: list[dict[str, Any]] = []
+    for row in validations(run, list_blocks(task)[run.name], num_steps, task.warm_up):
+        rows.append(row)
+        if target is not None and max(row["loss"] for row in rows[-2:]) <= target and len(rows) > 1:
+            break
+    return rows
+
+
+def validations(
+    run: Run, block: dict[str, Any], num_steps: int, rate: Callable[[int], float]
+) -> Iterator[dict[str, Any]]:
+    """Trains, and yields a row per validation. rate: of a step, as a share of the learning rate."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     task = TASKS[run.task]
     trainee = task.start(run.seed)
     peer = tah_quant() if run.name == TAH_QUANT else None
-    block = list_blocks(task)[run.name] if block is None else block
     links = Links(*[block] * run.num_links, peer=peer)
-    warm_up = torch.optim.lr_scheduler.LinearLR(
-        trainee.adam, 1 / task.warm_up_steps, total_iters=task.warm_up_steps - 1
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(trainee.adam, rate)
     layers = [trainee.layers[number - 1] for number in task.cuts[run.num_links]]
     model, next_batch = trainee.model, partial(next, trainee.batches)
-    num_steps = task.steps if target is None else task.most_steps
-    rows: list[dict[str, Any]] = []
     training_losses: list[float] = []
     start_s, validation_s = time.thread_time(), 0.0
-    for loss in train(model.train(), layers, links, trainee.adam, warm_up, next_batch, num_steps):
+    for loss in train(model.train(), layers, links, trainee.adam, schedule, next_batch, num_steps):
         training_losses.append(loss)
         if len(training_losses) % task.interval:
             continue
@@ -205,7 +217,7 @@ def measure(run: Run, target: float | None, block: dict[str, Any] | None = None)
         model.train()
         validation_s += time.thread_time() - validation_start_s
         compute_s = time.thread_time() - start_s - validation_s - links.codec_s
-        rows.append({
+        yield {
             **run._asdict(),
             "step": len(training_losses),
             "loss": round(loss, 4),
@@ -213,10 +225,7 @@ def measure(run: Run, target: float | None, block: dict[str, Any] | None = None)
             "bits as sent": round(links.bits_per_value, 3),
             "memory MiB": round(links.memory_nbytes / 2**20, 1),
             "codec share": round(links.codec_s / run.num_links / (compute_s / (run.num_links + 1)), 4),
-        })  # fmt: skip
-        if target is not None and max(row["loss"] for row in rows[-2:]) <= target and len(rows) > 1:
-            break
-    return rows
+        }  # fmt: skip
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:

@@ -5,19 +5,24 @@
 The contest (github.com/PluralisResearch/ProtocolNanoGPT) trains a GPT of 203M parameters on 8 stages of one
 block, joined by 200 Mbit/s and 50 ms, and counts T, the steps to a loss of 3.276 times the time of a step.
 Here the steps are those of a byte GPT of 8 blocks, 7 links, to the loss of its own dense bf16 run (what
-crosses a link is bf16, and no more compressed), and the time of a step is the contest's, for its own shapes:
-64 micro-batches of 8 sequences of 1,024 tokens and 1,024 channels, one inbound wire per rank, which both
-directions share.
+crosses a link is bf16, and no more compressed), with the contest's schedule of the learning rate: it falls
+linearly to zero over the last 70 % of the steps that a run is given. Runs of one configuration are given more
+and more steps (`HORIZONS`), each from the start, until one reaches the loss; what counts is the first
+validation that has it. The time of a step is the contest's, for its own shapes: 512 sequences of 1,024 tokens
+and 1,024 channels in M micro-batches, one inbound wire per rank, which both directions share:
 
-    stock 1F1B    (2 M + 2 (S - 2)) * (transfer + latency)          the contest's meter: latency is not hidden
-    in_flight     2 M * transfer + 2 (S - 1) * (transfer + latency)    it is, but while the pipeline fills
+    contest's meter, M = 64    (2 M + 2 (S - 2)) * (transfer + latency)
+    contest's meter, best M    the same with the M of 8 to 64 that is fastest
+    latency hidden             2 M * transfer + 2 (S - 1) * (transfer + latency), M = 64
 
-Compute counts in neither, as the meter has it. T is given relative to dense. Ten to twenty minutes a run on
-one core; what `wan_curves.csv` has is not measured again.
+The contest's meter lets a message have the wire for its latency too, which no schedule can hide; M is free
+there. A real wire carries the next message while one is on its way, and with `in_flight` the stages use that.
+Compute counts in none, as the meter has it. T is given relative to dense with the contest's meter and M = 64.
+Five to twenty minutes a run on one core; what `wan_curves.csv` has is not measured again.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -26,22 +31,28 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.files import RESULTS, provenance, write_csv, write_json
+from benchmarks.training import curves
 from benchmarks.training.compare import block
-from benchmarks.training.curves import TASKS, Run, measure, read_curves
+from benchmarks.training.curves import TASKS, read_curves, validations
 from benchmarks.training.finetune import add_rows
-from benchmarks.training.time_to_loss import find_crossing
-from clapping_ds.codecs import Transform
+from clapping_ds.codecs import AnyCodec, CodecSequence, Transform
 from clapping_ds.config import ClappingConfig
 from clapping_ds.report import format_table
 
 TASK, NUM_LINKS = "byte GPT", 7
+DENSE_STEPS = TASKS[TASK].steps
+HORIZONS = (1.125, 1.25, 1.5, 2.0)
+"""Steps that runs are given, of dense's."""
+COOLDOWN = 0.7
+"""Last part of a run, in which the learning rate falls."""
 NUM_STAGES, MICRO_BATCHES = 8, 64
-TOKENS, CHANNELS = 8 * 1024, 1024
-"""Of a micro-batch; of a token."""
+TOKENS, CHANNELS = 512 * 1024, 1024
+"""Of a step; of a token."""
 BYTES_PER_S, LATENCY_S = 200e6 / 8, 0.05
 PERIOD = 256
 """Messages, over which what is learned is counted: a run of 3,000 steps has 192,000 per channel."""
 DENSE = "dense bf16"
+COLUMNS = ("step", "loss", "training loss", "bits as sent")
 
 
 class Record(NamedTuple):
@@ -54,20 +65,58 @@ class Record(NamedTuple):
 RECORDS = {DENSE: Record(2925, 100.475), "ReparamSSN (subspace reference)": Record(9125, 19.889)}
 
 
-def find_stock_step_s(bits: float) -> float:
-    """bits: per value."""
-    transfer_s = TOKENS * CHANNELS * bits / 8 / BYTES_PER_S
-    return (2 * MICRO_BATCHES + 2 * (NUM_STAGES - 2)) * (transfer_s + LATENCY_S)
+class Run(NamedTuple):
+    """One training."""
+
+    name: str
+    seed: int
+    horizon: int
+    """Steps."""
 
 
-def find_in_flight_step_s(bits: float) -> float:
-    """bits: per value."""
-    transfer_s = TOKENS * CHANNELS * bits / 8 / BYTES_PER_S
+def find_transfer_s(bits: float, micro_batches: int) -> float:
+    """Of a message. bits: per value."""
+    return TOKENS / micro_batches * CHANNELS * bits / 8 / BYTES_PER_S
+
+
+def find_metered_s(bits: float, micro_batches: int = MICRO_BATCHES) -> float:
+    """Of a step, by the contest's meter. bits: per value."""
+    num_messages = 2 * micro_batches + 2 * (NUM_STAGES - 2)
+    return num_messages * (find_transfer_s(bits, micro_batches) + LATENCY_S)
+
+
+def find_best_metered_s(bits: float) -> float:
+    """With the best number of micro-batches."""
+    return min(find_metered_s(bits, number) for number in (8, 16, 32, 64))
+
+
+def find_hidden_s(bits: float) -> float:
+    """Of a step, where latency does not keep the next message from the wire. bits: per value."""
+    transfer_s = find_transfer_s(bits, MICRO_BATCHES)
     return 2 * MICRO_BATCHES * transfer_s + 2 * (NUM_STAGES - 1) * (transfer_s + LATENCY_S)
+
+
+SCHEDULES = {
+    f"contest's meter, M = {MICRO_BATCHES}": find_metered_s,
+    "contest's meter, best M": find_best_metered_s,
+    "latency hidden": find_hidden_s,
+}
 
 
 def transform(bits: float) -> dict[str, Any]:
     return {"name": "transform", "bits": bits, "basis": "eigen", "anchors": 256, "refresh": 16}
+
+
+UNBIASED = {"name": "eden1", "scale": "unbiased"}
+
+
+def unbiased_gradients(bits: float, *gradients: Any) -> dict[str, Any]:
+    """bits: of activations."""
+    return {
+        "strategy": "direct",
+        "activations": {"codec": transform(bits)},
+        "gradients": {"codec": [*gradients, UNBIASED] if gradients else UNBIASED},
+    }
 
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -75,12 +124,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "direct eden4": block("direct", "eden4"),
     **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1.5, 1)},
     **{
-        f"direct transform {bits}, gradients eden1 unbiased": {
-            "strategy": "direct",
-            "activations": {"codec": transform(bits)},
-            "gradients": {"codec": {"name": "eden1", "scale": "unbiased"}},
-        }
-        for bits in (1, 0.5, 0.25)
+        f"direct transform {bits}, gradients eden1 unbiased": unbiased_gradients(bits)
+        for bits in (1.5, 1, 0.5, 0.25)
     },
 }
 """Gradients pass all links before the first stage trains on them: a codec that drops coordinates drops them
@@ -90,81 +135,108 @@ for good, which costs more there than noise that averages out over tokens."""
 def find_bits(block: dict[str, Any]) -> float:
     """Per value, mean of both directions, of the contest's messages."""
     config = ClappingConfig.from_ds_config({"clapping": block})
-    found = []
-    for plan in config.plans.values():
-        codec = plan.key
-        if isinstance(codec, Transform):
-            codec = codec.model_copy(update={"refresh": PERIOD})
-        num_bytes = codec.nbytes(torch.Size((TOKENS, CHANNELS)), torch.bfloat16)
-        found.append(num_bytes * 8 / (TOKENS * CHANNELS))
-    return mean(found)
+    shape = torch.Size((TOKENS // MICRO_BATCHES, CHANNELS))
+    num_bytes = [_in_long_run(plan.key).nbytes(shape, torch.bfloat16) for plan in config.plans.values()]
+    return 8 * mean(num_bytes) / shape.numel()
 
 
-def list_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_long_run(codec: AnyCodec) -> AnyCodec:
+    """With what is learned counted over many messages."""
+    if isinstance(codec, CodecSequence):
+        return codec.model_copy(update={"codecs": tuple(_in_long_run(member) for member in codec.codecs)})
+    return codec.model_copy(update={"refresh": PERIOD}) if isinstance(codec, Transform) else codec
+
+
+def measure(runs: Sequence[Run], target: float | None) -> list[dict[str, Any]]:
+    """A row per validation of runs that are given more and more steps, up to the first that reaches the
+    target. target: None: dense."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        told = curves.Run(TASK, run.name, NUM_LINKS, run.seed)
+        rate = partial(find_rate, horizon=run.horizon)
+        found = [
+            {
+                **run._asdict(),
+                **{name: row[name] for name in ("step", "loss", "training loss", "bits as sent")},
+            }
+            for row in validations(told, BLOCKS[run.name], run.horizon, rate)
+        ]
+        rows += found
+        if target is not None and min(row["loss"] for row in found) <= target:
+            break
+    return rows
+
+
+def find_rate(step: int, horizon: int) -> float:
+    """The learning rate, as a share of its largest."""
+    return min(TASKS[TASK].warm_up(step), 1.0, (1 - step / horizon) / COOLDOWN)
+
+
+def find_targets(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """By seed: dense's last loss."""
+    return {row["seed"]: row["loss"] for row in rows if row["name"] == DENSE}
+
+
+def find_steps(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> int | None:
+    """To the loss that dense ends at, fewest of its runs; None: none has reached it."""
+    target = find_targets(rows)[seed]
+    reached = [
+        row["step"] for row in rows if (row["name"], row["seed"]) == (name, seed) and row["loss"] <= target
+    ]
+    return min(reached, default=None)
+
+
+def list_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A line per run and schedule, then the contest's own."""
     found = []
-    targets = {row["seed"]: row["loss"] for row in rows if row["name"] == DENSE}
-    dense_steps = TASKS[TASK].steps
+    dense_s = find_metered_s(find_bits(BLOCKS[DENSE]))
     for name in dict.fromkeys(row["name"] for row in rows):
-        mine: dict[int, list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["name"] == name and row["seed"] in targets:
-                mine.setdefault(row["seed"], []).append((row["step"], row["loss"]))
-        crossings = [find_crossing(curve, targets[seed]) for seed, curve in mine.items()]
-        if name == DENSE:
-            crossings = [float(dense_steps)]
-        known = [crossing for crossing in crossings if crossing is not None]
-        steps = mean(known) / dense_steps if len(known) == len(crossings) else None
+        mine = [row for row in rows if row["name"] == name]
+        seeds = dict.fromkeys(row["seed"] for row in mine)
+        steps = [find_steps(rows, name, seed) for seed in seeds]
+        known = [number for number in steps if number is not None]
+        share = mean(known) / DENSE_STEPS if len(known) == len(steps) else None
         bits = find_bits(BLOCKS[name])
-        for schedule, find_s in (("stock 1F1B", find_stock_step_s), ("in_flight", find_in_flight_step_s)):
-            step_s = find_s(bits)
-            share = step_s / find_stock_step_s(find_bits(BLOCKS[DENSE]))
-            found.append(_row(name, schedule, len(mine), bits, steps, step_s, share))
+        for schedule, find_s in SCHEDULES.items():
+            found.append({
+                "run": name, "schedule": schedule, "seeds": len(seeds), "bits per value": round(bits, 3),
+                "steps of dense": None if share is None else round(share, 3),
+                "step s": round(find_s(bits), 2),
+                "T of dense": None if share is None else round(share * find_s(bits) / dense_s, 4),
+            })  # fmt: skip
     dense = RECORDS[DENSE]
     for name, record in RECORDS.items():
-        steps, share = record.steps / dense.steps, record.step_s / dense.step_s
-        found.append(_row(f"contest, 203M: {name}", "stock 1F1B", 1, None, steps, record.step_s, share))
+        share = record.steps / dense.steps
+        found.append({
+            "run": f"contest, 203M: {name}", "schedule": next(iter(SCHEDULES)), "seeds": 1,
+            "bits per value": None, "steps of dense": round(share, 3), "step s": round(record.step_s, 2),
+            "T of dense": round(share * record.step_s / dense.step_s, 4),
+        })  # fmt: skip
     return found
-
-
-def _row(
-    name: str,
-    schedule: str,
-    seeds: int,
-    bits: float | None,
-    steps: float | None,
-    step_s: float,
-    share: float,
-) -> dict[str, Any]:
-    """share: of dense's step."""
-    return {
-        "run": name, "schedule": schedule, "seeds": seeds,
-        "bits per value": None if bits is None else round(bits, 3),
-        "steps of dense": None if steps is None else round(steps, 3),
-        "step s": round(step_s, 2), "T of dense": None if steps is None else round(steps * share, 4),
-    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", default=list(BLOCKS), help="names of runs")
+    parser.add_argument("--horizons", type=float, nargs="+", default=HORIZONS, help="of dense's steps")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     path = options.results / "wan_curves.csv"
     rows = read_curves(path)
-    known = {(row["name"], row["seed"]) for row in rows}
-    for is_dense in (True, False):
-        wanted = [
-            Run(TASK, name, NUM_LINKS, seed)
-            for seed in options.seeds
-            for name in options.only
-            if (name == DENSE) == is_dense and (name, seed) not in known
-        ]
-        targets = {row["seed"]: row["loss"] for row in rows if row["name"] == DENSE}
-        jobs = [partial(measure, run, targets.get(run.seed), BLOCKS[run.name]) for run in wanted]
-        add_rows(jobs, rows, path, options.processes)
+    known = {Run(row["name"], row["seed"], row["horizon"]) for row in rows}
+    dense = [Run(DENSE, seed, DENSE_STEPS) for seed in options.seeds]
+    jobs = [partial(measure, [run], None) for run in dense if run not in known]
+    add_rows(jobs, rows, path, options.processes)
+    jobs = []
+    for seed in options.seeds:
+        for name in options.only:
+            if name == DENSE or find_steps(rows, name, seed) is not None:
+                continue
+            runs = [Run(name, seed, round(horizon * DENSE_STEPS)) for horizon in options.horizons]
+            jobs.append(partial(measure, [run for run in runs if run not in known], find_targets(rows)[seed]))
+    add_rows(jobs, rows, path, options.processes)
     found = list_rows(rows)
     write_csv(options.results / "wan.csv", found)
     write_json(options.results / "wan.json", {**provenance(), "records": RECORDS})

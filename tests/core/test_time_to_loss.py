@@ -1,6 +1,7 @@
 """Loss curves and what follows from them: every run is a block, times are those of the model by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -130,15 +131,41 @@ def test_the_table_names_the_fastest():
 
 
 def test_the_contest_s_meter_gives_its_records():
-    assert wan.find_stock_step_s(16) == pytest.approx(wan.RECORDS[wan.DENSE].step_s, rel=0.006)
-    assert wan.find_in_flight_step_s(16) < wan.find_stock_step_s(16)
+    assert wan.find_metered_s(16) == pytest.approx(wan.RECORDS[wan.DENSE].step_s, rel=0.006)
+    assert wan.find_hidden_s(16) < wan.find_metered_s(16)
+    assert wan.find_best_metered_s(1) == min(wan.find_metered_s(1, number) for number in (8, 16, 32, 64))
+    assert wan.find_best_metered_s(1) < wan.find_metered_s(1)
+
+
+def test_what_a_sequence_learns_is_counted_in_the_long_run():
+    learned = wan.transform(0.5)
+    alone, in_sequence = (
+        wan.find_bits(
+            {"strategy": "direct", **{name: {"codec": codec} for name in ("activations", "gradients")}}
+        )
+        for codec in (learned, [learned, "eden1"])
+    )
+    assert in_sequence - alone == pytest.approx(1.125, abs=0.001)
+
+
+def test_the_rate_of_wan_rises_stays_and_falls_to_zero():
+    rates = [wan.find_rate(step, 400) for step in range(400)]
+    assert rates[:40] == [(step + 1) / 40 for step in range(40)]
+    assert rates[40:120] == [1.0] * 80
+    assert rates[260] == pytest.approx(0.5)
+    assert rates[399] == pytest.approx(1 / 280)
 
 
 def test_t_is_steps_times_the_time_of_a_step():
-    rows = [row_of(wan.DENSE, step, loss, 7) for step, loss in ((160, 3.0), (320, 2.0))]
-    rows += [row_of("direct eden4", step, loss, 7) for step, loss in ((320, 2.5), (640, 1.5))]
-    dense, _, stock, ours, _, reference = wan.list_rows(rows)
-    assert (dense["T of dense"], stock["steps of dense"]) == (1, 1.5)
-    assert stock["T of dense"] == pytest.approx(1.5 * stock["step s"] / dense["step s"], rel=1e-3)
-    assert ours["T of dense"] < stock["T of dense"]
+    def row(name: str, horizon: int, step: int, loss: float) -> dict[str, Any]:
+        return {"name": name, "seed": 1, "horizon": horizon, "step": step, "loss": loss}
+
+    rows = [row(wan.DENSE, 320, step, loss) for step, loss in ((300, 2.1), (320, 2.0))]
+    rows += [row("direct eden4", 400, step, loss) for step, loss in ((380, 2.2), (400, 2.1))]
+    assert [line["T of dense"] for line in wan.list_rows(rows)][3:6] == [None] * 3
+    rows += [row("direct eden4", 500, step, loss) for step, loss in ((460, 2.1), (480, 1.9), (500, 1.8))]
+    dense, _, _, metered, best, hidden, _, reference = wan.list_rows(rows)
+    assert (dense["T of dense"], metered["steps of dense"]) == (1, 1.5)
+    assert metered["T of dense"] == pytest.approx(1.5 * metered["step s"] / dense["step s"], rel=1e-3)
+    assert hidden["T of dense"] < best["T of dense"] < metered["T of dense"]
     assert reference["T of dense"] == pytest.approx(181_487 / 293_889, rel=1e-3)

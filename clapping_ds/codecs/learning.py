@@ -179,7 +179,7 @@ class Learning(NamedTuple):
             thread = ThreadPoolExecutor(1)
             row_RC = state.host.pop("rows_RC")
             pins = is_asynchronous(z_MC.device)
-            state.pending = thread.submit(_compute, row_RC, mark(z_MC.device), self.layout, pins)
+            state.pending = thread.submit(compute, row_RC, mark(z_MC.device), self.layout, pins)
             thread.shutdown(wait=False)
             state.host["rows_RC"] = self._new_rows(z_MC.device)
 
@@ -212,7 +212,7 @@ class Learning(NamedTuple):
         return torch.empty(shape, dtype=torch.bfloat16, device="cpu", pin_memory=pins)
 
 
-def _compute(
+def compute(
     row_RC: torch.Tensor, wait: Callable[[], None], layout: Layout, pins: bool
 ) -> dict[str, torch.Tensor]:
     """What is learned of rows, and the inverse of the basis, on the CPU; pinned, so that nothing waits for a

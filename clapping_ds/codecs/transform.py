@@ -4,7 +4,7 @@ Tensors between the blocks of a trained model are far from noise: a few channels
 than the others, a few tokens a hundred times larger still, and what tokens have in common is half of the
 rest. For the rows (tokens) of x = fp32(v - base) as a matrix [N, D], D the last dimension:
 
-1. *Outliers*: the ceil(N / 128) rows of largest norm travel in bfloat16, with their indexes.
+1. *Outliers*: the ceil(N / `rows_per_outlier`) rows of largest norm travel in bfloat16, with their indexes.
 2. *Gain* g_n of each other row: the root mean square over channels d of x_nd / (root mean square of channel
    d), times the root mean square of all.
 3. *Coordinates* y_n of x_n / g_n: with `basis: "channel"` the channels as they are, with "eigen"
@@ -33,7 +33,7 @@ are exact in any order. A row that is not finite arrives as NaN throughout, and 
 as it was. A message whose largest value is 2^113 or more is scaled down to it; a deviation below 2^-60 is
 zero.
 
-Wire, for M = N - ceil(N / 128) rows, C = D rounded up to whole blocks, and W bits a row: places of outliers
+Wire, for M rows that are no outliers, C = D rounded up to whole blocks, and W bits a row: places of outliers
 (int32 [N - M], ascending), outliers (bfloat16 [N - M, D]), gains (bfloat16 [M]), scales (bfloat16 [M]), with
 anchors their numbers (int16 [M]), means (bfloat16 [C]), deviations (bfloat16 [C]), bits of blocks
 (uint8 [C / 16]), a slice of what is learned next (int8), padding to 16 bytes; then codes: M rows of W words
@@ -64,7 +64,6 @@ from clapping_ds.codecs.reference.transform_reference import (
 )
 from clapping_ds.codecs.statistics import Moments, find_gains, find_moments
 
-ROWS_PER_OUTLIER = 128
 UNIT = 1 / 16
 MOST_COORDINATES = 16384
 """Of what is learned; for wider tensors nothing is."""
@@ -146,7 +145,7 @@ class Transform(BaseModel):
 
     name: Literal["transform"] = "transform"
     bits: Annotated[float, Field(ge=UNIT, le=MOST_BITS), AfterValidator(_check_unit)] = 3.0
-    """Of codes, per value: a multiple of 1/16, rounded up to a bit per block. Outlier tokens add 1/8."""
+    """Of codes, per value: a multiple of 1/16, rounded up to a bit per block."""
     basis: Literal["channel", "eigen"] = "channel"
     """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""
     refresh: Annotated[int, Field(ge=2, le=1 << 16)] = 256
@@ -154,6 +153,8 @@ class Transform(BaseModel):
     used from the message with twice this number on, and until then it is as with "channel" and no anchors."""
     anchors: Annotated[int, Field(ge=0, le=MOST_ANCHORS)] = 0
     """Points that rows gather around; 0: none."""
+    rows_per_outlier: Annotated[int, Field(ge=16, le=1 << 16)] = 128
+    """Of so many rows the one of largest norm is sent in bfloat16: with 128 that adds 1/8 bit per value."""
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Outliers, and what rows and coordinates have in common, then codes, each padded to 16."""
@@ -222,7 +223,7 @@ class Transform(BaseModel):
         layout = self.layout(num_channels)
         return Sizes(
             num_rows=num_rows,
-            num_outliers=ceil_div(num_rows, ROWS_PER_OUTLIER),
+            num_outliers=ceil_div(num_rows, self.rows_per_outlier),
             num_channels=num_channels,
             num_blocks=num_blocks,
             num_words=num_words,

@@ -80,6 +80,19 @@ def test_bits_per_value(bits, expected):
     assert bits_per_value(Transform(bits=bits), torch.bfloat16) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize(("rows_per_outlier", "num_outliers"), [(16, 64), (128, 8), (1000, 2), (1 << 16, 1)])
+def test_so_many_rows_travel_apart(rows_per_outlier, num_outliers):
+    """Rounded to bfloat16, and no others, however large."""
+    value = normal(1024, WIDTH)
+    value[:64] *= 2.0 ** torch.arange(80, 16, -1)[:, None]
+    ends = Pair(Transform(bits=4, rows_per_outlier=rows_per_outlier), value)
+    out = ends.send(value)
+    assert (out == value.bfloat16().float()).all(1).nonzero().flatten().tolist() == list(range(num_outliers))
+    of_rows = num_outliers * (4 + 2 * WIDTH) + (1024 - num_outliers) * (4 + WIDTH // 2)
+    of_channels = 4 * WIDTH
+    assert ends.codec.nbytes(value.shape, value.dtype) == pytest.approx(of_rows + of_channels, abs=48)
+
+
 @pytest.mark.parametrize(
     ("learned", "expected"),
     [

@@ -137,23 +137,24 @@ def test_the_contest_s_meter_gives_its_records():
     assert wan.find_best_metered_s(1) < wan.find_metered_s(1)
 
 
-def test_what_a_sequence_learns_is_counted_in_the_long_run():
+def test_bits_of_a_sequence_are_those_of_the_contest_s_messages_too():
+    """What is learned is counted in the long run, and a group is a token."""
     learned = wan.transform(0.5)
     alone, in_sequence = (
         wan.find_bits(
             {"strategy": "direct", **{name: {"codec": codec} for name in ("activations", "gradients")}}
         )
-        for codec in (learned, [learned, "eden1"])
+        for codec in (learned, [learned, wan.UNBIASED])
     )
-    assert in_sequence - alone == pytest.approx(1.125, abs=0.001)
+    assert in_sequence - alone == pytest.approx(1 + 16 / 1024, abs=0.001)
 
 
 def test_the_rate_of_wan_rises_stays_and_falls_to_zero():
     rates = [wan.find_rate(step, 400) for step in range(400)]
-    assert rates[:40] == [(step + 1) / 40 for step in range(40)]
-    assert rates[40:120] == [1.0] * 80
-    assert rates[260] == pytest.approx(0.5)
-    assert rates[399] == pytest.approx(1 / 280)
+    assert rates[:40] == [(step + 1) / 20 for step in range(40)]
+    assert rates[40:120] == [2.0] * 80
+    assert rates[260] == pytest.approx(1.0)
+    assert rates[399] == pytest.approx(1 / 140)
 
 
 def test_t_is_steps_times_the_time_of_a_step():

@@ -41,7 +41,7 @@ from clapping_ds.report import format_table
 
 TASK, NUM_LINKS = "byte GPT", 7
 DENSE_STEPS = TASKS[TASK].steps
-HORIZONS = (1.125, 1.25, 1.5, 2.0)
+HORIZONS = (1.125, 1.25, 1.375, 1.5, 2.0)
 """Steps that runs are given, of dense's."""
 COOLDOWN = 0.7
 """Last part of a run, in which the learning rate falls."""
@@ -114,12 +114,11 @@ UNBIASED = {"name": "eden1", "scale": "unbiased", "group_size": 128}
 """A group is a token."""
 
 
-def unbiased_gradients(bits: float, *gradients: Any) -> dict[str, Any]:
-    """bits: of activations."""
+def block_of(activations: Any, gradients: Any) -> dict[str, Any]:
     return {
         "strategy": "direct",
-        "activations": {"codec": transform(bits)},
-        "gradients": {"codec": [*gradients, UNBIASED] if gradients else UNBIASED},
+        "activations": {"codec": activations},
+        "gradients": {"codec": gradients},
     }
 
 
@@ -128,12 +127,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "direct eden4": block("direct", "eden4"),
     **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1.5, 1)},
     **{
-        f"direct transform {bits}, gradients eden1 unbiased": unbiased_gradients(bits)
-        for bits in (1.5, 1, 0.5)
+        f"direct transform {bits}, gradients eden1 unbiased": block_of(transform(bits), UNBIASED)
+        for bits in (1, 0.5)
     },
     **{
-        f"direct transform {bits}, gradients 0.25 + eden1 unbiased": unbiased_gradients(bits, transform(0.25))
-        for bits in (1.5, 1)
+        f"direct transform {bits}, gradients 1/16 + half of eden1 unbiased": block_of(
+            transform(bits), [transform(1 / 16), {**UNBIASED, "one_in": 2}]
+        )
+        for bits in (2, 1.5, 1)
     },
 }
 """Gradients pass all links before the first stage trains on them: a codec that drops coordinates drops them

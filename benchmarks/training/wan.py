@@ -131,8 +131,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
         for bits in (1, 0.5)
     },
     **{
-        f"direct transform {bits}, gradients 1/16 + half of eden1 unbiased": block_of(
-            transform(bits), [transform(1 / 16), {**UNBIASED, "one_in": 2}]
+        f"direct transform {bits}, gradients 1/4 + eden1 unbiased": block_of(
+            transform(bits), [transform(1 / 4), UNBIASED]
         )
         for bits in (2, 1.5, 1)
     },

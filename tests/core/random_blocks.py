@@ -17,7 +17,7 @@ def reproducible(num_examples):
 
 OPTIONS = {
     Quantizer: {"group_size": [16, 64, 128], "stochastic": [False, True], "rotate": [False, True]},
-    Eden: {"group_size": [16, 64, 128], "scale": ["least_squares", "unbiased"], "one_in": [1, 1, 3]},
+    Eden: {"group_size": [16, 64, 128], "scale": ["least_squares", "unbiased"]},
     Float8: {"group_size": [16, 64, 128]},
     TopK: {"ratio": [0.01, 0.05, 0.5], "block": [64], "values": ["bfloat16", "int8"]},
     RandK: {"ratio": [0.1, 1], "block": [64]},
@@ -30,10 +30,7 @@ OPTIONS = {
 def codecs(draw):
     name = draw(st.sampled_from(list(CODECS)))
     options = {} if name == "sign" else OPTIONS.get(CODECS[name], {})
-    drawn = {key: draw(st.sampled_from(values)) for key, values in options.items()}
-    if drawn.get("one_in", 1) > 1:
-        drawn["scale"] = "unbiased"
-    return {"name": name, **drawn}
+    return {"name": name, **{key: draw(st.sampled_from(values)) for key, values in options.items()}}
 
 
 @st.composite

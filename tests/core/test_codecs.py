@@ -24,7 +24,6 @@ ALL = [
     *(Quantizer(name=name, stochastic=True) for name in ("int8", "int2")),
     *(Quantizer(name=name, scale="maximum") for name in ("int3", "int2")),
     *(Eden(name=name, scale="unbiased") for name in ("eden1", "eden4")),
-    Eden(name="eden1", scale="unbiased", one_in=3),
     TopK(values="int8"),
 ]
 
@@ -87,7 +86,6 @@ def test_original_is_sent_plus_kept_back(codec, memory_dtype, carry):
      (Quantizer(name="int2"), 2.125), (Quantizer(name="sign"), 1.125), (TopK(ratio=0.0625), 2.0),
      (Quantizer(name="int2", group_size=32), 2.5), (Eden(name="eden1"), 1.125), (Eden(name="eden2"), 2.125),
      (Eden(name="eden3"), 3.125), (Eden(name="eden4"), 4.125), (Float8(name="fp8_e4m3"), 8.125),
-     (Eden(name="eden1", scale="unbiased", one_in=2), 0.5625),
      (TopK(ratio=0.0625, values="int8"), 1.515625), (RandK(ratio=0.0625), 1.0),
      (LowRank(rank=4), 16 * 4 * 2 / 4096)],
     ids=repr,
@@ -124,36 +122,6 @@ def test_randk_sends_every_position_equally_often_and_others_each_time():
     assert (kept.sum(1) == 8).all()
     assert ((kept.sum(0) - 500).abs() < 5 * 21).all()
     assert len({tuple(row.tolist()) for row in kept}) > 3990
-
-
-@pytest.mark.parametrize("memory_dtype", [None, torch.float32, torch.bfloat16])
-def test_one_group_of_each_run_is_sent_and_counts_for_all(memory_dtype):
-    """The same of all runs; of 3,000 messages each is sent in 1,000, standard deviation 26."""
-    codec, value = Eden(name="eden4", scale="unbiased", group_size=16, one_in=3), torch.ones(5 * 3 * 16 + 7)
-    places = []
-    for seed in range(3000):
-        memory = None if memory_dtype is None else torch.zeros_like(value, dtype=memory_dtype)
-        payload = encode(codec, value, Context(memory, False, seed))
-        sent = decode(codec, payload, value, seed)
-        runs_RKS = sent[:240].view(5, 3, 16)
-        place = int(runs_RKS[0].any(1).nonzero())
-        assert (runs_RKS != 0).any((0, 2)).tolist() == [place == number for number in range(3)]
-        assert abs(runs_RKS[:, place].mean() - 3) < 0.3
-        assert bool((sent[240:] != 0).any()) == (place == 0)
-        assert memory is None or torch.equal(memory, sent.to(memory_dtype))
-        places.append(place)
-    assert all(abs(places.count(place) - 1000) < 5 * 26 for place in range(3))
-
-
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_run_that_is_not_finite_arrives_so_whichever_group_is_sent(broken):
-    codec, value = Eden(name="eden1", scale="unbiased", group_size=16, one_in=4), torch.ones(3 * 64)
-    value[64 + 5] = broken
-    for seed in range(16):
-        memory = torch.full_like(value, 2.0)
-        sent = decode(codec, encode(codec, value, Context(memory, True, seed)), value, seed)
-        assert sent.view(3, 64).isnan().all(1).tolist() == [False, True, False]
-        assert sent.view(3, 64)[::2].isfinite().all() and (memory[64:128] == 2).all()
 
 
 @pytest.mark.parametrize("codec", [TopK(), RandK()], ids=lambda codec: codec.name)
@@ -244,12 +212,13 @@ def test_stochastic_rounding_is_unbiased(codec):
     assert (deviation <= 4 * sent.std(0).clamp(min=step / 64) / 64).all()
 
 
-@pytest.mark.parametrize(("bits", "one_in"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 5)])
-def test_eden_is_unbiased_over_messages(bits, one_in):
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_eden_is_unbiased_over_messages(bits):
     """The mean of 4,096 messages: bfloat16 scales round to nearest, an error of at most 2^-9 each."""
-    value = torch.randn(128 * one_in, generator=torch.Generator().manual_seed(3))
-    codec = Eden(name=f"eden{bits}", scale="unbiased", one_in=one_in)
-    sent = torch.stack([sent_of(codec, value, seed) for seed in range(4096)])
+    value = torch.randn(128, generator=torch.Generator().manual_seed(3))
+    sent = torch.stack(
+        [sent_of(Eden(name=f"eden{bits}", scale="unbiased"), value, seed) for seed in range(4096)]
+    )
     deviation = (sent.double().mean(0) - value.double()).abs()
     assert (deviation <= 4.5 * sent.double().std(0) / 64 + 2.0**-9 * value.abs()).all()
 

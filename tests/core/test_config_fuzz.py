@@ -63,7 +63,7 @@ def valid_codec(rng):
     codec = CODECS[name]
     options = {
         Quantizer: {"group_size": [16, 64, 1024], "rotate": [False], "stochastic": [False], "scale": [None]},
-        Eden: {"group_size": [32, 128], "scale": ["unbiased"], "one_in": [1, 2, 16]},
+        Eden: {"group_size": [32, 128], "scale": ["least_squares", "unbiased"]},
         Float8: {"group_size": [16, 256]},
         TopK: {"ratio": [1e-9, 0.05, 0.5], "block": [64, 1024], "values": ["bfloat16", "int8"]},
         RandK: {"ratio": [0.1, 1], "block": [64, 1024]},
@@ -75,10 +75,7 @@ def valid_codec(rng):
             "refresh": [2, 1000],
         },
     }.get(codec, {})
-    found = {"name": name, **some(rng, options)}
-    if found.get("one_in", 1) > 1:
-        found["scale"] = "unbiased"
-    return found
+    return {"name": name, **some(rng, options)}
 
 
 def some(rng, options):

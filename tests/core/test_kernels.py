@@ -161,7 +161,6 @@ CODECS = [
     *(Eden(name=name) for name in ("eden1", "eden2", "eden3", "eden4")),
     *(Eden(name=name, scale="unbiased", group_size=16) for name in ("eden1", "eden2")),
     Eden(name="eden3", scale="unbiased", group_size=1024),
-    Eden(name="eden1", scale="unbiased", group_size=32, one_in=3),
     Float8(name="fp8_e4m3"),
     Float8(name="fp8_e5m2", group_size=32),
     TopK(ratio=0.05, block=64),

@@ -22,7 +22,6 @@ CODECS = [
     *(Quantizer(name=name, scale="maximum", group_size=64) for name in ("int3", "int2")),
     *(Eden(name=name) for name in ("eden4", "eden3", "eden2", "eden1")),
     *(Eden(name=name, scale="unbiased", group_size=32) for name in ("eden4", "eden1")),
-    Eden(name="eden1", scale="unbiased", one_in=2),
     *(Float8(name=name) for name in ("fp8_e4m3", "fp8_e5m2")),
     *(TopK(values=values) for values in ("bfloat16", "int8")),
     RandK(),

@@ -5,7 +5,7 @@
 One message of 4 x 512 x 1,024 values, fp32, 2 bits, encoded and decoded, with and without a memory; medians
 of NUM_TURNS, for which all configurations take turns. Parts are the functions that `Transform.encode_` and
 `decode_` call, timed by cProfile; what is left of a whole is in `rest`. The last column is what a thread
-beside computes once in `refresh` messages, divided by the default of 256. Writes codec_parts.csv.
+beside computes once in `refresh` messages, the default of 256, divided by these. Writes codec_parts.csv.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from clapping_ds.report import format_table
 
 SHAPE = (4 * 512, 1024)
 NUM_TURNS = 7
-REFRESH = 256
 CODECS = {
     "channel": Transform(bits=2),
     "channel, 1,024 anchors": Transform(bits=2, anchors=1024),
@@ -86,11 +85,11 @@ def measure_learning(codec: Transform) -> float:
     layout = codec.layout(SHAPE[1])
     if layout is None:
         return 0.0
-    num_rows = layout.rows_per_message * REFRESH
+    num_rows = layout.rows_per_message * layout.refresh
     row_RC = torch.randn(num_rows, SHAPE[1], generator=torch.Generator().manual_seed(2)).bfloat16()
     start_s = time.perf_counter()
     learning.compute(row_RC, lambda: None, layout, pins=False)
-    return 1e3 * (time.perf_counter() - start_s) / REFRESH
+    return 1e3 * (time.perf_counter() - start_s) / layout.refresh
 
 
 def list_rows() -> list[dict[str, Any]]:

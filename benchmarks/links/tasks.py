@@ -71,13 +71,10 @@ def make_runner(task: str, block: dict[str, Any] | None) -> Runner:
     }
     if block is not None:
         ds_config["clapping"] = block
-    warm_up = TASKS[task].warm_up_steps
     engine, *_ = (deepspeed.initialize if block is None else clapping_ds.initialize)(
         model=model,
         optimizer=adam,
-        lr_scheduler=lambda adam: torch.optim.lr_scheduler.LinearLR(
-            adam, 1 / warm_up, total_iters=warm_up - 1
-        ),
+        lr_scheduler=lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, TASKS[task].warm_up),
         config=ds_config,
     )
     held_out = list(islice(windows[1].batches(1), NUM_HELD_OUT))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.codecs.peers import tah_quant
+from benchmarks.files import RESULTS
 from benchmarks.training import curves, reuse, time_to_loss, wan
 from benchmarks.training.curves import (
     TAH_QUANT,
@@ -29,6 +30,13 @@ BLOCKS = [block for task in TASKS.values() for block in list_blocks(task).values
 def test_every_run_is_a_block():
     for block in BLOCKS:
         assert ClappingConfig.from_ds_config({"clapping": block}).enabled
+
+
+def test_the_committed_curves_are_of_these_runs():
+    rows = curves.read_curves(RESULTS / "time_to_loss_curves.csv")
+    runs = {(row["task"], row["name"], row["num_links"]) for row in rows}
+    assert runs <= {(run.task, run.name, run.num_links) for run in list_runs([1])}
+    assert time_to_loss.list_trained(rows)
 
 
 def test_runs_are_there_once_and_uncompressed_ones_come_first():
@@ -141,10 +149,7 @@ def test_bits_of_a_sequence_are_those_of_the_contest_s_messages_too():
     """What is learned is counted in the long run, and a group is a token."""
     learned = wan.transform(0.5)
     alone, in_sequence = (
-        wan.find_bits(
-            {"strategy": "direct", **{name: {"codec": codec} for name in ("activations", "gradients")}}
-        )
-        for codec in (learned, [learned, wan.UNBIASED])
+        wan.find_bits(wan.block_of(codec, codec)) for codec in (learned, [learned, wan.UNBIASED])
     )
     assert in_sequence - alone == pytest.approx(1 + 16 / 1024, abs=0.001)
 

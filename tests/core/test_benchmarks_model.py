@@ -111,7 +111,7 @@ def test_runs_are_named_once_and_their_blocks_are_right():
 
 
 def test_epochs_use_every_sample_equally_often():
-    batches = finetune._in_epochs(iter(range(100)), 7, seed=1)
+    batches = finetune.iterate_epochs(iter(range(100)), 7, seed=1)
     epochs = [list(islice(batches, 7)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1

@@ -31,6 +31,7 @@ from clapping_ds.codecs import (
 )
 from clapping_ds.codecs.base import STRICT
 from clapping_ds.codecs.sequence import Member, label, name_codec
+from clapping_ds.codecs.transform import Bits
 
 BLOCK_NAME = "clapping"
 DIRECTIONS = ("activations", "gradients")
@@ -44,6 +45,11 @@ def _show(value: object) -> str:
     except (ValueError, RecursionError):
         text = f"<{type(value).__name__} of too many digits or levels>"
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _plain(given: BaseModel | str) -> Any:
+    """As in a JSON file."""
+    return given.model_dump() if isinstance(given, BaseModel) else given
 
 
 def _name_codec(codec: Any) -> Any:
@@ -61,6 +67,17 @@ CodecConfig = Annotated[
 ]
 
 
+class StartConfig(BaseModel):
+    """More bits in the first steps: while nothing is learned yet, and what is sent changes fast."""
+
+    model_config = STRICT
+
+    steps: Annotated[int, Field(ge=1)]
+    """That have them. They are counted anew where what was learned is lost."""
+    bits: Bits = 4.0
+    """Of codes, per value; more than the codec's."""
+
+
 class DirectionConfig(BaseModel):
     """How one direction, `activations` or `gradients`, is compressed."""
 
@@ -75,6 +92,8 @@ class DirectionConfig(BaseModel):
     base: Literal["reset", "carry"] | None = None
     """With `fc` and `key_delta`: what a key message is the difference to, zero or the memory. Default: carry
     for `topk`, `randk` and `lowrank`."""
+    start: StartConfig | None = None
+    """With `direct` and a `transform`: more bits in the first steps."""
     min_numel: Annotated[int, Field(ge=0)] = 4096
     """Floating tensors with fewer values travel raw."""
 
@@ -214,6 +233,9 @@ class Plan:
     min_numel: int
     p_new: float
     memory: MemoryConfig
+    start: AnyCodec | None = None
+    """K in the first steps. It learns what K does."""
+    start_steps: int = 0
 
     @property
     def carries(self) -> bool:
@@ -243,17 +265,19 @@ class Plan:
             "carries": self.carries,
             "min_numel": self.min_numel,
             "dtype of memories": self.memory.dtype,
+            "start": None if self.start is None else [self.start_steps, self.start.model_dump()],
         }
 
     def mean_bits_per_value(self, dtype: torch.dtype) -> float:
-        """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta)."""
+        """Bits that a value costs on average: p_new * bits(key) + (1 - p_new) * bits(delta). Not of the
+        start."""
         return self.p_new * bits_per_value(self.key, dtype) + (1 - self.p_new) * bits_per_value(
             self.delta, dtype
         )
 
 
 ACCEPTED = {
-    "direct": ("codec",),
+    "direct": ("codec", "start"),
     "fu": ("delta",),
     "fc": ("delta", "base"),
     "key_delta": ("key", "delta", "base"),
@@ -306,12 +330,13 @@ class ClappingConfig(BaseModel):
     def _check_members(self) -> Self:
         for name in DIRECTIONS:
             given = getattr(self, name)
-            for field in ("codec", "key", "delta", "base"):
+            for field in ("codec", "key", "delta", "base", "start"):
                 value = getattr(given, field)
                 if value is not None and field not in ACCEPTED[self.strategy]:
-                    text = value if isinstance(value, str) else label(value)
+                    is_codec = field in ("codec", "key", "delta")
+                    text = _show(label(value) if is_codec else _plain(value))
                     raise ValueError(
-                        f"{name}.{field} = {text!r} with strategy = {self.strategy!r}; accepted: "
+                        f"{name}.{field} = {text} with strategy = {self.strategy!r}; accepted: "
                         + ", ".join((*ACCEPTED[self.strategy], "min_numel"))
                     )
                 if value is None and self.strategy == "key_delta" and field in ("key", "delta"):
@@ -323,6 +348,23 @@ class ClappingConfig(BaseModel):
                     "has no memory and makes every step fresh; accepted: null, or strategy = 'fu', 'fc', "
                     "'key_delta' or 'aqsgd'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_starts(self) -> Self:
+        for name in DIRECTIONS:
+            start, codec = getattr(self, name).start, self.plan(name).key
+            if start is None:
+                continue
+            given = f"{name}.start = {_plain(start)}"
+            if not isinstance(codec, Transform):
+                raise ValueError(
+                    f"{given} with codec = {label(codec)!r}; accepted: null, or a transform that is no list"
+                )
+            if start.bits <= codec.bits:
+                raise ValueError(f"{given} with codec.bits = {codec.bits}; accepted: more bits than that")
+            if self.links is not None:
+                raise ValueError(f"{given} with links, which choose the codec; accepted: one of them")
         return self
 
     @model_validator(mode="after")
@@ -407,14 +449,17 @@ class ClappingConfig(BaseModel):
         given: DirectionConfig = getattr(self, direction)
         delta = given.codec or given.delta or Eden(name="eden4")
         key_is_delta = self.strategy in ("direct", "fc")
+        key = given.key or (delta if key_is_delta else Raw())
         return Plan(
-            key=given.key or (delta if key_is_delta else Raw()),
+            key=key,
             delta=delta,
             key_is_delta=key_is_delta,
             base="reset" if self.strategy == "direct" else given.base,
             min_numel=given.min_numel,
             p_new=self.sampling.p_new,
             memory=self.memory or MemoryConfig(),
+            start=None if given.start is None else key.model_copy(update={"bits": given.start.bits}),
+            start_steps=0 if given.start is None else given.start.steps,
         )
 
     @property
@@ -441,6 +486,7 @@ def schema() -> dict[str, Any]:
 _MODELS: dict[str, type[BaseModel]] = {
     "activations": DirectionConfig,
     "gradients": DirectionConfig,
+    "start": StartConfig,
     "lazy": LazyConfig,
     "memory": MemoryConfig,
     "links": LinksConfig,

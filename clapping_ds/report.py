@@ -45,12 +45,17 @@ def describe_cost(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:
     dtype   of the tensors that the stages send
     """
     raw_bits = dtype.itemsize * 8
+    has_start = any(plan.start is not None for plan in plans.values())
     rows = []
     for direction, plan in plans.items():
         mean = plan.mean_bits_per_value(dtype)
         delta = f"{label(plan.delta)} {bits_per_value(plan.delta, dtype):.2f} bit"
+        start = "-"
+        if plan.start is not None:
+            start = f"{plan.start_steps} steps {bits_per_value(plan.start, dtype):.2f} bit"
         rows.append({
             "direction": direction,
+            **({"start": start} if has_start else {}),
             "key": f"{label(plan.key)} {bits_per_value(plan.key, dtype):.2f} bit",
             "delta": delta if plan.p_new < 1 else "-",
             "p_new": plan.p_new,

@@ -22,7 +22,7 @@ Five to twenty minutes a run on one core; what `wan_curves.csv` has is not measu
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -35,7 +35,7 @@ from benchmarks.training import curves
 from benchmarks.training.compare import block
 from benchmarks.training.curves import TASKS, read_curves, validations
 from benchmarks.training.finetune import add_rows
-from clapping_ds.codecs import AnyCodec, CodecSequence, Eden, Transform
+from clapping_ds.codecs import AnyCodec, Transform
 from clapping_ds.config import ClappingConfig
 from clapping_ds.report import format_table
 
@@ -54,6 +54,7 @@ TOKENS, CHANNELS = 512 * 1024, 1024
 BYTES_PER_S, LATENCY_S = 200e6 / 8, 0.05
 PERIOD = 256
 """Messages, over which what is learned is counted: a run of 3,000 steps has 192,000 per channel."""
+START_BITS = 4.0
 DENSE = "dense bf16"
 COLUMNS = ("step", "loss", "training loss", "bits as sent")
 """Of a validation, that are kept."""
@@ -112,51 +113,63 @@ def transform(bits: float) -> dict[str, Any]:
     return {"name": "transform", "bits": bits, "rows_per_outlier": 1024, **learned}
 
 
-UNBIASED = {"name": "eden1", "scale": "unbiased", "group_size": 128}
-"""A group is a token."""
-
-
-def block_of(activations: Any, gradients: Any) -> dict[str, Any]:
+def with_start(activations: float, gradients: float, steps: int) -> dict[str, Any]:
+    """Bits of `transform` after the first `steps` steps, which have `START_BITS`."""
+    bits = {"activations": activations, "gradients": gradients}
+    start = {"steps": steps, "bits": START_BITS}
     return {
         "strategy": "direct",
-        "activations": {"codec": activations},
-        "gradients": {"codec": gradients},
+        **{direction: {"codec": transform(few), "start": start} for direction, few in bits.items()},
     }
 
 
 BLOCKS: dict[str, dict[str, Any]] = {
     DENSE: block("direct", "none"),
     "direct eden4": block("direct", "eden4"),
-    **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1.5, 1)},
+    **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1)},
     **{
-        f"direct transform {bits}, gradients eden1 unbiased": block_of(transform(bits), UNBIASED)
-        for bits in (1, 0.5)
-    },
-    **{
-        f"direct transform {bits}, gradients 1/4 + eden1 unbiased": block_of(
-            transform(bits), [transform(1 / 4), UNBIASED]
+        f"activations {activations}, gradients {gradients}, start of {steps}": with_start(
+            activations, gradients, steps
         )
-        for bits in (2, 1.5, 1)
+        for activations, gradients, steps in ((1, 1, 40), (1, 0.5, 40), (0.5, 0.5, 40), (0.5, 0.5, 20))
     },
 }
-"""Gradients pass all links before the first stage trains on them. What a codec drops of coordinates is then
-lost; noise without a bias averages out over tokens."""
+"""Activations change most in the first steps. With few bits they arrive there with half of them missing, and
+what does not arrive is not learned later either: see `start`."""
 
 
-def find_bits(block: dict[str, Any]) -> float:
-    """Per value, mean of both directions, of the contest's messages."""
-    config = ClappingConfig.from_ds_config({"clapping": block})
+class Traffic(NamedTuple):
+    """Bits per value, mean of both directions, of the contest's messages."""
+
+    bits: float
+    start_bits: float = 0.0
+    start_steps: int = 0
+
+    def find_s(self, steps: int, find_step_s: Callable[[float], float]) -> float:
+        """Of so many steps."""
+        num_first = min(steps, self.start_steps)
+        first_s = num_first * find_step_s(self.start_bits) if num_first else 0.0
+        return first_s + (steps - num_first) * find_step_s(self.bits)
+
+
+def find_traffic(block: dict[str, Any]) -> Traffic:
+    """Both directions have a start alike."""
+    plans = ClappingConfig.from_ds_config({"clapping": block}).plans.values()
+    bits, start_bits = (
+        _find_bits([codec for codec in codecs if codec is not None])
+        for codecs in ([plan.key for plan in plans], [plan.start for plan in plans])
+    )
+    return Traffic(bits, start_bits, max(plan.start_steps for plan in plans))
+
+
+def _find_bits(codecs: Sequence[AnyCodec]) -> float:
     shape = torch.Size((TOKENS // MICRO_BATCHES, CHANNELS))
-    num_bytes = [_in_contest(plan.key).nbytes(shape, torch.bfloat16) for plan in config.plans.values()]
-    return 8 * mean(num_bytes) / shape.numel()
+    num_bytes = [_in_contest(codec).nbytes(shape, torch.bfloat16) for codec in codecs]
+    return 8 * mean(num_bytes) / shape.numel() if codecs else 0.0
 
 
 def _in_contest(codec: AnyCodec) -> AnyCodec:
-    """With what is learned counted over many messages, and groups that are tokens as they are here."""
-    if isinstance(codec, CodecSequence):
-        return codec.model_copy(update={"codecs": tuple(_in_contest(member) for member in codec.codecs)})
-    if isinstance(codec, Eden):
-        return codec.model_copy(update={"group_size": CHANNELS})
+    """With what is learned counted over many messages."""
     return codec.model_copy(update={"refresh": PERIOD}) if isinstance(codec, Transform) else codec
 
 
@@ -199,20 +212,22 @@ def find_steps(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> int |
 def list_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A line per run and schedule, then the contest's own."""
     found = []
-    dense_s = find_metered_s(find_bits(BLOCKS[DENSE]))
+    dense_s = DENSE_STEPS * find_metered_s(find_traffic(BLOCKS[DENSE]).bits)
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         seeds = dict.fromkeys(row["seed"] for row in mine)
         steps = [find_steps(rows, name, seed) for seed in seeds]
         known = [number for number in steps if number is not None]
-        share = mean(known) / DENSE_STEPS if len(known) == len(steps) else None
-        bits = find_bits(BLOCKS[name])
-        for schedule, find_s in SCHEDULES.items():
+        traffic = find_traffic(BLOCKS[name])
+        for schedule, find_step_s in SCHEDULES.items():
+            times = [traffic.find_s(number, find_step_s) for number in known]
+            is_known = len(known) == len(steps)
             found.append({
-                "run": name, "schedule": schedule, "seeds": len(seeds), "bits per value": round(bits, 3),
-                "steps of dense": None if share is None else round(share, 3),
-                "step s": round(find_s(bits), 2),
-                "T of dense": None if share is None else round(share * find_s(bits) / dense_s, 4),
+                "run": name, "schedule": schedule, "seeds": len(seeds),
+                "bits per value": round(traffic.bits, 3),
+                "steps of dense": round(mean(known) / DENSE_STEPS, 3) if is_known else None,
+                "step s": round(find_step_s(traffic.bits), 2),
+                "T of dense": round(mean(times) / dense_s, 4) if is_known else None,
             })  # fmt: skip
     dense = RECORDS[DENSE]
     for name, record in RECORDS.items():

@@ -137,6 +137,9 @@ def _check_unit(bits: float) -> float:
     return bits
 
 
+Bits = Annotated[float, Field(ge=UNIT, le=MOST_BITS), AfterValidator(_check_unit)]
+
+
 class Transform(BaseModel):
     """Variance per coordinate, outlier tokens apart, blocks of 16 coordinates with 0 to 8 bits each."""
 
@@ -144,7 +147,7 @@ class Transform(BaseModel):
     carries_by_default: ClassVar[bool] = False
 
     name: Literal["transform"] = "transform"
-    bits: Annotated[float, Field(ge=UNIT, le=MOST_BITS), AfterValidator(_check_unit)] = 3.0
+    bits: Bits = 3.0
     """Of codes, per value: a multiple of 1/16, rounded up to a bit per block."""
     basis: Literal["channel", "eigen"] = "channel"
     """What is coded: the channels as they are; or their coordinates in the eigenbasis of earlier messages."""

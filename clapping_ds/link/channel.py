@@ -73,6 +73,8 @@ class Channel:
         self.header_nbytes = verification.NBYTES if verifies else 0
         # State
         self.step = 0
+        self.first_step: int | None = None
+        """Since when nothing was lost of what codecs learned; None: from the next step on."""
         self.held: dict[int, dict[int, Held]] = {}
         """By slot and tensor, of the step's entry."""
         self.pool = {0: self.held}
@@ -98,6 +100,7 @@ class Channel:
         """Messages are numbered by step and slot. entry: of the pool, that the slots are of; frees what it
         holds for the slots from `num_slots` on."""
         self.step = step
+        self.first_step = step if self.first_step is None else self.first_step
         self.measures_error = measures_error
         self.held = self.pool.setdefault(entry, {})
         self._used.clear()
@@ -206,8 +209,8 @@ class Channel:
             for place, learned in self.learned.items()
             if learned.state is not None
         }
-        scales = {"scale": self.scale, "scales": self.scales}
-        return {"traffic": asdict(self.traffic), "pool": pool, "learned": learned, **scales}
+        counters = {"scale": self.scale, "scales": self.scales, "first_step": self.first_step}
+        return {"traffic": asdict(self.traffic), "pool": pool, "learned": learned, **counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` of the same end gave, onto the devices where it belongs."""
@@ -224,6 +227,7 @@ class Channel:
             }
             self.held = self.pool.setdefault(0, {})
             self.scale, self.scales = state["scale"], dict(state["scales"])
+            self.first_step = state["first_step"]
             for (index, kind), saved in state["learned"].items():
                 learned = self._state(index, kind, saved["width"])
                 assert learned is not None
@@ -239,6 +243,7 @@ class Channel:
         self.pool = {0: self.held}
         self.scale, self.scales = 1.0, {}
         self.learned.clear()
+        self.first_step = None
 
     def all_held(self) -> Iterator[Held]:
         """Of all entries, slots and tensors."""
@@ -355,6 +360,8 @@ class Channel:
         is_delta = not fresh and (is_known or not plan.holds_memory)
         kind = "delta" if is_delta else "key"
         codec = self._codec(kind)
+        if self._is_starting and plan.start is not None and not is_delta:
+            codec = plan.start
         if codec.nbytes(*spec) > RAW.nbytes(*spec):
             codec = RAW
         context = Context(
@@ -366,7 +373,12 @@ class Channel:
         )
         return Part(codec, context, codec.nbytes(*spec))
 
+    @property
+    def _is_starting(self) -> bool:
+        return self.first_step is not None and self.step < self.first_step + self.plan.start_steps
+
     def _codec(self, kind: str) -> AnyCodec:
+        """Of the plan, after the start."""
         return self.plan.delta if kind == "delta" else self.plan.key
 
     def _state(self, index: int, kind: str, width: int) -> State | None:

@@ -23,7 +23,7 @@ from clapping_ds.stage.sampling import Coin
 
 NextBatch = Callable[[], Any]
 
-FORMAT = 3
+FORMAT = 4
 """Of a state: another is not read."""
 MISSING = "the checkpoint has no state of clapping_ds for every rank"
 DIFFERENT = "the checkpoint is of another configuration, number of micro-batches, stages or ranks"

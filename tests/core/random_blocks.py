@@ -63,10 +63,12 @@ def blocks(draw, min_numels, refresh=("step",), **others):
         largest_block = max(
             member.get("block", 0) for codec in direction.values() for member in list_codecs(codec)
         )
-        key = direction.get("key", direction.get("delta"))
+        key = direction.get("key", direction.get("delta", direction.get("codec")))
         if strategy in ("fc", "key_delta") and list_codecs(key)[0]["name"] != "none":
             direction["base"] = draw(st.sampled_from([None, "reset", "carry", "carry"]))
             carries |= direction["base"] == "carry"
+        if isinstance(key, dict) and (strategy, key["name"]) == ("direct", "transform"):
+            direction["start"] = draw(st.sampled_from([None, {"steps": 1}, {"steps": 2, "bits": 8.0}]))
         directions[name] = {**direction, "min_numel": max(largest_block, draw(st.sampled_from(min_numels)))}
     lazy = {}
     if strategy != "direct":

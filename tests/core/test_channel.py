@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clapping_ds import ClappingConfig
-from clapping_ds.codecs import CODECS
+from clapping_ds.codecs import CODECS, Transform
 from clapping_ds.config import DIRECTIONS
 from clapping_ds.link.channel import Channel
 from clapping_ds.link.message import Spec
@@ -67,6 +67,10 @@ class Ends:
         received = self.receiver.receive()
         self.assert_equal()
         return received if len(values) > 1 else received[0]
+
+    def error_of(self, value):
+        """Relative, of a first message."""
+        return ((self.pass_on(0, True, value) - value).norm() / value.norm()).item()
 
     def begin_step(self, step, num_slots):
         for end in (self.sender, self.receiver):
@@ -319,6 +323,44 @@ def test_what_a_codec_learned_is_in_checkpoints():
     other.sender.load_state_dict(ends.sender.state_dict())
     assert same_state(other.sender.learned[0, "key"].state, ends.sender.learned[0, "key"].state)
     assert other.sender.memory_nbytes == ends.sender.memory_nbytes
+
+
+START = {"name": "transform", "bits": 0.5, "basis": "eigen", "refresh": 2}
+
+
+def test_a_start_has_more_bits_and_its_basis_stays():
+    ends = Ends(activations={"codec": START, "start": {"steps": 4, "bits": 6}})
+    sizes, errors = [], []
+    rows = value_of(1, (190, 16)) @ value_of(2, (16, 64))
+    for step in range(10, 20):
+        ends.begin_step(step, 1)
+        before = ends.sender.traffic.payload_bytes
+        received = ends.pass_on(0, True, rows)
+        sizes.append(ends.sender.traffic.payload_bytes - before)
+        errors.append(((received - rows).norm() / rows.norm()).item())
+    few, many = (Transform(**START | {"bits": bits}).nbytes(rows.shape, rows.dtype) for bits in (0.5, 6))
+    assert sizes == [many] * 4 + [few] * 6
+    assert errors[4] < Ends(activations={"codec": START}).error_of(rows) / 2  # a basis is there
+    ends.sender.forget()
+    ends.receiver.forget()
+    ends.begin_step(20, 1)
+    ends.pass_on(0, True, rows)
+    assert ends.sender.traffic.payload_bytes == sum(sizes) + many
+
+
+def test_a_start_goes_on_after_a_checkpoint():
+    block = {"activations": {"codec": START, "start": {"steps": 3}}}
+    ends, others = Ends(**block), Ends(**block)
+    for step in range(2):
+        ends.begin_step(step, 1)
+        ends.pass_on(0, True, value_of(step))
+    others.sender.load_state_dict(ends.sender.state_dict())
+    others.receiver.load_state_dict(ends.receiver.state_dict())
+    for step in range(2, 5):
+        for each in (ends, others):
+            each.begin_step(step, 1)
+        assert torch.equal(*(each.pass_on(0, True, value_of(step)) for each in (ends, others)))
+    assert ends.sender.traffic == others.sender.traffic
 
 
 def test_what_would_be_larger_than_raw_is_sent_raw():

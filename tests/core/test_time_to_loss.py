@@ -145,13 +145,14 @@ def test_the_contest_s_meter_gives_its_records():
     assert wan.find_best_metered_s(1) < wan.find_metered_s(1)
 
 
-def test_bits_of_a_sequence_are_those_of_the_contest_s_messages_too():
-    """What is learned is counted in the long run, and a group is a token."""
-    learned = wan.transform(0.5)
-    alone, in_sequence = (
-        wan.find_bits(wan.block_of(codec, codec)) for codec in (learned, [learned, wan.UNBIASED])
+def test_a_start_counts_with_its_own_bits():
+    traffic = wan.find_traffic(wan.with_start(1, 0.5, 40))
+    assert traffic.bits == pytest.approx(0.75 + 0.07, abs=0.01)
+    assert traffic.start_bits - traffic.bits == pytest.approx(wan.START_BITS - 0.75, abs=0.01)
+    assert traffic.find_s(100, lambda bits: bits) == pytest.approx(
+        40 * traffic.start_bits + 60 * traffic.bits
     )
-    assert in_sequence - alone == pytest.approx(1 + 16 / 1024, abs=0.001)
+    assert traffic.find_s(30, lambda bits: bits) == pytest.approx(30 * traffic.start_bits)
 
 
 def test_the_rate_of_wan_rises_stays_and_falls_to_zero():

@@ -40,13 +40,16 @@ def interrupted(block, folder, resumed_block=None):
     return found
 
 
+START = {"codec": {"name": "transform", "bits": 0.5, "basis": "eigen", "refresh": 2}, "start": {"steps": 5}}
+STARTS = {"activations": START, "gradients": START}
+"""Which ends one step after the checkpoint."""
 UNDECIDED = {**POOL, "lazy": {"pool": 2}, "links": {"min_gain": 0.5, "ladder": ["int2"]}}
 
 
 @pytest.mark.parametrize(
     "block",
-    [INT2, LOWRANK, UNDECIDED],
-    ids=["int2", "lowrank and eden", "lazy sampling off"],
+    [INT2, LOWRANK, STARTS, UNDECIDED],
+    ids=["int2", "lowrank and eden", "start", "lazy sampling off"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, block):
     for uninterrupted, resumed in two_ranks.run(interrupted, block, str(tmp_path)):

@@ -68,6 +68,8 @@ class Task:
     """Steps between two validations."""
     pool: int
     """Mini-batches that lazy sampling holds."""
+    start_steps: int
+    """With more bits, of the runs that have a start."""
     learned: dict[str, Any]
     """Options of what is learned."""
 
@@ -109,6 +111,7 @@ TASKS = {
         warm_up_steps=40,
         interval=20,
         pool=16,
+        start_steps=40,
         learned=scratch.ANCHORED | {"refresh": scratch.REFRESH},
     ),
     **{
@@ -120,6 +123,7 @@ TASKS = {
             warm_up_steps=finetune.WARM_UP_STEPS,
             interval=8,
             pool=4,
+            start_steps=10,
             learned=finetune.LEARNED,
         )
         for weights in LEARNING_RATES
@@ -133,12 +137,17 @@ def list_blocks(task: Task) -> dict[str, dict[str, Any]]:
     def coded(bits: float, learns: bool = True) -> dict[str, Any]:
         return {"name": "transform", "bits": bits, **(task.learned if learns else {})}
 
+    def started(bits: float) -> dict[str, Any]:
+        direction = {"codec": coded(bits), "start": {"steps": task.start_steps}}
+        return {"strategy": "direct", "activations": direction, "gradients": direction}
+
     return {
         UNCOMPRESSED: block("direct", "none"),
         "direct eden4": block("direct", "eden4"),
         TAH_QUANT: block("direct", "none"),
         "direct transform 3": block("direct", coded(3, learns=False)),
         **{f"direct transform {bits}, learned": block("direct", coded(bits)) for bits in (2, 1.5, 1)},
+        **{f"direct transform {bits}, learned, start": started(bits) for bits in (1, 0.5)},
         "lazy, uncompressed, pool": pooled(block("fu", "none"), task.pool, 0.25),
         "Clapping-FU eden2": block("fu", "eden2"),
         "Clapping-FC eden4": block("fc", "eden4"),
@@ -157,7 +166,8 @@ def list_blocks(task: Task) -> dict[str, dict[str, Any]]:
 
 
 DEEP = (UNCOMPRESSED, "direct eden4", TAH_QUANT, "direct transform 3", "direct transform 2, learned",
-        "direct transform 1.5, learned", "direct transform 1, learned")  # fmt: skip
+        "direct transform 1.5, learned", "direct transform 1, learned",
+        "direct transform 1, learned, start")  # fmt: skip
 """Over 1 and 7 links as well; all over 3."""
 
 

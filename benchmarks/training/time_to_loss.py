@@ -55,21 +55,24 @@ BASELINES = (STOCK, OVERLAPPED, TAH_QUANT, "aqsgd int4", "Clapping-FU eden2", "C
 
 
 class Traffic(NamedTuple):
-    """What a run sends: bits per value of keys and deltas, and how often which."""
+    """What a run sends: bits per value of keys and deltas, and how often which; at first keys alone, of other
+    bits."""
 
     key_bits: float
     delta_bits: float
     p_new: float
-    pool: int
+    first_bits: float
+    first_steps: int
 
 
 def find_traffic(task: str, name: str) -> Traffic:
     if name == TAH_QUANT:
-        return Traffic(tah_quant().bits, 0.0, 1.0, 1)
+        return Traffic(tah_quant().bits, 0.0, 1.0, tah_quant().bits, 1)
     block = list_blocks(TASKS[task])[UNCOMPRESSED if name in (STOCK, OVERLAPPED) else name]
     config = ClappingConfig.from_ds_config({"clapping": block})
     plan, sampling = config.plan("activations"), config.sampling
-    return Traffic(_bits(plan.key), _bits(plan.delta), sampling.p_new, sampling.pool)
+    first = (_bits(plan.key), sampling.pool) if plan.start is None else (_bits(plan.start), plan.start_steps)
+    return Traffic(_bits(plan.key), _bits(plan.delta), sampling.p_new, *first)
 
 
 def _bits(codec: AnyCodec) -> float:
@@ -97,30 +100,31 @@ def find_step(
 
 
 class Times(NamedTuple):
-    """Of steps: while the pool fills, and later."""
+    """Of steps: at the start or while the pool fills, and later."""
 
     first: float
     later: float
-    pool: int
+    first_steps: int
 
     def after(self, steps: float) -> float:
         """Time of so many steps."""
-        return min(steps, self.pool) * self.first + max(0.0, steps - self.pool) * self.later
+        return min(steps, self.first_steps) * self.first + max(0.0, steps - self.first_steps) * self.later
 
     def count_steps(self, time: float) -> float:
         """Steps in so much time."""
-        filling = self.pool * self.first
-        return time / self.first if time < filling else self.pool + (time - filling) / self.later
+        first = self.first_steps * self.first
+        return time / self.first if time < first else self.first_steps + (time - first) / self.later
 
 
 def find_times(
     traffic: Traffic, num_links: int, micro_batches: int, rho: float, share: float, is_stock: bool
 ) -> Times:
-    def step(fresh: float) -> float:
-        sizes = traffic.key_bits, traffic.delta_bits
+    def step(key_bits: float, fresh: float) -> float:
+        sizes = key_bits, traffic.delta_bits
         return find_step(num_links, micro_batches, rho, *sizes, fresh, share, is_stock)
 
-    return Times(step(1.0), step(traffic.p_new), traffic.pool)
+    later = step(traffic.key_bits, traffic.p_new)
+    return Times(step(traffic.first_bits, 1.0), later, traffic.first_steps)
 
 
 Curve = Sequence[tuple[int, float]]

@@ -78,7 +78,7 @@ def test_a_loss_is_reached_between_two_validations():
 
 
 def test_steps_that_fill_the_pool_take_their_own_time():
-    times = Times(first=4.0, later=1.0, pool=10)
+    times = Times(first=4.0, later=1.0, first_steps=10)
     assert [times.after(steps) for steps in (0, 5, 10, 30)] == [0, 20, 40, 60]
     assert [times.count_steps(times.after(steps)) for steps in (5, 10, 30)] == [5, 10, 30]
 
@@ -109,7 +109,9 @@ def test_traffic_is_that_of_a_large_model():
     traffic = time_to_loss.find_traffic("byte GPT", "direct transform 2, learned")
     assert (traffic.key_bits, traffic.p_new) == (pytest.approx(2.15, abs=0.02), 1.0)
     aqsgd = time_to_loss.find_traffic("byte GPT", "aqsgd int4")
-    assert aqsgd == (16.0, 4.125, 0.0, 80)
+    assert aqsgd == (16.0, 4.125, 0.0, 16.0, 80)
+    start = time_to_loss.find_traffic("byte GPT", "direct transform 1, learned, start")
+    assert (start.first_bits - start.key_bits, start.first_steps) == (pytest.approx(3, abs=0.01), 40)
     assert time_to_loss.find_traffic("byte GPT", STOCK).key_bits == 16.0
 
 

@@ -111,7 +111,8 @@ def test_traffic_is_that_of_a_large_model():
     aqsgd = time_to_loss.find_traffic("byte GPT", "aqsgd int4")
     assert aqsgd == (16.0, 4.125, 0.0, 16.0, 80)
     start = time_to_loss.find_traffic("byte GPT", "direct transform 1, learned, start")
-    assert (start.first_bits - start.key_bits, start.first_steps) == (pytest.approx(3, abs=0.01), 40)
+    # One token of 128 has no codes.
+    assert (start.first_bits - start.key_bits, start.first_steps) == (pytest.approx(3 * 127 / 128), 40)
     assert time_to_loss.find_traffic("byte GPT", STOCK).key_bits == 16.0
 
 

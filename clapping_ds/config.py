@@ -72,8 +72,9 @@ class StartConfig(BaseModel):
 
     model_config = STRICT
 
-    steps: Annotated[int, Field(ge=1)]
-    """That have them. They are counted anew where what was learned is lost."""
+    steps: Annotated[int, Field(ge=1, le=1 << 32)]
+    """That have them at least: it goes on until what the codec of a tensor learns is in use. Counted from the
+    first step, and anew after a load that finds nothing that fits."""
     bits: Bits = 4.0
     """Of codes, per value; more than the codec's."""
 
@@ -233,8 +234,8 @@ class Plan:
     min_numel: int
     p_new: float
     memory: MemoryConfig
-    start: AnyCodec | None = None
-    """K in the first steps. It learns what K does."""
+    start: Transform | None = None
+    """K in the first steps, with more bits. It learns what K does."""
     start_steps: int = 0
 
     @property
@@ -258,14 +259,14 @@ class Plan:
         return replace(self, key=codec, delta=codec, key_is_delta=True, base="reset", p_new=1.0)
 
     def describe(self) -> dict[str, Any]:
-        """What both ends of a link, and a run and the checkpoint that it loads, must have alike."""
+        """What a run and the checkpoint that it loads must have alike. A start may be changed: it changes
+        nothing that is held."""
         return {
             "key": self.key.model_dump(),
             "delta": self.delta.model_dump(),
             "carries": self.carries,
             "min_numel": self.min_numel,
             "dtype of memories": self.memory.dtype,
-            "start": None if self.start is None else [self.start_steps, self.start.model_dump()],
         }
 
     def mean_bits_per_value(self, dtype: torch.dtype) -> float:
@@ -362,7 +363,9 @@ class ClappingConfig(BaseModel):
                     f"{given} with codec = {label(codec)!r}; accepted: null, or a transform that is no list"
                 )
             if start.bits <= codec.bits:
-                raise ValueError(f"{given} with codec.bits = {codec.bits}; accepted: more bits than that")
+                raise ValueError(
+                    f"{given} with codec.bits = {codec.bits}; accepted: null, or more bits than that"
+                )
             if self.links is not None:
                 raise ValueError(f"{given} with links, which choose the codec; accepted: one of them")
         return self
@@ -450,6 +453,9 @@ class ClappingConfig(BaseModel):
         delta = given.codec or given.delta or Eden(name="eden4")
         key_is_delta = self.strategy in ("direct", "fc")
         key = given.key or (delta if key_is_delta else Raw())
+        start = None
+        if given.start is not None and isinstance(key, Transform):
+            start = key.model_copy(update={"bits": given.start.bits})
         return Plan(
             key=key,
             delta=delta,
@@ -458,8 +464,8 @@ class ClappingConfig(BaseModel):
             min_numel=given.min_numel,
             p_new=self.sampling.p_new,
             memory=self.memory or MemoryConfig(),
-            start=None if given.start is None else key.model_copy(update={"bits": given.start.bits}),
-            start_steps=0 if given.start is None else given.start.steps,
+            start=start,
+            start_steps=given.start.steps if given.start is not None else 0,
         )
 
     @property

@@ -176,6 +176,11 @@ class Transform(BaseModel):
             return None
         return Layout(size, self.basis == "eigen", self.anchors, self.refresh)
 
+    def has_learned(self, state: State, width: int) -> bool:
+        """Whether what is learned is in use."""
+        layout = self.layout(width)
+        return layout is None or Learning(state, layout).is_used
+
     def warm_up_(self, state: State, width: int) -> None:
         """Lets a new state be as after many messages, for measurements."""
         layout = self.layout(width)

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import clapping_ds
+from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.doctor.visit import Finding, Visit, fail, ok, skip, sum_up, warn
 from clapping_ds.stage.handshake import PACKAGES
@@ -199,7 +200,13 @@ def _describe_cost(config: ClappingConfig, dtype: torch.dtype) -> str:
     raw_bits, costs = dtype.itemsize * 8, []
     for direction, plan in config.plans.items():
         mean = plan.mean_bits_per_value(dtype)
-        costs.append(f"{direction} {mean:.4g} of {raw_bits} bits per value ({raw_bits / mean:.3g}x less)")
+        start = ""
+        if plan.start is not None:
+            bits = bits_per_value(plan.start, dtype)
+            start = f" after {plan.start_steps} steps with {bits:.4g}"
+        costs.append(
+            f"{direction} {mean:.4g} of {raw_bits} bits per value ({raw_bits / mean:.3g}x less){start}"
+        )
     return f"strategy {config.strategy}: {', '.join(costs)}"
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, State
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, State, Transform
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import Plan
 from clapping_ds.link import verification
@@ -74,7 +74,7 @@ class Channel:
         # State
         self.step = 0
         self.first_step: int | None = None
-        """Since when nothing was lost of what codecs learned; None: from the next step on."""
+        """That the start is counted from; None: the next."""
         self.held: dict[int, dict[int, Held]] = {}
         """By slot and tensor, of the step's entry."""
         self.pool = {0: self.held}
@@ -87,6 +87,8 @@ class Channel:
         """Slots of the step whose message was sent or received."""
         self.learned: dict[tuple[int, str], Learned] = {}
         """By tensor, and whether messages are keys or deltas."""
+        self._warm: frozenset[tuple[int, str]] = frozenset()
+        """Of these, whose is in use since before the step."""
         self.traffic = Traffic()
         self.measures_error = False
         self.specs: Sequence[Spec] = ()
@@ -101,6 +103,7 @@ class Channel:
         holds for the slots from `num_slots` on."""
         self.step = step
         self.first_step = step if self.first_step is None else self.first_step
+        self._warm = frozenset(self._list_warm())
         self.measures_error = measures_error
         self.held = self.pool.setdefault(entry, {})
         self._used.clear()
@@ -236,14 +239,18 @@ class Channel:
 
     def forget(self) -> None:
         """Forgets what is held and what codecs have learned."""
+        self.forget_held()
+        self.learned.clear()
+        self.first_step = None
+
+    def forget_held(self) -> None:
+        """Forgets the memories alone."""
         self.memories.end()
         for tensors in (tensors for slots in self.pool.values() for tensors in slots.values()):
             self._drop(tensors, *list(tensors))
         self.held = {}
         self.pool = {0: self.held}
         self.scale, self.scales = 1.0, {}
-        self.learned.clear()
-        self.first_step = None
 
     def all_held(self) -> Iterator[Held]:
         """Of all entries, slots and tensors."""
@@ -359,11 +366,7 @@ class Channel:
         held = tensors[index]
         is_delta = not fresh and (is_known or not plan.holds_memory)
         kind = "delta" if is_delta else "key"
-        codec = self._codec(kind)
-        if self._is_starting and plan.start is not None and not is_delta:
-            codec = plan.start
-        if codec.nbytes(*spec) > RAW.nbytes(*spec):
-            codec = RAW
+        codec = self._choose(index, kind, spec)
         context = Context(
             memory=held.memory,
             carry=held.memory is not None and (is_delta or plan.carries),
@@ -373,9 +376,21 @@ class Channel:
         )
         return Part(codec, context, codec.nbytes(*spec))
 
-    @property
-    def _is_starting(self) -> bool:
-        return self.first_step is not None and self.step < self.first_step + self.plan.start_steps
+    def _choose(self, index: int, kind: str, spec: Spec) -> AnyCodec:
+        """The codec of a message: in the start that with more bits; `none` where that is smaller."""
+        codec, start, raw_nbytes = self._codec(kind), self.plan.start, RAW.nbytes(*spec)
+        if start is not None and start.nbytes(*spec) <= raw_nbytes:
+            is_early = self.first_step is None or self.step < self.first_step + self.plan.start_steps
+            learns = start.layout(width_of(spec.shape)) is not None
+            if is_early or (learns and (index, kind) not in self._warm):
+                codec = start
+        return codec if codec.nbytes(*spec) <= raw_nbytes else RAW
+
+    def _list_warm(self) -> Iterator[tuple[int, str]]:
+        """The tensors and kinds of message of which what is learned is in use."""
+        for place, (codec, width, state) in self.learned.items():
+            if isinstance(codec, Transform) and state is not None and codec.has_learned(state, width):
+                yield place
 
     def _codec(self, kind: str) -> AnyCodec:
         """Of the plan, after the start."""

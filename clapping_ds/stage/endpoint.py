@@ -289,10 +289,16 @@ class Endpoint:
             self.channels[end].load_state_dict(state["channels"][str(end)])
 
     def forget(self) -> None:
-        """Forgets what is held."""
-        self.sampler = LazySampler()
+        """Forgets what is held and what codecs have learned."""
+        self.forget_held()
         for channel in self.channels.values():
             channel.forget()
+
+    def forget_held(self) -> None:
+        """Forgets batches and memories alone."""
+        self.sampler = LazySampler()
+        for channel in self.channels.values():
+            channel.forget_held()
 
     def _allowed(self, end: End, is_lazy: bool) -> Iterable[Plan]:
         """The plans that an end may get from a state: what `links` may choose, else what it has."""

@@ -290,10 +290,17 @@ class Endpoints:
             stage.set_depth(state["in_flight"])
 
     def forget(self) -> None:
-        """Forgets what is held: the next step is all fresh, as is every entry of the pool when it comes."""
-        self.fresh, self.num_held = [], {}
+        """Forgets what is held, as `forget_held` does, and what codecs have learned."""
+        self.forget_held()
         for stage in self.stages:
             stage.forget()
+
+    def forget_held(self) -> None:
+        """Forgets batches and memories: the next step is all fresh, as is every entry of the pool when it
+        comes."""
+        self.fresh, self.num_held = [], {}
+        for stage in self.stages:
+            stage.forget_held()
 
     def _checked(self, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """The state, or None if it is of another format or lacks a stage of those that wrote it."""

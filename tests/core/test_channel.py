@@ -348,15 +348,53 @@ def test_a_start_has_more_bits_and_its_basis_stays():
     assert ends.sender.traffic.payload_bytes == sum(sizes) + many
 
 
+def test_a_start_lasts_until_what_is_learned_is_in_use():
+    """From message 6 on, of one a step; of a new width it begins again."""
+    ends = Ends(activations={"codec": {**START, "refresh": 3}, "start": {"steps": 1, "bits": 6}})
+    bits = []
+    for step in range(14):
+        ends.begin_step(step, 1)
+        value = value_of(step, (190, 64) if step < 7 else (190, 96))
+        before = ends.sender.traffic.payload_bytes
+        ends.pass_on(0, True, value)
+        bits.append(8 * (ends.sender.traffic.payload_bytes - before) / value.numel())
+    assert [each > 5 for each in bits] == [True] * 6 + [False] * 2 + [True] * 5 + [False]
+
+
+def test_a_start_that_would_be_larger_than_raw_is_none():
+    """A slice of half the message's bytes with codes of half of them. The codec learns all the same."""
+    ends = Ends(activations={"codec": START, "start": {"steps": 9, "bits": 8}})
+    value = value_of(0, (128, 256), torch.bfloat16)
+    ends.begin_step(0, 1)
+    ends.pass_on(0, True, value)
+    assert ends.sender.traffic.payload_bytes == Transform(**START).nbytes(value.shape, value.dtype)
+    assert ends.sender.learned[0, "key"].state.num_messages == 1
+
+
+def test_what_is_learned_outlives_memories_that_are_forgotten():
+    """Megatron-Core's batches may change their size, and held ones do not fit then."""
+    ends = Ends(strategy="fc", activations={"delta": START})
+    for step in range(4):
+        ends.begin_step(step, 1)
+        ends.pass_on(0, True, value_of(step))
+    states = [end.learned[0, "key"].state for end in (ends.sender, ends.receiver)]
+    for end in (ends.sender, ends.receiver):
+        end.forget_held()
+    assert ends.sender.held == {}
+    ends.begin_step(4, 1)
+    ends.pass_on(0, True, value_of(4, (90, 64)))
+    assert [end.learned[0, "key"].state for end in (ends.sender, ends.receiver)] == states
+
+
 def test_a_start_goes_on_after_a_checkpoint():
-    block = {"activations": {"codec": START, "start": {"steps": 3}}}
+    block = {"activations": {"codec": START, "start": {"steps": 5}}}
     ends, others = Ends(**block), Ends(**block)
     for step in range(2):
         ends.begin_step(step, 1)
         ends.pass_on(0, True, value_of(step))
     others.sender.load_state_dict(ends.sender.state_dict())
     others.receiver.load_state_dict(ends.receiver.state_dict())
-    for step in range(2, 5):
+    for step in range(2, 7):
         for each in (ends, others):
             each.begin_step(step, 1)
         assert torch.equal(*(each.pass_on(0, True, value_of(step)) for each in (ends, others)))

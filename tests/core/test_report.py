@@ -64,6 +64,15 @@ def test_table_is_aligned():
     assert table.splitlines() == ["a  long name", "-  ---------", "1  0.1235", "-  x"]
 
 
+def test_a_start_has_a_column_of_its_own():
+    block = {"activations": {"codec": {"name": "transform", "bits": 1}, "start": {"steps": 50}}}
+    config = ClappingConfig.from_ds_config({"clapping": block})
+    lines = report.describe_cost(config.plans, torch.bfloat16).splitlines()
+    assert lines[0].startswith("direction    start              key")
+    assert lines[2].startswith("activations  50 steps 4.11 bit  transform bits=1.0 1.13 bit")
+    assert lines[3].startswith("gradients    -")
+
+
 @pytest.mark.parametrize(
     ("lazy", "text"),
     [({}, "1 mini-batch is held; step 0 is all fresh; a sample is used 2 times on average"),

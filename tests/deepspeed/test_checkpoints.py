@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_said_in_one_line_and_the_run_goes_on(
     outcomes = two_ranks.run(saved_and_loaded, saving, loading, str(tmp_path), spoils)
     (said, losses, one, _), (silent, also_losses, other, _) = outcomes
     ours = [line for line in said.splitlines() if line.startswith("clapping")]
-    assert ours == [f"clapping: {reason}: the next step is all fresh"]
+    assert ours == [f"clapping: {reason}: the next step is all fresh, and codecs learn anew"]
     cannot_read = spoils in (truncate, write_a_class_that_is_gone)
     assert ("clapping: rank 1 cannot read" if cannot_read else "") in silent
     assert cannot_read or "clapping" not in silent

@@ -90,7 +90,7 @@ class CheckpointingEngine(PipelineEngine):
                     num_drawn = (client_state or {}).get(NUM_DRAWN, of_stock)
                 self._endpoints.num_drawn = num_drawn
                 if self.global_rank == 0:
-                    report.say(f"{reason}: the next step is all fresh")
+                    report.say(f"{reason}: the next step is all fresh, and codecs learn anew")
         return path, client_state
 
     @property

@@ -156,7 +156,7 @@ class MegatronPipeline:
         check_call(data_iterators, len(stages), options)
         sizes = micro_batch_size, options.get("seq_length")
         if sizes != self._sizes and not self.chunks.tells_shapes:
-            self.endpoints.forget()
+            self.endpoints.forget_held()
         self._sizes = sizes
         self.endpoints.rescale_gradients(find_loss_scale(model_config, self.endpoints.device))
         draws = [None if iterator is None else iterator.__next__ for iterator in data_iterators]

@@ -55,7 +55,6 @@ TOKENS, CHANNELS = 512 * 1024, 1024
 BYTES_PER_S, LATENCY_S = 200e6 / 8, 0.05
 PERIOD = 256
 """Messages, over which what is learned is counted: a run of 3,000 steps has 192,000 per channel."""
-START_BITS = 4.0
 DENSE = "dense bf16"
 COLUMNS = ("step", "loss", "training loss", "bits as sent")
 """Of a validation, that are kept."""
@@ -114,26 +113,36 @@ def transform(bits: float) -> dict[str, Any]:
     return {"name": "transform", "bits": bits, "rows_per_outlier": 1024, **learned}
 
 
-def with_start(activations: float, gradients: float, steps: int) -> dict[str, Any]:
-    """Bits of `transform` after the first `steps` steps, which have `START_BITS`."""
-    bits = {"activations": activations, "gradients": gradients}
-    start = {"steps": steps, "bits": START_BITS}
-    return {
-        "strategy": "direct",
-        **{direction: {"codec": transform(few), "start": start} for direction, few in bits.items()},
-    }
+class Start(NamedTuple):
+    """Bits of `transform`: of activations and gradients, and of both in the first steps."""
+
+    activations: float
+    gradients: float
+    steps: int
+    bits: float
+
+    def __str__(self) -> str:
+        return f"activations {self[0]}, gradients {self[1]}, {self[2]} steps with {self[3]}"
+
+    def block(self) -> dict[str, Any]:
+        start = {"steps": self.steps, "bits": self.bits}
+        codecs = {"activations": transform(self.activations), "gradients": transform(self.gradients)}
+        directions = {name: {"codec": codec, "start": start} for name, codec in codecs.items()}
+        return {"strategy": "direct", **directions}
 
 
+STARTS = [
+    Start(1, 1, 40, 4),
+    Start(1, 0.5, 40, 4),
+    Start(0.5, 1.5, 40, 4),
+    Start(0.5, 2, 20, 4),
+    Start(0.5, 1.5, 20, 8),
+]
 BLOCKS: dict[str, dict[str, Any]] = {
     DENSE: block("direct", "none"),
     "direct eden4": block("direct", "eden4"),
     **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1)},
-    **{
-        f"activations {activations}, gradients {gradients}, start of {steps}": with_start(
-            activations, gradients, steps
-        )
-        for activations, gradients, steps in ((1, 1, 40), (1, 0.5, 40), (0.5, 0.5, 40), (0.5, 0.5, 20))
-    },
+    **{str(start): start.block() for start in STARTS},
 }
 """Activations change most in the first steps. With few bits they arrive there with half of them missing, and
 what does not arrive is not learned later either: see `start`."""

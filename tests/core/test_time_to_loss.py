@@ -149,9 +149,9 @@ def test_the_contest_s_meter_gives_its_records():
 
 
 def test_a_start_counts_with_its_own_bits():
-    traffic = wan.find_traffic(wan.with_start(1, 0.5, 40))
+    traffic = wan.find_traffic(wan.Start(1, 0.5, 40, 4).block())
     assert traffic.bits == pytest.approx(0.75 + 0.07, abs=0.01)
-    assert traffic.start_bits - traffic.bits == pytest.approx(wan.START_BITS - 0.75, abs=0.01)
+    assert traffic.start_bits - traffic.bits == pytest.approx(4 - 0.75, abs=0.01)
     assert traffic.find_s(100, lambda bits: bits) == pytest.approx(
         40 * traffic.start_bits + 60 * traffic.bits
     )

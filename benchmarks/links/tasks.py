@@ -56,6 +56,7 @@ def make_runner(task: str, block: dict[str, Any] | None) -> Runner:
         weights = task.rsplit(", ", maxsplit=1)[-1]
         if weights == "LoRA":
             llm.add_lora(whole, LORA_RANK)
+        whole.get_input_embeddings().requires_grad_(False)  # both stages have it
         shape = 1, finetune.LENGTH, whole.config.hidden_size
         model = pipeline(llm.Cuts(whole, 2))
         wanted = [weight for weight in model.parameters() if weight.requires_grad]

@@ -137,6 +137,8 @@ STARTS = [
     Start(0.5, 1.5, 40, 4),
     Start(0.5, 2, 20, 4),
     Start(0.5, 1.5, 20, 8),
+    Start(0.5, 1.5, 20, 4),
+    Start(0.5, 1, 20, 4),
 ]
 BLOCKS: dict[str, dict[str, Any]] = {
     DENSE: block("direct", "none"),

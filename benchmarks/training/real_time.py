@@ -9,14 +9,16 @@ uncompressed run has there, ours for as many as reached its loss over one link. 
 all training steps of a run, the first included, added up; the model's are its step time
 (`benchmarks.links.simulate`, from the passes, codecs and link that were measured in the same run) times the
 steps. Three to twenty minutes a run. The two uncompressed runs have the losses that `curves` found, step by
-step, so that a few of their steps tell their time: with --uncompressed-steps they are cut short. SmolLM2's
-table of tokens, which the first and the last stage have, is not trained here: its gradient, 113 MB, would
-cross the link in every step, 24 times the bytes of all else. Writes real_time.csv.
+step, so that a few of their steps tell their time: with --uncompressed-steps they are cut short, and the
+others count with the mean of those after the first three. SmolLM2's table of tokens, which the first and the
+last stage have, is not trained here: its gradient, 113 MB, would cross the link in every step, 24 times the
+bytes of all else. Writes real_time.csv.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.files import RESULTS, provenance, write_csv, write_json
@@ -33,6 +35,8 @@ from clapping_ds.report import format_table
 OURS = dict.fromkeys(TASKS, "direct transform 2, learned")
 NUM_PROBED = 3
 """Steps of stock on the link without a limit, which tell how long a stage computes."""
+NUM_SETTLING = 3
+"""Steps of ours in which `in_flight` is measured; they have stock's depth."""
 
 
 def build(ranks: Ranks, task: str, run: str) -> int:
@@ -84,7 +88,7 @@ def race(
         **timing(steps),
     }
     checked = check_row({name: "" if cell is None else str(cell) for name, cell in row.items()})
-    measured_s = sum(max(answer["step_s"] for answer in answers) for answers in steps)
+    measured_s = add_up([max(answer["step_s"] for answer in answers) for answers in steps], num_steps)
     return {
         "task": task,
         "run": run,
@@ -93,11 +97,17 @@ def race(
         "steps": timed_steps,
         "loss": round(loss, 4),
         "measured s": round(measured_s, 1),
-        "model s": round(checked["predicted_s"] * timed_steps, 1),
-        "model/measured": round(checked["predicted_s"] * timed_steps / measured_s, 4),
+        "model s": round(checked["predicted_s"] * num_steps, 1),
+        "model/measured": round(checked["predicted_s"] * num_steps / measured_s, 4),
         "step s": round(row["step_s"], 4),
         "in_flight": after["in_flight"],
     }
+
+
+def add_up(times: Sequence[float], num_steps: int) -> float:
+    """Time of so many steps, those that were not made by the mean of those that came after settling."""
+    missing = num_steps - len(times)
+    return sum(times) + (missing * mean(times[NUM_SETTLING:]) if missing else 0.0)
 
 
 def count_steps(folder: Path, task: str, run: str) -> int:
@@ -112,19 +122,10 @@ def count_steps(folder: Path, task: str, run: str) -> int:
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """With each run's time to the loss as a share of stock's, measured and by the model."""
-
-    def find_s(row: dict[str, Any], name: str) -> float:
-        seconds: float = row[name] / row["steps"] * row["steps to the loss"]
-        return seconds
-
     stock = {row["task"]: row for row in rows if row["run"] == STOCK}
     shares = {"of stock": "measured s", "of stock, model": "model s"}
     return [
-        row
-        | {
-            share: round(find_s(row, name) / find_s(stock[row["task"]], name), 4)
-            for share, name in shares.items()
-        }
+        row | {share: round(row[name] / stock[row["task"]][name], 4) for share, name in shares.items()}
         for row in rows
     ]
 
@@ -132,17 +133,24 @@ def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--runs", nargs="+", default=None, help="names; default: all")
     parser.add_argument("--rho", type=float, default=4.0)
     parser.add_argument("--uncompressed-steps", type=int, default=None, help="default: to the loss")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.uncompressed_steps is not None and options.uncompressed_steps <= NUM_SETTLING:
+        parser.error(f"--uncompressed-steps {options.uncompressed_steps}; accepted: above {NUM_SETTLING}")
     prepare("benchmarks.training.real_time")
     path = options.results / "real_time.csv"
-    rows = [row for row in read_curves(path) if row["task"] not in options.tasks]
+
+    def is_wanted(task: str, run: str) -> bool:
+        return task in options.tasks and (options.runs is None or run in options.runs)
+
+    rows = [row for row in read_curves(path) if not is_wanted(row["task"], row["run"])]
     with open_network() as network:
         for task in options.tasks:
             rate, loss_before = probe(network, task, options.rho)
-            for run in (STOCK, UNCOMPRESSED, OURS[task]):
+            for run in [run for run in (STOCK, UNCOMPRESSED, OURS[task]) if is_wanted(task, run)]:
                 is_ours = run == OURS[task]
                 num_steps = count_steps(options.results, task, run) if is_ours else TASKS[task].steps
                 most_steps = None if is_ours else options.uncompressed_steps

@@ -146,8 +146,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     **{f"direct transform {bits}": block("direct", transform(bits)) for bits in (2, 1)},
     **{str(start): start.block() for start in STARTS},
 }
-"""Activations change most in the first steps. With few bits they arrive there with half of them missing, and
-what does not arrive is not learned later either: see `start`."""
+"""With few bits from the first step on, half of what activations are does not arrive in the beginning, and
+runs stay behind: hence the starts."""
 
 
 class Traffic(NamedTuple):

@@ -17,6 +17,7 @@ from benchmarks.training.curves import (
     list_blocks,
     list_runs,
 )
+from benchmarks.training.real_time import add_up
 from benchmarks.training.time_to_loss import OVERLAPPED, STOCK, Times, find_crossing, find_loss, find_step
 from clapping_ds import ClappingConfig
 from clapping_ds.stage.sampling import Coin
@@ -139,6 +140,11 @@ def test_the_table_names_the_fastest():
     assert best[3, 64]["ours"] == "direct eden4"
     assert best[3, 64]["best of others"] == OVERLAPPED
     assert best[1, 64]["ours"] == "-"
+
+
+def test_steps_that_were_not_made_take_the_time_of_those_after_settling():
+    assert add_up([9.0, 5.0, 5.0, 2.0, 4.0], 5) == 25
+    assert add_up([9.0, 5.0, 5.0, 2.0, 4.0], 8) == 25 + 3 * 3
 
 
 def test_the_contest_s_meter_gives_its_records():

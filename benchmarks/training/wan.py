@@ -108,8 +108,12 @@ SCHEDULES = {
 }
 
 
-def transform(bits: float) -> dict[str, Any]:
-    learned = {"basis": "eigen", "anchors": 256, "refresh": 16}
+REFRESH = 16
+"""Messages: four steps, as `PERIOD` of the contest's."""
+
+
+def transform(bits: float, refresh: int = REFRESH) -> dict[str, Any]:
+    learned = {"basis": "eigen", "anchors": 256, "refresh": refresh}
     return {"name": "transform", "bits": bits, "rows_per_outlier": 1024, **learned}
 
 
@@ -120,14 +124,18 @@ class Start(NamedTuple):
     gradients: float
     steps: int
     bits: float
+    refresh: int = REFRESH
 
     def __str__(self) -> str:
-        return f"activations {self[0]}, gradients {self[1]}, {self[2]} steps with {self[3]}"
+        own = f", refresh {self.refresh}" if self.refresh != REFRESH else ""
+        return f"activations {self[0]}, gradients {self[1]}, {self[2]} steps with {self[3]}{own}"
 
     def block(self) -> dict[str, Any]:
         start = {"steps": self.steps, "bits": self.bits}
-        codecs = {"activations": transform(self.activations), "gradients": transform(self.gradients)}
-        directions = {name: {"codec": codec, "start": start} for name, codec in codecs.items()}
+        bits = {"activations": self.activations, "gradients": self.gradients}
+        directions = {
+            name: {"codec": transform(few, self.refresh), "start": start} for name, few in bits.items()
+        }
         return {"strategy": "direct", **directions}
 
 
@@ -138,6 +146,7 @@ STARTS = [
     Start(0.5, 2, 20, 4),
     Start(0.5, 1.5, 20, 8),
     Start(0.5, 1.5, 20, 4),
+    Start(0.5, 1.5, 20, 4, refresh=8),
     Start(0.5, 1, 20, 4),
 ]
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -182,7 +191,9 @@ def _find_bits(codecs: Sequence[AnyCodec]) -> float:
 
 def _in_contest(codec: AnyCodec) -> AnyCodec:
     """With what is learned counted over many messages."""
-    return codec.model_copy(update={"refresh": PERIOD}) if isinstance(codec, Transform) else codec
+    if not isinstance(codec, Transform):
+        return codec
+    return codec.model_copy(update={"refresh": PERIOD * codec.refresh // REFRESH})
 
 
 def measure(runs: Sequence[Run], target: float | None) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ STARTS = [
     Start(0.5, 1.5, 20, 8),
     Start(0.5, 1.5, 20, 4),
     Start(0.5, 1.5, 20, 4, refresh=8),
-    Start(0.5, 1, 20, 4),
+    Start(0.5, 1, 20, 4, refresh=8),
 ]
 BLOCKS: dict[str, dict[str, Any]] = {
     DENSE: block("direct", "none"),

@@ -36,6 +36,7 @@ from benchmarks.training import curves
 from benchmarks.training.compare import block
 from benchmarks.training.curves import TASKS, read_curves, validations
 from benchmarks.training.finetune import add_rows
+from benchmarks.training.time_to_loss import Times
 from clapping_ds.codecs import AnyCodec, Transform
 from clapping_ds.config import ClappingConfig
 from clapping_ds.report import format_table
@@ -166,11 +167,9 @@ class Traffic(NamedTuple):
     start_bits: float = 0.0
     start_steps: int = 0
 
-    def find_s(self, steps: int, find_step_s: Callable[[float], float]) -> float:
-        """Of so many steps."""
-        num_first = min(steps, self.start_steps)
-        first_s = num_first * find_step_s(self.start_bits) if num_first else 0.0
-        return first_s + (steps - num_first) * find_step_s(self.bits)
+    def find_times(self, find_step_s: Callable[[float], float]) -> Times:
+        """Of steps, by one of `SCHEDULES`."""
+        return Times(find_step_s(self.start_bits), find_step_s(self.bits), self.start_steps)
 
 
 def find_traffic(block: dict[str, Any]) -> Traffic:
@@ -243,7 +242,7 @@ def list_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         known = [number for number in steps if number is not None]
         traffic = find_traffic(BLOCKS[name])
         for schedule, find_step_s in SCHEDULES.items():
-            times = [traffic.find_s(number, find_step_s) for number in known]
+            times = [traffic.find_times(find_step_s).after(number) for number in known]
             is_known = len(known) == len(steps)
             found.append({
                 "run": name, "schedule": schedule, "seeds": len(seeds),

@@ -179,7 +179,8 @@ class Transform(BaseModel):
     def has_learned(self, state: State, width: int) -> bool:
         """Whether what is learned is in use."""
         layout = self.layout(width)
-        return layout is None or Learning(state, layout).is_used
+        assert layout is not None
+        return Learning(state, layout).is_used
 
     def warm_up_(self, state: State, width: int) -> None:
         """Lets a new state be as after many messages, for measurements."""

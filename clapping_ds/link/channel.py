@@ -87,8 +87,8 @@ class Channel:
         """Slots of the step whose message was sent or received."""
         self.learned: dict[tuple[int, str], Learned] = {}
         """By tensor, and whether messages are keys or deltas."""
-        self._warm: frozenset[tuple[int, str]] = frozenset()
-        """Of these, whose is in use since before the step."""
+        self._in_use: frozenset[tuple[int, str]] = frozenset()
+        """Those of which what is learned was in use when the step began."""
         self.traffic = Traffic()
         self.measures_error = False
         self.specs: Sequence[Spec] = ()
@@ -103,7 +103,7 @@ class Channel:
         holds for the slots from `num_slots` on."""
         self.step = step
         self.first_step = step if self.first_step is None else self.first_step
-        self._warm = frozenset(self._list_warm())
+        self._in_use = frozenset(self._list_in_use())
         self.measures_error = measures_error
         self.held = self.pool.setdefault(entry, {})
         self._used.clear()
@@ -240,8 +240,7 @@ class Channel:
     def forget(self) -> None:
         """Forgets what is held and what codecs have learned."""
         self.forget_held()
-        self.learned.clear()
-        self.first_step = None
+        self.forget_learned()
 
     def forget_held(self) -> None:
         """Forgets the memories alone."""
@@ -251,6 +250,11 @@ class Channel:
         self.held = {}
         self.pool = {0: self.held}
         self.scale, self.scales = 1.0, {}
+
+    def forget_learned(self) -> None:
+        """Forgets what codecs have learned: a start begins again."""
+        self.learned.clear()
+        self.first_step = None
 
     def all_held(self) -> Iterator[Held]:
         """Of all entries, slots and tensors."""
@@ -382,11 +386,11 @@ class Channel:
         if start is not None and start.nbytes(*spec) <= raw_nbytes:
             is_early = self.first_step is None or self.step < self.first_step + self.plan.start_steps
             learns = start.layout(width_of(spec.shape)) is not None
-            if is_early or (learns and (index, kind) not in self._warm):
+            if is_early or (learns and (index, kind) not in self._in_use):
                 codec = start
         return codec if codec.nbytes(*spec) <= raw_nbytes else RAW
 
-    def _list_warm(self) -> Iterator[tuple[int, str]]:
+    def _list_in_use(self) -> Iterator[tuple[int, str]]:
         """The tensors and kinds of message of which what is learned is in use."""
         for place, (codec, width, state) in self.learned.items():
             if isinstance(codec, Transform) and state is not None and codec.has_learned(state, width):

@@ -288,17 +288,16 @@ class Endpoint:
             self.channels[end] = self._channel(end, plan)
             self.channels[end].load_state_dict(state["channels"][str(end)])
 
-    def forget(self) -> None:
-        """Forgets what is held and what codecs have learned."""
-        self.forget_held()
-        for channel in self.channels.values():
-            channel.forget()
-
     def forget_held(self) -> None:
         """Forgets batches and memories alone."""
         self.sampler = LazySampler()
         for channel in self.channels.values():
             channel.forget_held()
+
+    def forget_learned(self) -> None:
+        """Forgets what codecs have learned."""
+        for channel in self.channels.values():
+            channel.forget_learned()
 
     def _allowed(self, end: End, is_lazy: bool) -> Iterable[Plan]:
         """The plans that an end may get from a state: what `links` may choose, else what it has."""

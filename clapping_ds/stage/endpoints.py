@@ -293,7 +293,7 @@ class Endpoints:
         """Forgets what is held, as `forget_held` does, and what codecs have learned."""
         self.forget_held()
         for stage in self.stages:
-            stage.forget()
+            stage.forget_learned()
 
     def forget_held(self) -> None:
         """Forgets batches and memories: the next step is all fresh, as is every entry of the pool when it

@@ -158,10 +158,10 @@ def test_a_start_counts_with_its_own_bits():
     traffic = wan.find_traffic(wan.Start(1, 0.5, 40, 4).block())
     assert traffic.bits == pytest.approx(0.75 + 0.07, abs=0.01)
     assert traffic.start_bits - traffic.bits == pytest.approx(4 - 0.75, abs=0.01)
-    assert traffic.find_s(100, lambda bits: bits) == pytest.approx(
+    assert traffic.find_times(lambda bits: bits).after(100) == pytest.approx(
         40 * traffic.start_bits + 60 * traffic.bits
     )
-    assert traffic.find_s(30, lambda bits: bits) == pytest.approx(30 * traffic.start_bits)
+    assert traffic.find_times(lambda bits: bits).after(30) == pytest.approx(30 * traffic.start_bits)
 
 
 def test_the_rate_of_wan_rises_stays_and_falls_to_zero():

@@ -1,0 +1,1 @@
+"""Gradients of data-parallel replicas: compressed, exchanged and averaged, with error feedback."""

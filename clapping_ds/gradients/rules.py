@@ -1,0 +1,60 @@
+"""How the step size of SGD follows batch, replicas and compression, and what is printed of it.
+
+N replicas with B samples each and step size eta; a codec C that is right on average, with relative variance
+omega: E C(v) = v, E ||C(v) - v||^2 <= omega ||v||^2. Sources: arXiv 2502.17009 (DCSGD, DSignSGD) and arXiv
+1806.06573 (delayed and compressed gradients); `benchmarks.training.noise` checks each rule by Monte Carlo.
+
+    DCSGD      x <- x - eta / N * sum C(g_i)         stationary loss ~ eta (1 + omega) / (N B)
+    DSignSGD   x <- x - eta / N * sum sign(g_i)      stationary loss ~ eta / (N sqrt(B))
+"""
+
+from functools import lru_cache
+
+import torch
+
+from clapping_ds.codecs import Codec, Context
+
+NUM_VALUES = 1 << 14
+NUM_DRAWS = 8
+
+
+@lru_cache
+def measure_omega(codec: Codec) -> float:
+    """E ||C(v) - v||^2 / ||v||^2 of Gaussian values, by Monte Carlo with a fixed seed: for eden with the
+    unbiased scale D / (1 - D), D the distortion of Max's code."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for draw in range(NUM_DRAWS):
+        value = torch.randn(NUM_VALUES, generator=generator)
+        payload = torch.empty(codec.nbytes(value.shape, value.dtype), dtype=torch.uint8)
+        received = torch.zeros_like(value)
+        codec.encode_(value, payload, Context(received, seed=draw, state=codec.new_state(1, value.device)))
+        total += float((received - value).square().sum() / value.square().sum())
+    return total / NUM_DRAWS
+
+
+def add_variances(scatter: float, gather: float) -> float:
+    """omega of both ways together, each right on average: replicas' gradients with `scatter`, then their mean
+    with `gather`; while gradients are mostly noise, 1 + omega is the product."""
+    return (1 + scatter) * (1 + gather) - 1
+
+
+def scale_dcsgd(batch: float = 1.0, replicas: float = 1.0, omega: float = 0.0, omega_before: float = 0.0) -> float:
+    """k for eta -> k eta, where B -> `batch` B and N -> `replicas` N and omega changes, that keeps the
+    stationary loss: k (1 + omega) = replicas * batch * (1 + omega_before)."""
+    return replicas * batch * (1 + omega_before) / (1 + omega)
+
+
+def scale_dsignsgd(batch: float = 1.0, replicas: float = 1.0) -> float:
+    """The same for DSignSGD: k = replicas * sqrt(batch)."""
+    return float(replicas * batch**0.5)
+
+
+def find_stable_step(smoothness: float, omega: float = 0.0, replicas: int = 1, delay: int = 0) -> float:
+    """The largest step size with a guarantee: 1 / (L (a + tau sqrt(a))) with a = 1 + omega / N.
+
+    smoothness   L, the largest curvature
+    delay        tau, steps that gradients are old
+    """
+    growth = 1 + omega / replicas
+    return float(1 / (smoothness * (growth + delay * growth**0.5)))

@@ -21,6 +21,7 @@ from clapping_ds.codecs import (
     Codec,
     CodecSequence,
     Eden,
+    Float8,
     Quantizer,
     RandK,
     Raw,
@@ -34,6 +35,7 @@ from clapping_ds.codecs.sequence import Member, label, name_codec
 from clapping_ds.codecs.transform import Bits
 
 BLOCK_NAME = "clapping"
+CODEC_KEYS = ("codec", "key", "delta", "scatter", "gather", "weights")
 DIRECTIONS = ("activations", "gradients")
 SEQUENCE = "sequence"
 
@@ -216,6 +218,84 @@ def _depth(depth: object) -> object:
     raise ValueError("'auto', or a whole number of micro-batches from 0")
 
 
+Feedback = Literal["none", "ef14", "ef21", "ef21_sgdm"]
+
+
+class DataParallelConfig(BaseModel):
+    """How the gradients of data-parallel replicas are averaged."""
+
+    model_config = STRICT
+
+    scatter: CodecConfig = Eden(name="eden4", scale="unbiased")
+    """Of a replica's own gradients, on their way to where the mean is taken."""
+    gather: CodecConfig = Eden(name="eden4", scale="unbiased")
+    """Of the mean, on its way back to all replicas. Not used between two replicas, which send each other
+    all of their gradients, nor where an optimizer that is split over replicas needs only its part."""
+    error_feedback: Feedback | Literal["auto"] = "auto"
+    """Whether what a codec lost is sent later. `ef14`: it is added to the next gradient. `ef21`: changes of
+    gradients are sent. `ef21_sgdm`: changes of their running mean. `auto`: `ef14` where a codec has 3 bits
+    or less, is `sign`, `topk`, `randk` or `lowrank`, or a list; else none."""
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With `ef21_sgdm`: the share of the new gradient in the running mean."""
+    weights: CodecConfig | None = None
+    """Where the optimizer is split over replicas: of the changes of weights that they send each other.
+    None: weights travel as they are."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1 << 32)] = 0
+    """First steps in which nothing is compressed."""
+    min_numel: Annotated[int, Field(ge=0)] = 4096
+    """Parameters with fewer values, or of one dimension, travel raw."""
+    node_size: Annotated[int, Field(ge=2)] | None = None
+    """Consecutive replicas that share a node: raw between them, compressed between nodes. None: one."""
+    delay: Annotated[int, Field(ge=0, le=64)] = 0
+    """Experimental. Steps that gradients are old when they are used, so that they travel meanwhile."""
+
+    @model_validator(mode="after")
+    def _check_codecs(self) -> Self:
+        for field in ("scatter", "gather", "weights"):
+            codec = getattr(self, field)
+            names = [member.name for member in _list_members(codec)] if codec is not None else []
+            if "transform" in names:
+                raise ValueError(
+                    f"{field} = {label(codec)!r}, which learns of tokens; accepted: a codec or a list "
+                    "without transform"
+                )
+            if field == "weights" and "lowrank" in names:
+                raise ValueError(
+                    f"{field} = {label(codec)!r}, which needs whole matrices; accepted: a codec or a list "
+                    "without lowrank"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_momentum(self) -> Self:
+        default = type(self).model_fields["momentum"].default
+        if self.momentum != default and self.error_feedback != "ef21_sgdm":
+            raise ValueError(
+                f"momentum = {self.momentum} with error_feedback = {self.error_feedback!r}; accepted: no "
+                "momentum, or error_feedback = 'ef21_sgdm'"
+            )
+        return self
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the host's own exchange does all that is asked for."""
+        codecs = (self.scatter, self.gather, self.weights or Raw())
+        return self.delay == 0 and all(isinstance(codec, Raw) for codec in codecs)
+
+    def feedback(self, codec: AnyCodec) -> Feedback:
+        """What is done about the error of one of the codecs."""
+        if isinstance(codec, Raw):
+            return "none"
+        if self.error_feedback != "auto":
+            return self.error_feedback
+        has_many_bits = isinstance(codec, Quantizer | Eden) and codec.bits > 3
+        return "none" if has_many_bits or isinstance(codec, Float8) else "ef14"
+
+
+def _list_members(codec: AnyCodec) -> tuple[AnyCodec, ...]:
+    return codec.codecs if isinstance(codec, CodecSequence) else (codec,)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one direction of a link is compressed, whatever the strategy.
@@ -304,6 +384,8 @@ class ClappingConfig(BaseModel):
     """Not with `direct`. None: its defaults."""
     memory: MemoryConfig | None = None
     """Not with `direct`. None: its defaults."""
+    data_parallel: DataParallelConfig | None = None
+    """How the gradients of data-parallel replicas are averaged. None: as the host does."""
     overlap: bool = True
     """Messages travel while the stages compute. False: they are announced, and waited for, as in stock."""
     in_flight: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_depth)] = "auto"
@@ -496,6 +578,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "lazy": LazyConfig,
     "memory": MemoryConfig,
     "links": LinksConfig,
+    "data_parallel": DataParallelConfig,
     **CODECS,
 }
 
@@ -531,7 +614,7 @@ def _list_codecs(tags: str) -> str:
 def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
     """As the user wrote them: without pydantic's tag of a codec, and in one line."""
     for before, part in zip(("", *path), path, strict=False):
-        is_codec = before in ("codec", "key", "delta") or isinstance(before, int)
+        is_codec = before in CODEC_KEYS or isinstance(before, int)
         if not (is_codec and part in (*CODECS, SEQUENCE)) and before != SEQUENCE:
             yield str(part) if isinstance(part, int) or part.isidentifier() else _show(part)
 

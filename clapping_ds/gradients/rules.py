@@ -39,7 +39,9 @@ def add_variances(scatter: float, gather: float) -> float:
     return (1 + scatter) * (1 + gather) - 1
 
 
-def scale_dcsgd(batch: float = 1.0, replicas: float = 1.0, omega: float = 0.0, omega_before: float = 0.0) -> float:
+def scale_dcsgd(
+    batch: float = 1.0, replicas: float = 1.0, omega: float = 0.0, omega_before: float = 0.0
+) -> float:
     """k for eta -> k eta, where B -> `batch` B and N -> `replicas` N and omega changes, that keeps the
     stationary loss: k (1 + omega) = replicas * batch * (1 + omega_before)."""
     return replicas * batch * (1 + omega_before) / (1 + omega)

@@ -178,6 +178,14 @@ def _new_group(members: list[int], device: torch.device, timeout_s: float) -> An
     return dist.new_group(members, timedelta(seconds=2 * timeout_s if is_queued else timeout_s))
 
 
+def make_own_group(sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float) -> Any:
+    """The process group of the set of global ranks that this rank is in. A collective of all ranks, which all
+    pass the same sets, each rank in one of them. Times as in `make_direction_groups`."""
+    groups = [_new_group(list(members), device, timeout_s) for members in sets]
+    (mine,) = [group for group, members in zip(groups, sets, strict=True) if rank() in members]
+    return mine
+
+
 @contextmanager
 def naming_peer(peer: int) -> Iterator[None]:
     """Where the process group may fail: when a message is waited for, or when another one is started after

@@ -13,13 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     *("version", "streams", "codecs/base", "codecs/reference", "codecs/kernels", "codecs", "config"),
-    *("link", "report", "stage", "autotune", "hosts", "__init__", "run", "doctor"),
+    *("link", "report", "gradients", "stage", "autotune", "hosts", "__init__", "run", "doctor"),
 )
 """From the bottom to the top: each may import itself and those before it. A tensor goes the other way, from
 the host through stage and channel to codec and wire."""
 OPTIONAL = {"triton": "codecs/kernels", "deepspeed": "hosts/deepspeed", "megatron": "hosts/megatron/core"}
 """What may be missing on a user's machine, and the one place that imports it."""
-TORCH_DISTRIBUTED = ("link/wire", "link/groups")
+TORCH_DISTRIBUTED = ("link/wire", "link/groups", "gradients/collective")
 
 
 def name_of(path):

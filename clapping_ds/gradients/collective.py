@@ -1,0 +1,120 @@
+"""Bytes and sums among the replicas that hold the same parameters, in a process group of their own.
+
+It knows no codec: payloads are contiguous uint8 tensors, and every rank knows the size of each. All calls
+return at once; `Transfer.wait` gives what arrived.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clapping_ds.link.groups import find_carrier, get_group_ranks, make_own_group, rank
+
+POLL_S = 1e-3
+
+
+class Transfer:
+    """A collective on its way."""
+
+    def __init__(self, collective: "Collective", work: Any, kept: Any, take: Callable[[], Any]) -> None:
+        self._collective = collective
+        self._work = work
+        self._kept = kept
+        """What the process group reads until it is done."""
+        self._take = take
+
+    def wait(self) -> Any:
+        """What arrived. What compute queues from now on comes after it.
+
+        Raises ConnectionError where a replica is gone or silent for too long.
+        """
+        with self._collective.naming():
+            self._work.wait()
+        self._kept = None
+        return self._take()
+
+    def wait_for_arrival(self) -> None:
+        """The host waits until it is there: on a GPU `wait` does not. Raises ConnectionError."""
+        deadline_s = time.monotonic() + self._collective.timeout_s
+        while not self._work.is_completed():
+            if time.monotonic() > deadline_s:
+                raise ConnectionError(
+                    self._collective.describe(f"silent for {self._collective.timeout_s:g} s")
+                )
+            time.sleep(POLL_S)
+
+
+class Collective:
+    """Among some ranks.
+
+    group    their process group
+    device   where payloads are written and read
+    """
+
+    def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
+        # Configuration
+        self.group = group
+        self.device = device
+        self.timeout_s = timeout_s
+        self.ranks = get_group_ranks(group)
+        self.size = len(self.ranks)
+        self.place = self.ranks.index(rank())
+        self.carrier = find_carrier(group, device)
+
+    def scatter(self, payload: torch.Tensor, sizes: Sequence[int]) -> Transfer:
+        """Sends a part of the payload to each rank. Arrives: what each rank sent here, in their order.
+
+        sizes   bytes for each rank, this one included; the same everywhere
+        """
+        num_mine = sizes[self.place]
+        received = torch.empty(self.size * num_mine, dtype=torch.uint8, device=self.carrier)
+        carried = payload.to(self.carrier)
+        with self.naming():
+            work = dist.all_to_all_single(
+                received, carried, [num_mine] * self.size, list(sizes), self.group, async_op=True
+            )
+        return Transfer(self, work, carried, lambda: received.to(self.device).view(self.size, num_mine))
+
+    def gather(self, payload: torch.Tensor, sizes: Sequence[int]) -> Transfer:
+        """Sends the payload to all ranks. Arrives: the list of all payloads, in the order of ranks.
+
+        sizes   bytes of each rank's payload; the same everywhere
+        """
+        largest = max(sizes)
+        carried = torch.zeros(largest, dtype=torch.uint8, device=self.carrier)
+        carried[: payload.numel()] = payload
+        rows = torch.empty(self.size, largest, dtype=torch.uint8, device=self.carrier)
+        with self.naming():
+            work = dist.all_gather(list(rows), carried, self.group, async_op=True)
+        return Transfer(
+            self, work, carried,
+            lambda: [row[:size] for row, size in zip(rows.to(self.device), sizes, strict=True)],
+        )  # fmt: skip
+
+    def sum(self, values: torch.Tensor) -> Transfer:
+        """Arrives: the sum over all ranks, the same bits on each. values: fp32, or what the process group can
+        add up."""
+        total = values.to(self.carrier, copy=True)
+        with self.naming():
+            work = dist.all_reduce(total, group=self.group, async_op=True)
+        return Transfer(self, work, None, lambda: total.to(self.device))
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors of the process group say whose it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ConnectionError(self.describe(f"ended or silent for too long ({error})")) from error
+
+    def describe(self, what: str) -> str:
+        return f"exchange of gradients: one of the ranks {self.ranks} {what}"
+
+
+def make_collective(sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float) -> Collective:
+    """Of the set of global ranks that this rank is in. A collective of all ranks, with the same sets."""
+    return Collective(make_own_group(sets, device, timeout_s), device, timeout_s)

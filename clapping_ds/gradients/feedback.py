@@ -1,0 +1,174 @@
+"""What is done about what a codec loses: nothing, or one of three forms of error feedback.
+
+Each sender compresses its value g, and whoever gets it takes the mean of what all senders sent:
+
+    none        sent C(g)
+    ef14        sent C(g + e)      e <- g + e - C(g + e)       Seide et al. 2014, Karimireddy et al. 2019
+    ef21        sent C(g - h)      h <- h + C(g - h)           Richtarik et al. 2021, arXiv 2106.05203
+    ef21_sgdm   v <- (1 - b) v + b g, then as ef21 of v        Fatkhullin et al. 2023, arXiv 2305.15155
+
+With `ef21` and `ef21_sgdm` the mean is of changes, and the receiver adds it to what it has. The noise term of
+`ef21` does not fall with the number of replicas, that of `ef14` does.
+
+What is held belongs to places: pieces of parameters, whatever message they travel in. Changes of it count
+once `commit` is called, when the step that they are of was accepted.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from clapping_ds.codecs import AnyCodec, Context
+
+Place = Hashable
+
+
+class Held:
+    """fp32 values by place, and those that will take their place."""
+
+    def __init__(self) -> None:
+        self.values: dict[Place, torch.Tensor] = {}
+        self._staged: dict[Place, torch.Tensor] = {}
+
+    def read(self, places: Sequence[Place], sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+        """fp32 [sum of sizes], a copy; zeros where nothing is held."""
+        return torch.cat([
+            self._find(place, size, device) for place, size in zip(places, sizes, strict=True)
+        ])  # fmt: skip
+
+    def _find(self, place: Place, size: int, device: torch.device) -> torch.Tensor:
+        known = self._staged.get(place, self.values.get(place))
+        return torch.zeros(size, device=device) if known is None else known
+
+    def stage(self, places: Sequence[Place], sizes: Sequence[int], values: torch.Tensor) -> None:
+        """values: fp32 [sum of sizes], which must stay as it is."""
+        self._staged |= dict(zip(places, values.split(list(sizes)), strict=True))
+
+    def commit(self) -> None:
+        self.values |= self._staged
+        self._staged = {}
+
+    def discard(self) -> None:
+        self._staged = {}
+
+    def rescale(self, factor: float) -> None:
+        for values in self.values.values():
+            values.mul_(factor)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.values.values())
+
+
+class NoFeedback:
+    """What is sent is the value, compressed."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Held] = {}
+        """All that is kept between two steps, by name."""
+
+    def encode_(
+        self,
+        places: Sequence[Place],
+        sizes: Sequence[int],
+        value: torch.Tensor,
+        payload: torch.Tensor,
+        codec: AnyCodec,
+        context: Context,
+    ) -> torch.Tensor:
+        """Writes the payload of one section, and returns what it stands for. value: fp32, the values of all
+        places one after the other, in the section's shape."""
+        codec.encode_(value, payload, context)
+        return value
+
+    def receive(self, places: Sequence[Place], sizes: Sequence[int], mean: torch.Tensor) -> torch.Tensor:
+        """What the mean of all that was sent stands for. mean: fp32 [sum of sizes]."""
+        return mean
+
+    def measure(self) -> float:
+        """The norm of the error that waits to be sent."""
+        return 0.0
+
+
+class ErrorFeedback(NoFeedback):
+    """`ef14`: what was lost is added to the next value."""
+
+    def __init__(self) -> None:
+        self.error = Held()
+        self.held = {"error": self.error}
+
+    def encode_(
+        self,
+        places: Sequence[Place],
+        sizes: Sequence[int],
+        value: torch.Tensor,
+        payload: torch.Tensor,
+        codec: AnyCodec,
+        context: Context,
+    ) -> torch.Tensor:
+        value = value + self.error.read(places, sizes, value.device).view(value.shape)
+        sent = torch.zeros_like(value)
+        codec.encode_(value, payload, context._replace(memory=sent))
+        # A group that is not finite arrives as NaN, and the step is lost: its error must not be.
+        error = torch.where(value.isfinite(), value - sent, 0.0)
+        self.error.stage(places, sizes, error.view(-1))
+        return value
+
+    def measure(self) -> float:
+        squares = [values.square().sum() for values in self.error.values.values()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+class DifferenceFeedback(NoFeedback):
+    """`ef21`: changes are sent. momentum: of `ef21_sgdm`, the share of the new value in the running mean."""
+
+    def __init__(self, momentum: float = 1.0) -> None:
+        self.momentum = momentum
+        self.sent, self.received, self.mean = Held(), Held(), Held()
+        self.held = {"sent": self.sent, "received": self.received, "mean": self.mean}
+
+    def encode_(
+        self,
+        places: Sequence[Place],
+        sizes: Sequence[int],
+        value: torch.Tensor,
+        payload: torch.Tensor,
+        codec: AnyCodec,
+        context: Context,
+    ) -> torch.Tensor:
+        if self.momentum < 1:
+            before = self.mean.read(places, sizes, value.device).view(value.shape)
+            value = before.lerp(value, self.momentum)
+            self.mean.stage(places, sizes, torch.where(value.isfinite(), value, before).view(-1))
+        sent = self.sent.read(places, sizes, value.device)
+        change = value - sent.view(value.shape)
+        codec.encode_(value, payload, context._replace(memory=sent.view(value.shape), carry=True))
+        self.sent.stage(places, sizes, sent)
+        return change
+
+    def receive(self, places: Sequence[Place], sizes: Sequence[int], mean: torch.Tensor) -> torch.Tensor:
+        before = self.received.read(places, sizes, mean.device)
+        result = before + mean
+        self.received.stage(places, sizes, torch.where(result.isfinite(), result, before))
+        return result
+
+
+FEEDBACKS: Mapping[str, Callable[..., NoFeedback]] = {
+    "none": NoFeedback,
+    "ef14": ErrorFeedback,
+    "ef21": DifferenceFeedback,
+    "ef21_sgdm": DifferenceFeedback,
+}
+
+
+def make_feedback(name: str, momentum: float) -> NoFeedback:
+    """One of the four, with nothing held. momentum: of `ef21_sgdm`."""
+    make: Callable[..., NoFeedback] = FEEDBACKS[name]
+    return partial(make, momentum)() if name == "ef21_sgdm" else make()
+
+
+def commit(feedbacks: Sequence[NoFeedback], accepted: bool) -> None:
+    """After a step: takes what was staged in it, or forgets it."""
+    for held in (held for feedback in feedbacks for held in feedback.held.values()):
+        held.commit() if accepted else held.discard()

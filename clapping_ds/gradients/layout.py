@@ -1,0 +1,155 @@
+"""Which replica averages which part of the gradients, and what is coded together.
+
+Every parameter that is compressed is cut into pieces, one per owner: a replica that takes the mean there. The
+pieces of one owner are coded as one vector, but where a codec works on matrices: there a piece is whole rows,
+and coded by itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from clapping_ds.codecs import AnyCodec, CodecSequence, LowRank
+
+BUCKET_NUMEL = 1 << 23
+"""Values that are exchanged together: while one bucket is averaged the next one is on the wire."""
+
+
+class Parameter(NamedTuple):
+    """A parameter whose gradient is exchanged."""
+
+    name: str
+    shape: torch.Size
+    is_tied: bool = False
+    """Whether another stage has it too: its gradient must be the same bits there."""
+
+
+class Piece(NamedTuple):
+    """Consecutive values of one parameter, flattened."""
+
+    number: int
+    """Of the parameter."""
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+class Section(NamedTuple):
+    """What is coded together."""
+
+    pieces: tuple[Piece, ...]
+    shape: torch.Size
+
+    @property
+    def sizes(self) -> list[int]:
+        return [piece.numel for piece in self.pieces]
+
+
+class Bucket(NamedTuple):
+    """What is exchanged together."""
+
+    raw: tuple[int, ...]
+    """Numbers of parameters that travel raw, as one message."""
+    tied: tuple[int, ...]
+    """Numbers of those that travel raw, each by itself: a message's size decides the order of additions."""
+    sections: tuple[tuple[Section, ...], ...]
+    """By owner."""
+
+
+Cut = Callable[[int], Sequence[tuple[int, int, int]]]
+"""Of a parameter's number: (owner, start, stop) of each piece."""
+
+
+def works_on_matrices(codec: AnyCodec) -> bool:
+    members = codec.codecs if isinstance(codec, CodecSequence) else (codec,)
+    return any(isinstance(member, LowRank) for member in members)
+
+
+def cut_rows(parameters: Sequence[Parameter], num_owners: int) -> Cut:
+    """Each parameter's rows in equal parts, as near as may be."""
+
+    def cut(number: int) -> list[tuple[int, int, int]]:
+        num_rows, width = _find_sides(parameters[number])
+        bounds = [num_rows * owner // num_owners * width for owner in range(num_owners + 1)]
+        return [(owner, start, stop) for owner, (start, stop) in enumerate(pairwise(bounds))]
+
+    return cut
+
+
+def make_buckets(
+    parameters: Sequence[Parameter],
+    numbers: Sequence[int],
+    num_owners: int,
+    cut: Cut,
+    min_numel: int,
+    has_matrices: bool,
+) -> list[Bucket]:
+    """How the parameters of these numbers are exchanged.
+
+    min_numel      parameters with fewer values, or of one dimension, travel raw
+    has_matrices   whether pieces are coded as matrices
+    """
+    return [
+        _make_bucket(parameters, members, num_owners, cut, min_numel, has_matrices)
+        for members in _fill(parameters, numbers)
+    ]
+
+
+def _fill(parameters: Sequence[Parameter], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """The numbers, in parts of `BUCKET_NUMEL` values or little more."""
+    members: list[int] = []
+    for number in numbers:
+        members.append(number)
+        if sum(parameters[member].shape.numel() for member in members) >= BUCKET_NUMEL:
+            yield members
+            members = []
+    if members:
+        yield members
+
+
+def _make_bucket(
+    parameters: Sequence[Parameter],
+    numbers: Sequence[int],
+    num_owners: int,
+    cut: Cut,
+    min_numel: int,
+    has_matrices: bool,
+) -> Bucket:
+    tied = [number for number in numbers if parameters[number].is_tied]
+    coded = [number for number in numbers if _is_compressed(parameters[number], min_numel)]
+    raw = [number for number in numbers if number not in (*tied, *coded)]
+    pieces: list[list[Piece]] = [[] for _ in range(num_owners)]
+    for number in coded:
+        for owner, start, stop in cut(number):
+            if start < stop:
+                pieces[owner].append(Piece(number, start, stop))
+    if has_matrices:
+        sections = [[_as_matrix(parameters, piece) for piece in of_owner] for of_owner in pieces]
+    else:
+        sections = [[_as_vector(of_owner)] if of_owner else [] for of_owner in pieces]
+    return Bucket(tuple(raw), tuple(tied), tuple(map(tuple, sections)))
+
+
+def _is_compressed(parameter: Parameter, min_numel: int) -> bool:
+    has_rows = len(parameter.shape) > 1
+    return has_rows and not parameter.is_tied and parameter.shape.numel() >= max(1, min_numel)
+
+
+def _find_sides(parameter: Parameter) -> tuple[int, int]:
+    """Rows, and values of each."""
+    num_rows = parameter.shape[0]
+    return num_rows, parameter.shape.numel() // max(1, num_rows)
+
+
+def _as_matrix(parameters: Sequence[Parameter], piece: Piece) -> Section:
+    _, width = _find_sides(parameters[piece.number])
+    return Section((piece,), torch.Size((piece.numel // width, width)))
+
+
+def _as_vector(pieces: Sequence[Piece]) -> Section:
+    return Section(tuple(pieces), torch.Size((sum(piece.numel for piece in pieces),)))

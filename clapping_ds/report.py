@@ -1,17 +1,28 @@
 """What was compressed, what it cost and what it saved, as tables and as events of a monitor."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.codecs.sequence import label
 from clapping_ds.config import LazyConfig, Plan
-from clapping_ds.link.channel import Channel
+from clapping_ds.link.traffic import Traffic
 
 
-def make_row(channel: Channel) -> dict[str, Any]:
+class Measured(Protocol):
+    """A channel, or one way of replicas' gradients."""
+
+    link: str
+    direction: str
+    traffic: Traffic
+
+    @property
+    def memory_nbytes(self) -> int: ...
+
+
+def make_row(channel: Measured) -> dict[str, Any]:
     """One channel's figures, for `format_table` and for the monitor."""
     traffic = channel.traffic
     return {
@@ -28,7 +39,7 @@ def make_row(channel: Channel) -> dict[str, Any]:
     }
 
 
-def make_events(channels: Iterable[Channel], samples: int) -> list[tuple[str, float, int]]:
+def make_events(channels: Iterable[Measured], samples: int) -> list[tuple[str, float, int]]:
     """The figures as events of DeepSpeed's monitor: (name, value, samples)."""
     found = []
     for figures in map(make_row, channels):

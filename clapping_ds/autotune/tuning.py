@@ -51,12 +51,17 @@ class Tuning:
         self.num_steps = 0
 
     @property
+    def has_links(self) -> bool:
+        """False where replicas of a single stage compress their gradients alone."""
+        return self.num_stages > 1
+
+    @property
     def lacks_links(self) -> bool:
-        return self.config.links is not None and not self.endpoints.links_are_measured
+        return self.has_links and self.config.links is not None and not self.endpoints.links_are_measured
 
     @property
     def lacks_depth(self) -> bool:
-        return self.config.in_flight == "auto" and not self.endpoints.depth_is_measured
+        return self.has_links and self.config.in_flight == "auto" and not self.endpoints.depth_is_measured
 
     @property
     def is_watching(self) -> bool:

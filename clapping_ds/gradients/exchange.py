@@ -58,6 +58,8 @@ class Leg:
         """By section and sender (None: what this replica encodes), what codecs learn; None of those that
         learn nothing."""
         self.traffic = Traffic()
+        self.gradient_square = 0.0
+        """Of the last step whose error was measured."""
 
     def choose(self, shape: torch.Size) -> tuple[AnyCodec, NoFeedback]:
         """The codec of a section, and its feedback; `none` where that is smaller, or blocks are larger."""
@@ -75,6 +77,11 @@ class Leg:
             codec, _ = self.choose(section.shape)
             self.states[section, sender] = codec.new_state(width_of(section.shape), device)
         return self.states[section, sender]
+
+    @property
+    def held_back(self) -> float:
+        """What waits to be sent, against the gradient of the last step whose error was measured."""
+        return self.feedback.measure() / self.gradient_square**0.5 if self.gradient_square else 0.0
 
     @property
     def memory_nbytes(self) -> int:
@@ -129,6 +136,7 @@ class Exchange:
         self.parameters = parameters
         self.collective = collective
         self.seed = seed
+        self.num_replicas = collective.size
         self.is_split = cut is not None
         self.is_direct = not self.is_split and collective.size == 2
         """Whether all is sent to all, at once."""
@@ -150,6 +158,8 @@ class Exchange:
     def begin_step(self, step: int, measures_error: bool = False) -> None:
         """Steps are numbered alike on all replicas."""
         self.step, self.measures_error = step, measures_error
+        for leg in self.legs.values() if measures_error else ():
+            leg.gradient_square = 0.0
 
     def start(self, gradients: Mapping[int, torch.Tensor]) -> "Round":
         """Sends what this replica has. gradients: by the parameter's number; fp32, fp16 or bf16. `finish`
@@ -183,6 +193,7 @@ class Exchange:
         places, value = self._places(section), values.view(section.shape)
         value = feedback.encode_(places, section.sizes, value, payload, codec, context)
         if self.measures_error and codec is not RAW:
+            leg.gradient_square += float(values.square().sum())
             seen = torch.empty_like(value)
             state = None if context.state is None else codec.new_state(width_of(section.shape), value.device)
             codec.decode_(payload, seen, context._replace(memory=None, carry=False, state=state))
@@ -222,7 +233,8 @@ class Exchange:
             "gather": plan.gather.model_dump(),
             "feedback": [plan.feedback(plan.scatter), plan.feedback(plan.gather), plan.momentum],
             "min_numel": plan.min_numel,
-            "replicas": (self.collective.place, self.collective.size),
+            "replicas": (self.collective.place, self.collective.size, plan.node_size),
+            "delay": plan.delay,
             "is_split": self.is_split,
             "parameters": [(each.name, tuple(each.shape)) for each in self.parameters],
         }

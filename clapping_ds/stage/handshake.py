@@ -79,7 +79,7 @@ def _list_versions() -> dict[str, str]:
 
 def refuse_without_links(config: ClappingConfig, found: str, num_ranks: int) -> None:
     """Raises ValueError for a pipeline on one rank. found: what has so few, with its value."""
-    if config.enabled and num_ranks < 2:
+    if config.enabled and config.data_parallel is None and num_ranks < 2:
         raise ValueError(
             f'"{BLOCK_NAME}" block with {found}: there is no link to compress; accepted: at least 2, or '
             f'"{BLOCK_NAME}": {{"enabled": false}}'

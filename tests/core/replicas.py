@@ -1,12 +1,19 @@
-"""Replicas in one process: what they send each other is posted by all of them before any of them waits."""
+"""Replicas as threads of one process."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Condition
 
 import torch
 
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.exchange import Exchange
 from clapping_ds.gradients.layout import Parameter
+from clapping_ds.gradients.node import NodeExchange
 
 CPU = torch.device("cpu")
+
+
+TIMEOUT_S = 20
 
 
 class Mail:
@@ -14,6 +21,19 @@ class Mail:
 
     def __init__(self):
         self.posted = {}
+        self.changed = Condition()
+
+    def post(self, number, place, item):
+        with self.changed:
+            self.posted[number, place] = item
+            self.changed.notify_all()
+
+    def read(self, number, places):
+        """What all have posted, once they have."""
+        keys = [(number, place) for place in places]
+        with self.changed:
+            assert self.changed.wait_for(lambda: all(key in self.posted for key in keys), TIMEOUT_S)
+            return [self.posted[key] for key in keys]
 
 
 class Arrival:
@@ -21,7 +41,7 @@ class Arrival:
         self.wait = take
 
 
-class LockstepCollective:
+class MailCollective:
     """Stands in for `Collective` of `size` replicas that post in the same order."""
 
     def __init__(self, mail, place, size):
@@ -32,8 +52,8 @@ class LockstepCollective:
 
     def _post(self, item, take):
         number, self.num_calls = self.num_calls, self.num_calls + 1
-        self.mail.posted[number, self.place] = item
-        return Arrival(lambda: take([self.mail.posted[number, place] for place in self.ranks]))
+        self.mail.post(number, self.place, item)
+        return Arrival(lambda: take(self.mail.read(number, self.ranks)))
 
     def scatter(self, payload, sizes):
         parts = payload.clone().split(list(sizes))
@@ -47,7 +67,7 @@ class LockstepCollective:
 
 
 class Replicas:
-    """Exchanges of all replicas, which run step by step."""
+    """Exchanges of all replicas."""
 
     def __init__(self, size, plan=None, shapes=((24, 64), (16, 4, 64), (7,)), tied=(), **options):
         self.mail = Mail()
@@ -58,7 +78,7 @@ class Replicas:
         self.parameters = parameters
         self.plan = DataParallelConfig.model_validate({"min_numel": 512, **(plan or {})})
         self.exchanges = [
-            Exchange(self.plan, parameters, LockstepCollective(self.mail, place, size), **options)
+            Exchange(self.plan, parameters, MailCollective(self.mail, place, size), **options)
             for place in range(size)
         ]
 
@@ -76,16 +96,14 @@ class Replicas:
     def average(self, step, gradients, accepted=True, measures_error=False):
         """Each replica's means, in copies."""
         gradients = [{n: g.clone() for n, g in of.items()} for of in gradients]
-        rounds = []
-        for exchange, mine in zip(self.exchanges, gradients, strict=True):
+
+        def run(exchange, mine):
             exchange.begin_step(step, measures_error)
-            rounds.append(exchange.start(mine))
-        for each in rounds:
-            each.advance()
-        for each in rounds:
-            each.finish()
-        for exchange in self.exchanges:
+            exchange.start(mine).finish()
             exchange.end_step(accepted)
+
+        with ThreadPoolExecutor(len(self.exchanges)) as threads:
+            list(threads.map(run, self.exchanges, gradients))
         return gradients
 
 
@@ -95,3 +113,21 @@ def mean_of(gradients):
 
 def same_bits(one, other):
     return all(torch.equal(one[n].view(torch.uint8), other[n].view(torch.uint8)) for n in one)
+
+
+class NodeReplicas(Replicas):
+    """`num_nodes` nodes of `node_size` replicas each."""
+
+    def __init__(self, num_nodes, node_size, plan=None, shapes=((24, 64), (16, 4, 64), (7,)), tied=()):
+        super().__init__(2, plan, shapes, tied)
+        nodes, crossings = [Mail() for _ in range(num_nodes)], [Mail() for _ in range(node_size)]
+        self.exchanges = [
+            NodeExchange(
+                self.plan,
+                self.parameters,
+                MailCollective(nodes[node], place, node_size),
+                MailCollective(crossings[place], node, num_nodes),
+            )
+            for node in range(num_nodes)
+            for place in range(node_size)
+        ]

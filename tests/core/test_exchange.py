@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clapping_ds.codecs import CODECS, Eden
-from tests.core.replicas import Replicas, mean_of, same_bits
+from tests.core.replicas import NodeReplicas, Replicas, mean_of, same_bits
 
 NONE = {"scatter": "none", "gather": "none"}
 CODED = [name for name in CODECS if name not in ("none", "transform")]
@@ -233,3 +233,34 @@ def test_the_measured_error_is_the_codecs():
     traffic = replicas.exchanges[0].legs["scatter"].traffic
     assert traffic.relative_error == pytest.approx(0.133**0.5, rel=0.1)
     assert Eden(name="eden2").bits == 2
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3])
+def test_on_nodes_it_is_the_mean(num_nodes):
+    replicas = NodeReplicas(num_nodes, 2, NONE, tied=(1,))
+    gradients = replicas.draw(0)
+    first, *others = replicas.average(0, gradients)
+    assert all(same_bits(first, other) for other in others)
+    for number, mean in mean_of(gradients).items():
+        torch.testing.assert_close(first[number], mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", ["eden4", "sign", LIST], ids=str)
+def test_between_nodes_every_value_crosses_once(codec):
+    replicas = NodeReplicas(2, 2, plan_of(codec), shapes=((4 * 128, 128), (64,)))
+    gradients = replicas.draw(0)
+    first, *others = replicas.average(0, gradients)
+    assert all(same_bits(first, other) for other in others)
+    if codec == "eden4":
+        mean = mean_of(gradients)[0]
+        assert (first[0] - mean).norm() < 0.1 * mean.norm()
+        sent = [exchange.legs["scatter"].traffic.payload_bytes for exchange in replicas.exchanges]
+        assert sent == [4 * 128 * 128 // 2 * (4 + 16 / 128) / 8] * 4, "of each replica its half, once"
+
+
+def test_replicas_with_other_means_are_found():
+    replicas = Replicas(3, plan_of("eden4"), verifies=True)
+    replicas.average(0, replicas.draw(0))
+    replicas.exchanges[2].decode = lambda leg, section, sender, payload: torch.zeros(section.shape.numel())
+    with pytest.raises(RuntimeError, match="step 1: rank 2 has another mean of weight 0, weight 1"):
+        replicas.average(1, replicas.draw(1))

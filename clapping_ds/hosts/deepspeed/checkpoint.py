@@ -15,12 +15,15 @@ from clapping_ds import report
 from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import ClappingConfig
 from clapping_ds.hosts.deepspeed import survivors
+from clapping_ds.hosts.deepspeed.gradients import Gradients
 from clapping_ds.link.groups import Control
 from clapping_ds.stage import state_file
 from clapping_ds.stage.endpoints import Endpoints
 
 NUM_DRAWN = "clapping_num_drawn"
 """The key in a checkpoint's client state of the batches that each data iterator has given."""
+GRADIENTS = "data_parallel"
+"""The key in a rank's own file of what the exchange of gradients holds."""
 
 
 class CheckpointingEngine(PipelineEngine):
@@ -30,6 +33,7 @@ class CheckpointingEngine(PipelineEngine):
     _control: Control
     _endpoints: Endpoints
     _tuning: Tuning
+    _gradients: Gradients | None
     micro_batches: int
 
     def save_checkpoint(
@@ -47,7 +51,10 @@ class CheckpointingEngine(PipelineEngine):
         client_state = {**client_state, NUM_DRAWN: self._endpoints.num_drawn}
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         if self.clapping.checkpoint_memory:
-            state_file.write(self._endpoints.state_dict(), Path(save_dir) / tag)
+            state = self._endpoints.state_dict()
+            if self._gradients is not None:
+                state[GRADIENTS] = self._gradients.averaging.state_dict()
+            state_file.write(state, Path(save_dir) / tag)
         result = super().save_checkpoint(save_dir, tag, client_state, save_latest=False, **kwargs)
         self._control.wait_for_all()
         if save_latest and self.global_rank == 0:
@@ -91,6 +98,10 @@ class CheckpointingEngine(PipelineEngine):
                 self._endpoints.num_drawn = num_drawn
                 if self.global_rank == 0:
                     report.say(f"{reason}: the next step is all fresh, and codecs learn anew")
+            if self._gradients is not None:
+                reason = self._gradients.averaging.load_state_dict((state or {}).get(GRADIENTS))
+                if reason is not None and self.global_rank == 0:
+                    report.say(f"{reason}: what gradients' codecs have kept back is lost")
         return path, client_state
 
     @property

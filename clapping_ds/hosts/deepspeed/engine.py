@@ -31,6 +31,7 @@ from clapping_ds.autotune.depth import find_leads
 from clapping_ds.autotune.tuning import Tuning
 from clapping_ds.config import BLOCK_NAME
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
+from clapping_ds.hosts.deepspeed.gradients import Gradients
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 from clapping_ds.hosts.deepspeed.shapes import Shapes, make_contiguous, to_tuple
 from clapping_ds.link.groups import get_group_ranks
@@ -88,6 +89,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
             schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
             schedule.ReduceTiedGrads: ClappingPipelineEngine._reduce_tied_grads,
+            schedule.ReduceGrads: ClappingPipelineEngine._reduce_grads,
         }
         ranks = get_group_ranks(self.grid.get_pipe_parallel_group())
         replica = self.grid.get_data_parallel_id()
@@ -95,9 +97,11 @@ class ClappingPipelineEngine(CheckpointingEngine):
             self.clapping, self._control, ranks, range(self.num_stages), self.device, replica
         )
         (self._endpoint,) = self._endpoints.stages
+        self._gradients = Gradients(self) if self.clapping.data_parallel is not None else None
         self._tuning = Tuning(self._endpoints, self.num_stages)
         self._shapes = Shapes(self)
-        self._endpoints.announce(self._find_sent_dtype())
+        if self.num_stages > 1:
+            self._endpoints.announce(self._find_sent_dtype())
 
     def _find_sent_dtype(self) -> torch.dtype:
         """Of what this stage's layers pass on: that of their weights."""
@@ -143,16 +147,21 @@ class ClappingPipelineEngine(CheckpointingEngine):
             self.set_dataiterator(data_iter)
         loads_data = self.is_first_stage() or self.is_last_stage()
         reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
-        self._endpoints.rescale_gradients(self._loss_scale())
+        loss_scale = self._loss_scale()
+        self._endpoints.rescale_gradients(loss_scale)
+        if self._gradients is not None:
+            self._gradients.averaging.begin_step(loss_scale, reports)
         next_batch = super()._next_batch if loads_data else None
         self._endpoints.begin_step(self.micro_batches, [next_batch], reports, has_own_data=has_own_data)
         self._endpoint.leads = self._find_leads()
         self._look_ahead()
         loss = super().train_batch()
         self._endpoints.end_step()
+        if self._gradients is not None:
+            self._gradients.end_step()
         self._tuning.end_step(self.micro_batches)
         if reports and self.monitor.enabled and self.global_rank == 0:
-            self.monitor.write_events(report.make_events(self._endpoints.channels, self.global_samples))
+            self.monitor.write_events(self._make_events())
         decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
         if decided is not None and self.global_rank == 0:
             report.say(decided)
@@ -183,8 +192,19 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def clapping_report(self) -> list[dict[str, Any]]:
         """A row per channel of each replica, with counters and memory of its sending end; the receiving
-        end has the same. A collective of all ranks."""
-        return self._endpoints.report()
+        end has the same. Then, with `data_parallel`, a row for each way of each rank's gradients. A
+        collective of all ranks."""
+        rows = self._endpoints.report()
+        if self._gradients is not None:
+            rows += self._gradients.averaging.report()
+        return rows
+
+    def _make_events(self) -> list[tuple[str, float, int]]:
+        """For the monitor."""
+        events = report.make_events(self._endpoints.channels, self.global_samples)
+        if self._gradients is not None:
+            events += self._gradients.averaging.make_events(self.global_samples)
+        return events
 
     # Instructions
 
@@ -253,6 +273,20 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if self.module.training:
             self._endpoint.wait_for_arrivals()
         super()._exec_reduce_tied_grads()
+
+    def _reduce_grads(self) -> None:
+        if self._gradients is None:
+            return super()._exec_reduce_grads()
+        if not self._gradients.averaging.compresses:
+            with self._gradients.averaging.timing():
+                return super()._exec_reduce_grads()
+        self._gradients.average_()
+        with self._gradients.exchanged():
+            super()._exec_reduce_grads()
+
+    def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
+        if not (self.clapping.enabled and self._gradients is not None and self._gradients.is_averaged):
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
 
     def clip_fp32_gradients(self) -> None:
         """As in stock, which crashes where a stage has no gradient; the other stages wait for its norm."""

@@ -1,0 +1,211 @@
+"""The gradients of one rank's replicas, whatever the host: what its engine talks to.
+
+In every step a host calls `begin_step`; where `compresses` is true it has `average_` take the place of its
+own exchange, else it runs its own, inside `timing`; then `end_step`, with whether the optimizer took the
+gradients. What torch's DDP exchanges bucket by bucket it starts with `start`.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from clapping_ds import report
+from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
+from clapping_ds.gradients.collective import make_collective
+from clapping_ds.gradients.delay import DelayedExchange
+from clapping_ds.gradients.exchange import Exchange, Round
+from clapping_ds.gradients.layout import Cut, Parameter
+from clapping_ds.gradients.node import NodeExchange
+from clapping_ds.gradients.trial import Trial
+from clapping_ds.link.groups import Control, rank
+from clapping_ds.link.seeds import draw_word
+from clapping_ds.streams import wait_for_device
+
+KEY = f"{BLOCK_NAME}.data_parallel"
+SEED = 0x67726164  # "grad": no link has this number
+MISSING = "no state of data_parallel for every rank"
+DIFFERENT = "data_parallel, the parameters or the number of replicas are not those of the checkpoint"
+
+
+class Averaging:
+    """Of one rank.
+
+    parameters   of this rank that are trained, in an order that all replicas have
+    ranks        the global ranks of this rank's replicas
+    cut          as `Exchange`'s
+    name         of the link between them, in figures
+    Building it is a collective of all ranks. Raises ValueError on every rank, with the same text, where
+    replicas differ in their parameters, and for a number of replicas that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: ClappingConfig,
+        control: Control,
+        parameters: Sequence[Parameter],
+        ranks: Sequence[int],
+        device: torch.device,
+        cut: Cut | None = None,
+        name: str = "replicas",
+    ) -> None:
+        assert config.data_parallel is not None
+        # Configuration
+        self.plan: DataParallelConfig = config.data_parallel
+        self.control = control
+        self.parameters = parameters
+        self.device = device
+        self.exchange = self._make_exchange(config, ranks, cut)
+        for leg in self.exchange.legs.values():
+            leg.link = name
+        self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
+        # State
+        self.step = 0
+        self.is_used = True
+        """False: `links` found that it saves nothing."""
+        measures = config.links is not None and config.links.read is None
+        self._trial = Trial(config.links.min_gain) if measures and config.links is not None else None
+        self._start_s = 0.0
+        self._exchange_s = 0.0
+
+    def _make_exchange(self, config: ClappingConfig, ranks: Sequence[int], cut: Cut | None) -> Exchange:
+        plan = self.plan
+        shapes = [(each.name, tuple(each.shape), each.is_tied) for each in self.parameters]
+        told = self.control.gather((tuple(ranks), shapes))
+        self._check(told, plan.node_size, cut is not None)
+        sets = sorted({of_rank for of_rank, _ in told}, key=min)
+        seed = draw_word(config.seed, SEED, sets.index(tuple(ranks)))
+        options = {"verifies": config.verify, "compiles": config.compile}
+        if plan.node_size is None:
+            collective = make_collective(sets, self.device, config.timeout_s)
+            return Exchange(plan, self.parameters, collective, seed, cut, **options)
+        size = plan.node_size
+        nodes = [of[first : first + size] for of in sets for first in range(0, len(of), size)]
+        crossings = [of[place::size] for of in sets for place in range(size)]
+        node, others = (make_collective(each, self.device, config.timeout_s) for each in (nodes, crossings))
+        return NodeExchange(plan, self.parameters, node, others, seed, **options)
+
+    def _check(self, told: Sequence[Any], node_size: int | None, is_split: bool) -> None:
+        """told: ranks and parameters of every rank. Raises ValueError alike on every rank."""
+        first_of: dict[tuple[int, ...], int] = {}
+        for number, (ranks, shapes) in enumerate(told):
+            if len(ranks) < 2:
+                raise ValueError(
+                    f"{KEY} with 1 replica: there is nothing to exchange; accepted: at least 2 replicas, or "
+                    "null"
+                )
+            if node_size is not None and (len(ranks) % node_size or len(ranks) == node_size):
+                raise ValueError(
+                    f"{KEY}.node_size = {node_size} with {len(ranks)} replicas; accepted: a divisor of their "
+                    "number that leaves at least 2 nodes, or null"
+                )
+            first = first_of.setdefault(ranks, number)
+            differing = [pair for pair in zip(told[first][1], shapes, strict=False) if pair[0] != pair[1]]
+            if differing or len(told[first][1]) != len(shapes):
+                what = f"{differing[0][0]} and {differing[0][1]}" if differing else "their number"
+                raise ValueError(
+                    f"{KEY}: ranks {first} and {number} train different parameters: {what}; accepted: the "
+                    "same on all replicas"
+                )
+        if node_size is not None and is_split:
+            raise ValueError(
+                f"{KEY}.node_size = {node_size} with an optimizer that is split over replicas; accepted: null"
+            )
+
+    # Steps
+
+    def begin_step(self, scale: float = 1.0, measures_error: bool = False) -> None:
+        """scale: of the losses of this step; what is held of gradients follows it."""
+        self.exchange.rescale(scale)
+        self.exchange.begin_step(self.step, measures_error)
+        self._start_s, self._exchange_s = time.perf_counter(), 0.0
+
+    @property
+    def compresses(self) -> bool:
+        """Whether this step does."""
+        is_due = self._trial.compresses if self._trial is not None else self.is_used
+        return is_due and not self.plan.is_raw and self.step >= self.plan.warmup_steps
+
+    def start(self, gradients: Mapping[int, torch.Tensor]) -> Round:
+        """As `Exchange.start`. Not with a delay."""
+        return self.exchange.start(gradients)
+
+    def average_(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        """Replaces this replica's gradients by the mean of all. gradients: by the number of the parameter."""
+        with self.timing():
+            if self.delayed is not None:
+                self.delayed.average_(gradients)
+            else:
+                self.exchange.start(gradients).finish()
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around what exchanges gradients, whoever does."""
+        if self._trial is None:
+            yield
+            return
+        wait_for_device(self.device)
+        start_s = time.perf_counter()
+        yield
+        wait_for_device(self.device)
+        self._exchange_s += time.perf_counter() - start_s
+
+    def end_step(self, accepted: bool = True) -> None:
+        """accepted: whether the optimizer used the gradients, and did not skip the step. When all was tried
+        that `links` asks for: a collective of all ranks, of which the first says what was chosen."""
+        self.exchange.end_step(accepted)
+        self.step += 1
+        if self._trial is not None and self.step > self.plan.warmup_steps:
+            self._trial.end_step(self._exchange_s, time.perf_counter() - self._start_s)
+            if self._trial.is_over:
+                self.is_used, table = self._trial.decide(self.control.gather(self._trial.summarize()))
+                self._trial = None
+                if rank() == 0:
+                    report.say(table)
+
+    # Figures
+
+    def report(self) -> list[dict[str, Any]]:
+        """A row for each way of every rank's gradients. A collective of all ranks."""
+        legs = [leg for leg in self.exchange.legs.values() if leg.traffic.num_messages]
+        return [row for rows in self.control.gather(list(map(report.make_row, legs))) for row in rows]
+
+    def make_events(self, samples: int) -> list[tuple[str, float, int]]:
+        """As `report.make_events`, and of each way what is held back, as a part of the gradient."""
+        legs = [leg for leg in self.exchange.legs.values() if leg.traffic.num_messages]
+        held_back = [
+            (f"Train/Clapping/{leg.link}/{leg.direction}/held_back", leg.held_back, samples) for leg in legs
+        ]
+        return [*report.make_events(legs, samples), *held_back]
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two steps: what this rank must save, in a file of its own. With a delay a collective of
+        the replicas."""
+        return {
+            "step": self.step,
+            "is_used": None if self._trial is not None else self.is_used,
+            "exchange": self.exchange.state_dict(),
+            "travelling": None if self.delayed is None else self.delayed.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
+        """Takes what `state_dict` gave, if every rank has it and it fits; else forgets what is held, and says
+        why. A collective of all ranks."""
+        fits = state is not None and state["exchange"]["written by"] == self.exchange.describe()
+        is_there, fits = self.control.agree([state is not None, fits])
+        if state is None or not fits:
+            self.exchange.forget()
+            if self.delayed is not None:
+                self.delayed.forget()
+            return DIFFERENT if is_there else MISSING
+        self.step = state["step"]
+        self.exchange.load_state_dict(state["exchange"])
+        if self._trial is not None and state["is_used"] is not None:
+            self._trial, self.is_used = None, state["is_used"]
+        if self.delayed is not None:
+            self.delayed.load_state_dict(state["travelling"])
+        return None

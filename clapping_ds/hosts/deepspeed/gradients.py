@@ -1,0 +1,182 @@
+"""Where DeepSpeed's pipeline engine has its gradients, and how its own exchange of them is left out.
+
+Three kinds of optimizer: one that is not split over replicas (ZeRO stage 0 in fp32 and fp16),
+`BF16_Optimizer` (bf16, stages 0 and 1), and ZeRO stage 1 in fp32 and fp16. The last two are split: a replica
+needs its own part of the mean alone. Their code is not replaced: gradients are averaged before DeepSpeed's own
+reduction, of which the one method that sends is then without effect.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from clapping_ds.gradients.averaging import KEY, Averaging
+from clapping_ds.gradients.layout import Cut, Parameter
+from clapping_ds.link.groups import get_group_ranks
+
+
+class Gradients:
+    """Of one engine, in the order of its module's parameters, with their exchange."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        engine._control.check(lambda: _refuse(engine))
+        tied = {id(weight) for weight, _ in engine.module.get_tied_weights_and_groups()}
+        named = [
+            (name, weight)
+            for name, weight in engine.module.named_parameters()
+            if weight.requires_grad and weight.numel() > 0
+        ]
+        self.weights = [weight for _, weight in named]
+        parameters = [Parameter(name, weight.shape, id(weight) in tied) for name, weight in named]
+        optimizer = engine.optimizer
+        self._positions: dict[int, tuple[int, int]] = {}
+        """By parameter, the number of its group in `BF16_Optimizer`, and its number there."""
+        cut: Cut | None = None
+        if isinstance(optimizer, BF16_Optimizer):
+            self._positions = _find_positions(optimizer, self.weights)
+            cut = self._cut_flat
+            optimizer.get_grads_for_norm = self._get_grads_for_norm
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            cut = self._cut_zero
+        self.averaging = Averaging(
+            engine.clapping,
+            engine._control,
+            parameters,
+            get_group_ranks(engine.grid.get_data_parallel_group()),
+            engine.device,
+            cut,
+            f"replicas {engine.stage_id}",
+        )
+        self.is_averaged = False
+
+    def average_(self) -> None:
+        """Replaces this step's gradients by their mean over replicas; where the optimizer is split, this
+        replica's part of them."""
+        gradients = dict(enumerate(map(self._find, self.weights)))
+        self.averaging.average_(gradients)
+        if not self.engine.gradient_average:
+            for gradient in gradients.values():
+                gradient.mul_(self.averaging.exchange.num_replicas)
+        if isinstance(self.engine.optimizer, BF16_Optimizer):
+            self._clear_others(gradients)
+
+    @contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Around DeepSpeed's own reduction of gradients that are averaged: inside, it sends nothing."""
+        self.is_averaged = True
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.average_tensor = optimizer._add_full_reduction_to_compact_grad_partition
+            try:
+                yield
+            finally:
+                del optimizer.average_tensor
+        else:
+            yield
+
+    def _find(self, weight: Any) -> torch.Tensor:
+        """Where the gradient of a weight is accumulated; zeros where no backward pass has come to it."""
+        optimizer = self.engine.optimizer
+        if id(weight) in self._positions:
+            group, number = self._positions[id(weight)]
+            return optimizer.fp32_groups_gradients[group][number].view(weight.shape)
+        is_zero = isinstance(optimizer, DeepSpeedZeroOptimizer)
+        if is_zero and optimizer.use_grad_accum_attribute:
+            if weight.grad_accum is None:
+                weight.grad_accum = torch.zeros_like(weight, dtype=optimizer.gradient_accumulation_dtype)
+            return weight.grad_accum
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad.data
+
+    # BF16_Optimizer
+
+    def _cut_flat(self, number: int) -> list[tuple[int, int, int]]:
+        """Of the flat gradients of a group of parameters each replica has an equal part."""
+        optimizer = self.engine.optimizer
+        group, place = self._positions[id(self.weights[number])]
+        begin = sum(weight.numel() for weight in optimizer.bf16_groups[group][:place])
+        partitions = optimizer.bf16_partitioned_groups[group]
+        size, numel = partitions[0].numel(), self.weights[number].numel()
+        bounds = [min(max(owner * size - begin, 0), numel) for owner in range(len(partitions) + 1)]
+        return [(owner, start, stop) for owner, (start, stop) in enumerate(pairwise(bounds))]
+
+    def _clear_others(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        """Zeros where other replicas have the mean."""
+        mine = self.averaging.exchange.collective.place
+        for number, gradient in gradients.items():
+            for owner, start, stop in self._cut_flat(number):
+                if owner != mine:
+                    gradient.view(-1)[start:stop].zero_()
+
+    def _get_grads_for_norm(self, for_clipping: bool = False) -> Any:
+        """As `BF16_Optimizer.get_grads_for_norm`, which counts on every replica having all of the mean: here
+        one value with the norm of all, of which each replica has its part."""
+        found = BF16_Optimizer.get_grads_for_norm(self.engine.optimizer, for_clipping)
+        if for_clipping or not self.is_averaged:
+            return found
+        gradients, of_experts = found
+        squares = [gradient.float().square().sum() for gradient in gradients]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.engine.device)
+        total = self.averaging.exchange.collective.sum(total.view(1)).wait()
+        return [total.sqrt()], of_experts
+
+    # ZeRO stage 1
+
+    def _cut_zero(self, number: int) -> list[tuple[int, int, int]]:
+        """As `DeepSpeedZeroOptimizer.average_tensor` finds the replicas that a gradient goes to."""
+        optimizer, weight = self.engine.optimizer, self.weights[number]
+        group = next(
+            group
+            for group, members in enumerate(optimizer.bit16_groups)
+            if any(member is weight for member in members)
+        )
+        weight_id = optimizer.get_param_id(weight)
+        owners = optimizer.param_to_partition_ids[group][weight_id]
+        starts = sorted(
+            (int(optimizer.grad_start_offset[group][owner][weight_id]), owner) for owner in owners
+        )
+        stops = [start for start, _ in starts[1:]] + [weight.numel()]
+        return [(owner, start, stop) for (start, owner), stop in zip(starts, stops, strict=True)]
+
+    def end_step(self) -> None:
+        """After the optimizer's step, which skips one whose gradients are not finite."""
+        self.is_averaged = False
+        self.averaging.end_step(accepted=not getattr(self.engine.optimizer, "overflow", False))
+
+
+def _find_positions(optimizer: BF16_Optimizer, weights: list[torch.Tensor]) -> dict[int, tuple[int, int]]:
+    known = {id(weight) for weight in weights}
+    return {
+        id(weight): (group, number)
+        for group, members in enumerate(optimizer.bf16_groups)
+        for number, weight in enumerate(members)
+        if id(weight) in known
+    }
+
+
+def _refuse(engine: Any) -> None:
+    """Raises ValueError for what gradients are exchanged in other ways."""
+    optimizer = engine.optimizer
+    is_zero = isinstance(optimizer, DeepSpeedZeroOptimizer)
+    refused = {
+        "mixture-of-experts layers": engine.has_moe_layers,
+        "Embedding(sparse=True)": any(getattr(each, "sparse", False) for each in engine.module.modules()),
+        "zero_optimization.contiguous_gradients = false": is_zero and not optimizer.contiguous_gradients,
+        "zero_optimization.offload_optimizer": is_zero and optimizer.cpu_offload,
+        "zero_optimization.overlap_comm = true": is_zero and optimizer.overlap_comm,
+        "zero_optimization.zenflow": bool(engine.zenflow),
+    }
+    for what in (what for what, is_there in refused.items() if is_there):
+        raise ValueError(f"{KEY} with {what}; accepted: without, or {KEY} = null")
+    if engine.clapping.data_parallel.delay and engine.fp16_enabled():
+        raise ValueError(
+            f"{KEY}.delay = {engine.clapping.data_parallel.delay} with fp16, whose overflows would show too "
+            "late; accepted: 0, or bf16 or fp32"
+        )

@@ -1,69 +1,14 @@
-"""Replicas as threads of one process."""
+"""Replicas as threads of one process, on small random gradients."""
 
 from concurrent.futures import ThreadPoolExecutor
-from threading import Condition
 
 import torch
 
+from benchmarks.model.replicas import Mail, MailCollective
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.exchange import Exchange
 from clapping_ds.gradients.layout import Parameter
 from clapping_ds.gradients.node import NodeExchange
-
-CPU = torch.device("cpu")
-
-
-TIMEOUT_S = 20
-
-
-class Mail:
-    """What was posted, by the number of the call and the place."""
-
-    def __init__(self):
-        self.posted = {}
-        self.changed = Condition()
-
-    def post(self, number, place, item):
-        with self.changed:
-            self.posted[number, place] = item
-            self.changed.notify_all()
-
-    def read(self, number, places):
-        """What all have posted, once they have."""
-        keys = [(number, place) for place in places]
-        with self.changed:
-            assert self.changed.wait_for(lambda: all(key in self.posted for key in keys), TIMEOUT_S)
-            return [self.posted[key] for key in keys]
-
-
-class Arrival:
-    def __init__(self, take):
-        self.wait = take
-
-
-class MailCollective:
-    """Stands in for `Collective` of `size` replicas that post in the same order."""
-
-    def __init__(self, mail, place, size):
-        self.mail, self.place, self.size = mail, place, size
-        self.device, self.carrier = CPU, CPU
-        self.ranks = list(range(size))
-        self.num_calls = 0
-
-    def _post(self, item, take):
-        number, self.num_calls = self.num_calls, self.num_calls + 1
-        self.mail.post(number, self.place, item)
-        return Arrival(lambda: take(self.mail.read(number, self.ranks)))
-
-    def scatter(self, payload, sizes):
-        parts = payload.clone().split(list(sizes))
-        return self._post(parts, lambda all_parts: torch.stack([of[self.place] for of in all_parts]))
-
-    def gather(self, payload, sizes):
-        return self._post(payload.clone(), lambda payloads: payloads)
-
-    def sum(self, values):
-        return self._post(values.clone(), lambda all_values: sum(all_values[1:], all_values[0]))
 
 
 class Replicas:

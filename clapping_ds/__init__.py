@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from clapping_ds.config import ClappingConfig
     from clapping_ds.hosts.deepspeed.enable import enable, initialize
     from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
+    from clapping_ds.hosts.torch.gradients import compress_gradients
     from clapping_ds.hosts.torch.pipeline import ClappingPipeline
     from clapping_ds.hosts.torch.stage import ClappingStage
 
@@ -22,12 +23,14 @@ _HOMES = {
     "MegatronPipeline": "clapping_ds.hosts.megatron.pipeline",
     "ClappingPipeline": "clapping_ds.hosts.torch.pipeline",
     "ClappingStage": "clapping_ds.hosts.torch.stage",
+    "compress_gradients": "clapping_ds.hosts.torch.gradients",
 }
 __all__ = [
     "ClappingConfig",
     "ClappingPipeline",
     "ClappingStage",
     "MegatronPipeline",
+    "compress_gradients",
     "enable",
     "initialize",
 ]

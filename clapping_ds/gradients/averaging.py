@@ -35,7 +35,7 @@ class Averaging:
 
     parameters   of this rank that are trained, in an order that all replicas have
     ranks        the global ranks of this rank's replicas
-    cut          as `Exchange`'s
+    cut, joins   as `Exchange`'s
     name         of the link between them, in figures
     Building it is a collective of all ranks. Raises ValueError on every rank, with the same text, where
     replicas differ in their parameters, and for a number of replicas that cannot be.
@@ -49,6 +49,7 @@ class Averaging:
         ranks: Sequence[int],
         device: torch.device,
         cut: Cut | None = None,
+        joins: bool = True,
         name: str = "replicas",
     ) -> None:
         assert config.data_parallel is not None
@@ -57,7 +58,7 @@ class Averaging:
         self.control = control
         self.parameters = parameters
         self.device = device
-        self.exchange = self._make_exchange(config, ranks, cut)
+        self.exchange = self._make_exchange(config, ranks, cut, joins)
         for leg in self.exchange.legs.values():
             leg.link = name
         self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
@@ -70,14 +71,16 @@ class Averaging:
         self._start_s = 0.0
         self._exchange_s = 0.0
 
-    def _make_exchange(self, config: ClappingConfig, ranks: Sequence[int], cut: Cut | None) -> Exchange:
+    def _make_exchange(
+        self, config: ClappingConfig, ranks: Sequence[int], cut: Cut | None, joins: bool
+    ) -> Exchange:
         plan = self.plan
         shapes = [(each.name, tuple(each.shape), each.is_tied) for each in self.parameters]
         told = self.control.gather((tuple(ranks), shapes))
         self._check(told, plan.node_size, cut is not None)
         sets = sorted({of_rank for of_rank, _ in told}, key=min)
         seed = draw_word(config.seed, SEED, sets.index(tuple(ranks)))
-        options = {"verifies": config.verify, "compiles": config.compile}
+        options = {"joins": joins, "verifies": config.verify, "compiles": config.compile}
         if plan.node_size is None:
             collective = make_collective(sets, self.device, config.timeout_s)
             return Exchange(plan, self.parameters, collective, seed, cut, **options)

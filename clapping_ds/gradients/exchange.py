@@ -117,6 +117,8 @@ class Exchange:
 
     parameters   of this rank, in an order that all replicas have
     seed         of what codecs draw at random: the same for all replicas of a stage
+    joins        whether the parts of several parameters are coded as one vector; else what is sent of one
+                 does not depend on which others are exchanged with it
     cut          how an optimizer that is split over replicas splits parameters; None: it is not split, and
                  every replica needs every mean
     """
@@ -128,6 +130,7 @@ class Exchange:
         collective: Collective,
         seed: int = 0,
         cut: Cut | None = None,
+        joins: bool = True,
         verifies: bool = False,
         compiles: bool = False,
     ) -> None:
@@ -142,6 +145,7 @@ class Exchange:
         """Whether all is sent to all, at once."""
         self.num_owners = 1 if self.is_direct else collective.size
         self.cut = cut_rows(parameters, self.num_owners) if cut is None else cut
+        self.joins = joins
         self.compiles = compiles
         self.header_nbytes = verification.NBYTES if verifies else 0
         self.legs = {
@@ -182,7 +186,13 @@ class Exchange:
         if numbers not in self._buckets:
             has_matrices = any(works_on_matrices(leg.codec) for leg in self.legs.values())
             self._buckets[numbers] = make_buckets(
-                self.parameters, numbers, self.num_owners, self.cut, self.plan.min_numel, has_matrices
+                self.parameters,
+                numbers,
+                self.num_owners,
+                self.cut,
+                self.plan.min_numel,
+                has_matrices,
+                self.joins,
             )
         return self._buckets[numbers]
 

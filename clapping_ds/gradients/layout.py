@@ -88,14 +88,17 @@ def make_buckets(
     cut: Cut,
     min_numel: int,
     has_matrices: bool,
+    joins: bool = True,
 ) -> list[Bucket]:
     """How the parameters of these numbers are exchanged.
 
     min_numel      parameters with fewer values, or of one dimension, travel raw
     has_matrices   whether pieces are coded as matrices
+    joins          whether all pieces of an owner are coded as one vector; else each by itself, so that the
+                   bits do not depend on what else is in a bucket
     """
     return [
-        _make_bucket(parameters, members, num_owners, cut, min_numel, has_matrices)
+        _make_bucket(parameters, members, num_owners, cut, min_numel, has_matrices, joins)
         for members in _fill(parameters, numbers)
     ]
 
@@ -119,6 +122,7 @@ def _make_bucket(
     cut: Cut,
     min_numel: int,
     has_matrices: bool,
+    joins: bool,
 ) -> Bucket:
     tied = [number for number in numbers if parameters[number].is_tied]
     coded = [number for number in numbers if _is_compressed(parameters[number], min_numel)]
@@ -130,8 +134,10 @@ def _make_bucket(
                 pieces[owner].append(Piece(number, start, stop))
     if has_matrices:
         sections = [[_as_matrix(parameters, piece) for piece in of_owner] for of_owner in pieces]
-    else:
+    elif joins:
         sections = [[_as_vector(of_owner)] if of_owner else [] for of_owner in pieces]
+    else:
+        sections = [[_as_vector([piece]) for piece in of_owner] for of_owner in pieces]
     return Bucket(tuple(raw), tuple(tied), tuple(map(tuple, sections)))
 
 

@@ -25,6 +25,7 @@ class NodeExchange(Exchange):
         node: Collective,
         others: Collective,
         seed: int = 0,
+        joins: bool = True,
         verifies: bool = False,
         compiles: bool = False,
     ) -> None:
@@ -37,7 +38,7 @@ class NodeExchange(Exchange):
                 self.shares[owner].append(Piece(number, start, stop))
         mine = [_as_parameter(parameters[piece.number], piece) for piece in self.shares[node.place]]
         plan = plan.model_copy(update={"min_numel": plan.min_numel // node.size})
-        super().__init__(plan, mine, others, seed, None, verifies, compiles)
+        super().__init__(plan, mine, others, seed, None, joins, verifies, compiles)
         self.num_replicas = node.size * others.size
 
     def start(self, gradients: Mapping[int, torch.Tensor]) -> "NodeRound":

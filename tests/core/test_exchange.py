@@ -40,7 +40,7 @@ def test_replicas_get_equal_bits(codec, feedback, size):
 def test_without_feedback_the_mean_over_steps_is_right(size):
     replicas = Replicas(size, plan_of({"name": "eden2", "scale": "unbiased"}, "none"))
     gradients = replicas.draw(0)
-    num_steps = 400
+    num_steps = 100
     total = {n: torch.zeros(p.shape) for n, p in enumerate(replicas.parameters)}
     for step in range(num_steps):
         for n, mean in replicas.average(step, gradients)[0].items():

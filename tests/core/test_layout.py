@@ -19,6 +19,9 @@ LAYERS = (
 the host through stage and channel to codec and wire."""
 OPTIONAL = {"triton": "codecs/kernels", "deepspeed": "hosts/deepspeed", "megatron": "hosts/megatron/core"}
 """What may be missing on a user's machine, and the one place that imports it."""
+HOST_OF_TORCH = tuple(
+    f"torch.distributed.{part}" for part in ("pipelining", "algorithms.ddp_comm_hooks", "GradBucket")
+)
 TORCH_DISTRIBUTED = ("link/wire", "link/groups", "gradients/collective")
 
 
@@ -92,7 +95,7 @@ def test_what_may_be_missing_is_imported_in_one_place(path):
         for package, place in OPTIONAL.items():
             if target.split(".")[0] == package:
                 assert f"{name}/".startswith(f"{place}/"), f"{name} imports {target}"
-        if target.startswith("torch.distributed.pipelining"):  # a host
+        if target.startswith(HOST_OF_TORCH):
             assert name.startswith("hosts/torch/")
         elif target.startswith("torch.distributed"):
             assert name in TORCH_DISTRIBUTED, f"{name} imports {target}"

@@ -2,8 +2,8 @@
 
 Three kinds of optimizer: one that is not split over replicas (ZeRO stage 0 in fp32 and fp16),
 `BF16_Optimizer` (bf16, stages 0 and 1), and ZeRO stage 1 in fp32 and fp16. The last two are split: a replica
-needs its own part of the mean alone. Their code is not replaced: gradients are averaged before DeepSpeed's own
-reduction, of which the one method that sends is then without effect.
+needs its own part of the mean alone. Their code is not replaced: gradients are averaged before DeepSpeed's
+own reduction, of which the one method that sends is then without effect.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,7 +51,7 @@ class Gradients:
             get_group_ranks(engine.grid.get_data_parallel_group()),
             engine.device,
             cut,
-            f"replicas {engine.stage_id}",
+            name=f"replicas {engine.stage_id}",
         )
         self.is_averaged = False
 

@@ -16,9 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from clapping_ds.config import ClappingConfig
+from clapping_ds.gradients.averaging import KEY
+from clapping_ds.hosts.torch.gradients import ReplicaGradients, check
 from clapping_ds.hosts.torch.stage import ClappingStage
 from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
@@ -72,6 +75,18 @@ class ClappingPipeline:
         )
         self._sampler_of_stock = LazySampler()
         self.endpoints.announce(next((w.dtype for w in first.submod.parameters()), torch.float32))
+        self.gradients = self._compress_gradients()
+        """Of the stages, where replicas compress them."""
+
+    def _compress_gradients(self) -> list[ReplicaGradients]:
+        if not self.config.enabled or self.config.data_parallel is None:
+            return []
+        found = []
+        for stage in self.stages:
+            assert isinstance(stage.submod, DistributedDataParallel)
+            name = f"replicas {stage.stage_index}"
+            found.append(ReplicaGradients(stage.submod, self.config, self.control, name=name))
+        return found
 
     def step(self, data_iter: Iterator[Any] | Sequence[Any] | None = None, **options: Any) -> Any:
         """As `schedule.step`, on a batch of micro-batches that are drawn from `data_iter` for fresh slots
@@ -149,14 +164,22 @@ class ClappingPipeline:
 
     def report(self) -> list[dict[str, Any]]:
         """A row per channel of each replica, with counters and memory of its sending end; the receiving
-        end has the same. A collective of all ranks."""
-        return self.endpoints.report()
+        end has the same. Then, with `data_parallel`, a row for each way of each stage's gradients. A
+        collective of all ranks."""
+        rows = self.endpoints.report()
+        for gradients in self.gradients:
+            rows += gradients.clapping_report()
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """What each rank must save, in a file of its own, between two steps: position, held batches,
         memories. With `checkpoint_memory` false: the position alone."""
         is_held = self.config.enabled and self.config.checkpoint_memory
-        return {"num_drawn": self.num_drawn, "endpoints": self.endpoints.state_dict() if is_held else None}
+        return {
+            "num_drawn": self.num_drawn,
+            "endpoints": self.endpoints.state_dict() if is_held else None,
+            "gradients": [gradients.state_dict() for gradients in self.gradients] if is_held else [],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
@@ -169,6 +192,9 @@ class ClappingPipeline:
             held = None if state is None else state.get("endpoints")
             why = self.endpoints.load_state_dict(held, self.num_slots)
         self.endpoints.num_drawn = max(counts)
+        held = None if state is None else state.get("gradients")
+        for gradients, saved in zip(self.gradients, held or [None] * len(self.gradients), strict=True):
+            why = gradients.load_state_dict(saved) or why
         return why
 
 
@@ -190,6 +216,13 @@ def _check(config: ClappingConfig, schedule: Any, stages: Sequence[ClappingStage
             raise ValueError(f"a schedule of {type(stage).__name__}; accepted: of ClappingStage")
     num_ranks = len(set(stages[0].stage_index_to_group_rank.values()))
     refuse_without_links(config, f"{stages[0].num_stages} stages on {num_ranks} rank", num_ranks)
+    for stage in stages if config.data_parallel is not None else ():
+        if not isinstance(stage.submod, DistributedDataParallel):
+            raise ValueError(
+                f"{KEY} with a stage of {type(stage.submod).__name__}; accepted: of a module that is wrapped "
+                f"in DistributedDataParallel, or {KEY} = null"
+            )
+        check(config)
     if schedule._args_chunk_spec or schedule._kwargs_chunk_spec:
         raise ValueError(
             "a schedule with args_chunk_spec or kwargs_chunk_spec; accepted: neither, as micro-batches are "

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from clapping_ds import report
+from clapping_ds.codecs import Raw
+from clapping_ds.codecs.sequence import label
 from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
 from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.delay import DelayedExchange
-from clapping_ds.gradients.exchange import Exchange, Round
+from clapping_ds.gradients.exchange import Exchange, Leg, Round
 from clapping_ds.gradients.layout import Cut, Parameter
 from clapping_ds.gradients.node import NodeExchange
 from clapping_ds.gradients.trial import Trial
+from clapping_ds.gradients.weights import Masters, WeightExchange
 from clapping_ds.link.groups import Control, rank
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.streams import wait_for_device
@@ -59,7 +62,13 @@ class Averaging:
         self.parameters = parameters
         self.device = device
         self.exchange = self._make_exchange(config, ranks, cut, joins)
-        for leg in self.exchange.legs.values():
+        self.weights: WeightExchange | None = None
+        """Of an optimizer that is split over replicas, where changes of weights are compressed."""
+        if self.plan.weights is not None and not isinstance(self.plan.weights, Raw):
+            assert cut is not None
+            collective, seed = self.exchange.collective, self.exchange.seed
+            self.weights = WeightExchange(self.plan, parameters, collective, seed, cut, config.compile)
+        for leg in self._legs:
             leg.link = name
         self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
         # State
@@ -77,7 +86,7 @@ class Averaging:
         plan = self.plan
         shapes = [(each.name, tuple(each.shape), each.is_tied) for each in self.parameters]
         told = self.control.gather((tuple(ranks), shapes))
-        self._check(told, plan.node_size, cut is not None)
+        self._check(told, plan, cut is not None)
         sets = sorted({of_rank for of_rank, _ in told}, key=min)
         seed = draw_word(config.seed, SEED, sets.index(tuple(ranks)))
         options = {"joins": joins, "verifies": config.verify, "compiles": config.compile}
@@ -90,8 +99,14 @@ class Averaging:
         node, others = (make_collective(each, self.device, config.timeout_s) for each in (nodes, crossings))
         return NodeExchange(plan, self.parameters, node, others, seed, **options)
 
-    def _check(self, told: Sequence[Any], node_size: int | None, is_split: bool) -> None:
+    def _check(self, told: Sequence[Any], plan: DataParallelConfig, is_split: bool) -> None:
         """told: ranks and parameters of every rank. Raises ValueError alike on every rank."""
+        node_size = plan.node_size
+        if plan.weights is not None and not is_split:
+            raise ValueError(
+                f"{KEY}.weights = {label(plan.weights)!r} with an optimizer that is not split over replicas, "
+                "which all update all weights; accepted: null"
+            )
         first_of: dict[tuple[int, ...], int] = {}
         for number, (ranks, shapes) in enumerate(told):
             if len(ranks) < 2:
@@ -168,16 +183,27 @@ class Averaging:
                 if rank() == 0:
                     report.say(table)
 
+    def share_weights_(self, weights: Sequence[torch.Tensor], masters: Masters) -> None:
+        """After the optimizer's step, in place of the host's gathering of weights: as
+        `WeightExchange.share_`."""
+        assert self.weights is not None
+        with self.timing():
+            self.weights.share_(weights, masters, self.step)
+
     # Figures
+
+    @property
+    def _legs(self) -> list[Leg]:
+        return [*self.exchange.legs.values(), *([self.weights.leg] if self.weights is not None else [])]
 
     def report(self) -> list[dict[str, Any]]:
         """A row for each way of every rank's gradients. A collective of all ranks."""
-        legs = [leg for leg in self.exchange.legs.values() if leg.traffic.num_messages]
+        legs = [leg for leg in self._legs if leg.traffic.num_messages]
         return [row for rows in self.control.gather(list(map(report.make_row, legs))) for row in rows]
 
     def make_events(self, samples: int) -> list[tuple[str, float, int]]:
         """As `report.make_events`, and of each way what is held back, as a part of the gradient."""
-        legs = [leg for leg in self.exchange.legs.values() if leg.traffic.num_messages]
+        legs = [leg for leg in self._legs if leg.traffic.num_messages]
         held_back = [
             (f"Train/Clapping/{leg.link}/{leg.direction}/held_back", leg.held_back, samples) for leg in legs
         ]

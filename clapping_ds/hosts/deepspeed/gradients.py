@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from clapping_ds.gradients.averaging import KEY, Averaging
-from clapping_ds.gradients.layout import Cut, Parameter
+from clapping_ds.gradients.layout import Cut, Parameter, Piece
 from clapping_ds.link.groups import get_group_ranks
 
 
@@ -42,8 +43,10 @@ class Gradients:
             self._positions = _find_positions(optimizer, self.weights)
             cut = self._cut_flat
             optimizer.get_grads_for_norm = self._get_grads_for_norm
+            optimizer.update_lp_params = self._update_lp_params
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             cut = self._cut_zero
+            optimizer.step = self._step_zero
         self.averaging = Averaging(
             engine.clapping,
             engine._control,
@@ -127,16 +130,62 @@ class Gradients:
         total = self.averaging.exchange.collective.sum(total.view(1)).wait()
         return [total.sqrt()], of_experts
 
+    def _update_lp_params(self) -> None:
+        """As `BF16_Optimizer.update_lp_params`, which gathers all replicas' parts of the weights."""
+        if self.is_averaged and self.averaging.weights is not None:
+            self.averaging.share_weights_(self.weights, self._find_bf16_master)
+        else:
+            BF16_Optimizer.update_lp_params(self.engine.optimizer)
+
+    def _find_bf16_master(self, piece: Piece) -> torch.Tensor:
+        optimizer = self.engine.optimizer
+        group, place = self._positions[id(self.weights[piece.number])]
+        begin = sum(weight.numel() for weight in optimizer.bf16_groups[group][:place]) + piece.start
+        master = optimizer.fp32_groups_flat_partition[group]
+        begin -= self.averaging.exchange.collective.place * master.numel()
+        return master.detach()[begin : begin + piece.numel]
+
     # ZeRO stage 1
+
+    def _step_zero(self, closure: Any = None) -> None:
+        """As `DeepSpeedZeroOptimizer.step`, which calls a function of its module to gather the weights."""
+        optimizer = self.engine.optimizer
+        if not (self.is_averaged and self.averaging.weights is not None):
+            return DeepSpeedZeroOptimizer.step(optimizer, closure)
+        mine = self.averaging.exchange.collective.place
+        before = [
+            (number, start, weight.detach().view(-1)[start:stop].clone())
+            for number, weight in enumerate(self.weights)
+            for owner, start, stop in self._cut_zero(number)
+            if owner == mine
+        ]
+
+        def share(*args: Any, **kwargs: Any) -> None:
+            for number, start, values in before:  # the step has put the master copy there
+                self.weights[number].detach().view(-1)[start : start + values.numel()].copy_(values)
+            self.averaging.share_weights_(self.weights, self._find_zero_master)
+
+        gather = stage_1_and_2.all_gather_dp_groups
+        stage_1_and_2.all_gather_dp_groups = share
+        try:
+            DeepSpeedZeroOptimizer.step(optimizer, closure)
+        finally:
+            stage_1_and_2.all_gather_dp_groups = gather
+
+    def _find_zero_master(self, piece: Piece) -> torch.Tensor:
+        optimizer, weight_id = (
+            self.engine.optimizer,
+            self.engine.optimizer.get_param_id(self.weights[piece.number]),
+        )
+        group = self._find_group(piece.number)
+        mine = self.averaging.exchange.collective.place
+        begin = int(optimizer.grad_partition_insertion_offset[group][mine][weight_id])
+        return optimizer.single_partition_of_fp32_groups[group].detach()[begin : begin + piece.numel]
 
     def _cut_zero(self, number: int) -> list[tuple[int, int, int]]:
         """As `DeepSpeedZeroOptimizer.average_tensor` finds the replicas that a gradient goes to."""
         optimizer, weight = self.engine.optimizer, self.weights[number]
-        group = next(
-            group
-            for group, members in enumerate(optimizer.bit16_groups)
-            if any(member is weight for member in members)
-        )
+        group = self._find_group(number)
         weight_id = optimizer.get_param_id(weight)
         owners = optimizer.param_to_partition_ids[group][weight_id]
         starts = sorted(
@@ -144,6 +193,12 @@ class Gradients:
         )
         stops = [start for start, _ in starts[1:]] + [weight.numel()]
         return [(owner, start, stop) for (start, owner), stop in zip(starts, stops, strict=True)]
+
+    def _find_group(self, number: int) -> int:
+        """The optimizer's, of a parameter."""
+        weight = self.weights[number]
+        groups = enumerate(self.engine.optimizer.bit16_groups)
+        return next(group for group, members in groups if any(member is weight for member in members))
 
     def end_step(self) -> None:
         """After the optimizer's step, which skips one whose gradients are not finite."""

@@ -105,6 +105,25 @@ class Rank:
             self.batches[run] = Windows(corpus, config.length, 1, validation=False).batches(SEED)
         return {}
 
+    def build_replicas(
+        self, gpt: dict[str, int], runs: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """An engine per run, of one stage on each of the ranks. runs: the `"clapping"` block, or None, and what
+        else the DeepSpeed JSON has. num_values: of the parameters."""
+        config = GPTConfig(**gpt)
+        corpus, _ = tokens(None)
+        for run, (block, options) in runs.items():
+            self.engines[run] = _engine(config, 1, block, num_stages=1, options=options)
+            self.clock.watch_instructions(self.engines[run])
+            windows = Windows(corpus, config.length, 1, validation=False)
+            self.batches[run] = windows.batches(SEED + self.rank)
+        return {"num_values": sum(weight.numel() for weight in self.engines[run].module.parameters())}
+
+    def report(self, run: str) -> dict[str, Any]:
+        """The engine's own."""
+        engine = self.engines[run]
+        return {"rows": engine.clapping_report() if _compresses(engine) else []}
+
     def build_task(self, task: str, run: str, block: dict[str, Any] | None) -> dict[str, Any]:
         """An engine for a run of `benchmarks.training.curves`, with its data, seed and learning rate.
         raw_bytes: of a micro-batch's activations."""
@@ -182,13 +201,20 @@ class Rank:
         }
 
 
-def _engine(config: GPTConfig, micro_batches: int, block: dict[str, Any] | None) -> Any:
-    model = _pipeline(config)
+def _engine(
+    config: GPTConfig,
+    micro_batches: int,
+    block: dict[str, Any] | None,
+    num_stages: int = 2,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    model = _pipeline(config, num_stages)
     ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": 1_000_000,
         "zero_allow_untested_optimizer": True,
+        **(options or {}),
     }
     if block is not None:
         ds_config["clapping"] = block
@@ -198,7 +224,7 @@ def _engine(config: GPTConfig, micro_batches: int, block: dict[str, Any] | None)
     return engine
 
 
-def _pipeline(config: GPTConfig) -> PipelineModule:
+def _pipeline(config: GPTConfig, num_stages: int) -> PipelineModule:
     """`launch.gpt` with a head of its own: a tied one adds an uncompressed all-reduce to every step."""
     return PipelineModule(
         layers=[
@@ -207,7 +233,7 @@ def _pipeline(config: GPTConfig) -> PipelineModule:
             LayerSpec(torch.nn.LayerNorm, config.width),
             LayerSpec(torch.nn.Linear, config.width, config.vocabulary, bias=False),
         ],
-        num_stages=2,
+        num_stages=num_stages,
         loss_fn=loss,
         partition_method="type:Block",
         base_seed=SEED,

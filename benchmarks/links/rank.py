@@ -108,8 +108,8 @@ class Rank:
     def build_replicas(
         self, gpt: dict[str, int], runs: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]
     ) -> dict[str, Any]:
-        """An engine per run, of one stage on each of the ranks. runs: the `"clapping"` block, or None, and what
-        else the DeepSpeed JSON has. num_values: of the parameters."""
+        """An engine per run, of one stage on each of the ranks. runs: the `"clapping"` block, or None, and
+        what else the DeepSpeed JSON has. num_values: of the parameters."""
         config = GPTConfig(**gpt)
         corpus, _ = tokens(None)
         for run, (block, options) in runs.items():

@@ -16,6 +16,7 @@ from clapping_ds import report
 from clapping_ds.codecs import Raw
 from clapping_ds.codecs.sequence import label
 from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
+from clapping_ds.gradients import rules
 from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.delay import DelayedExchange
 from clapping_ds.gradients.exchange import Exchange, Leg, Round
@@ -70,6 +71,10 @@ class Averaging:
             self.weights = WeightExchange(self.plan, parameters, collective, seed, cut, config.compile)
         for leg in self._legs:
             leg.link = name
+        if rank() == 0 and not self.plan.is_raw:
+            exchange = self.exchange
+            has_gather = not (exchange.is_direct or exchange.is_split)
+            report.say(rules.describe(self.plan, exchange.num_replicas, has_gather))
         self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
         # State
         self.step = 0

@@ -6,16 +6,25 @@ omega: E C(v) = v, E ||C(v) - v||^2 <= omega ||v||^2. Sources: arXiv 2502.17009 
 
     DCSGD      x <- x - eta / N * sum C(g_i)         stationary loss ~ eta (1 + omega) / (N B)
     DSignSGD   x <- x - eta / N * sum sign(g_i)      stationary loss ~ eta / (N sqrt(B))
+
+The codec `sign` has a scale, the mean magnitude of each group, so it is no DSignSGD: at the same eta its
+loss is that of SGD, 2 / pi as fast; so is that of other codecs that shrink what they send, by their
+distortion. With `ef14` it is that of SGD, at full speed. All of this is of SGD, for the loss at which it stays,
+to first order in eta; Adam, which divides by the size of gradients, divides by their noise as well.
 """
 
 from functools import lru_cache
 
 import torch
 
-from clapping_ds.codecs import Codec, Context
+from clapping_ds.codecs import AnyCodec, Codec, Context, Eden, Quantizer, bits_per_value
+from clapping_ds.codecs.sequence import label
+from clapping_ds.config import DataParallelConfig
 
 NUM_VALUES = 1 << 14
 NUM_DRAWS = 8
+WORTH_SAYING = 1.05
+"""Changes by less are none."""
 
 
 @lru_cache
@@ -66,3 +75,39 @@ def find_stable_step(
     """
     growth = (1 + omega / replicas) * (1 + gather)
     return float(1 / (smoothness * (growth + delay * growth**0.5)))
+
+
+def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> str:
+    """For the user: what the exchange costs, and what it asks of the step size. has_gather: whether the mean
+    is compressed again."""
+    legs = [plan.scatter, plan.gather] if has_gather else [plan.scatter]
+    bits = [bits_per_value(codec, torch.float32) for codec in legs]
+    costs = ", ".join(f"{label(codec)} {of:.2f} bit" for codec, of in zip(legs, bits, strict=True))
+    saving = 32 * len(legs) / sum(bits)
+    return (
+        f"gradients of {num_replicas} replicas: {costs} ({saving:.1f}x less than fp32)\n{_advise(plan, legs)}"
+    )
+
+
+def _advise(plan: DataParallelConfig, legs: list[AnyCodec]) -> str:
+    growth = speed = 1.0
+    for codec in legs:
+        if plan.feedback(codec) == "none" and isinstance(codec, Eden | Quantizer):
+            if _is_unbiased(codec):
+                growth *= 1 + measure_omega(codec)
+            else:
+                speed *= 1 - measure_omega(codec)
+    advice = "step size of SGD: as uncompressed"
+    if growth > WORTH_SAYING:
+        advice = (
+            f"step size of SGD: noise grows by 1 + omega = {growth:.2f}; learning rate x {1 / growth:.2f}, "
+            f"or batch x {growth:.2f}, keeps the loss at which it stays"
+        )
+    if speed < 1 / WORTH_SAYING:
+        advice += f"; {speed:.2f} times as fast without error feedback"
+    return advice
+
+
+def _is_unbiased(codec: Eden | Quantizer) -> bool:
+    """Whether it is right on average."""
+    return codec.scale == "unbiased" if isinstance(codec, Eden) else codec.stochastic

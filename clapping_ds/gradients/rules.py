@@ -9,8 +9,8 @@ omega: E C(v) = v, E ||C(v) - v||^2 <= omega ||v||^2. Sources: arXiv 2502.17009 
 
 The codec `sign` has a scale, the mean magnitude of each group, so it is no DSignSGD: at the same eta its
 loss is that of SGD, 2 / pi as fast; so is that of other codecs that shrink what they send, by their
-distortion. With `ef14` it is that of SGD, at full speed. All of this is of SGD, for the loss at which it stays,
-to first order in eta; Adam, which divides by the size of gradients, divides by their noise as well.
+distortion. With `ef14` it is that of SGD, at full speed. All of this is of SGD, for the loss at which it
+stays, to first order in eta; Adam, which divides by the size of gradients, divides by their noise as well.
 """
 
 from functools import lru_cache

@@ -20,7 +20,14 @@ from clapping_ds.codecs import (
     Transform,
     bits_per_value,
 )
-from clapping_ds.config import DirectionConfig, LazyConfig, LinksConfig, MemoryConfig, schema
+from clapping_ds.config import (
+    DataParallelConfig,
+    DirectionConfig,
+    LazyConfig,
+    LinksConfig,
+    MemoryConfig,
+    schema,
+)
 
 NUM_BLOCKS = 10_000
 SCHEMA = jsonschema.Draft7Validator(schema())
@@ -46,6 +53,7 @@ NAMES = sorted(
             LazyConfig,
             MemoryConfig,
             LinksConfig,
+            DataParallelConfig,
             *CODECS.values(),
         )
         for field in model.model_fields
@@ -124,7 +132,23 @@ def valid_block(rng):
             ladder = [valid_codec(rng) for _ in range(rng.randint(1, 3))]
             links["ladder"] = sorted(ladder, key=bits_of, reverse=True)
         block["links"] = rng.choice([None, "auto", links])
+    if rng.random() < 0.3:
+        block["data_parallel"] = rng.choice([None, valid_data_parallel(rng)])
     return block
+
+
+def valid_data_parallel(rng):
+    plan = some(rng, {
+        "error_feedback": ["auto", "none", "ef14", "ef21"], "warmup_steps": [0, 7], "min_numel": [0, 1 << 70],
+        "node_size": [None, 2, 8], "delay": [0, 3], "weights": [None, "int8", ["topk", "eden1"]],
+    })  # fmt: skip
+    for member in ("scatter", "gather"):
+        codec = valid_codec(rng)
+        if "transform" not in (codec, codec if isinstance(codec, str) else codec["name"]):
+            plan |= some(rng, {member: [codec]})
+    if rng.random() < 0.2:
+        plan |= {"error_feedback": "ef21_sgdm", "momentum": 0.5}
+    return plan
 
 
 def bits_of(codec):

@@ -32,19 +32,20 @@ class Transfer:
 
         Raises ConnectionError where a replica is gone or silent for too long.
         """
+        if self._collective.carrier.type != "cpu":
+            self._poll()
         with self._collective.naming():
             self._work.wait()
         self._kept = None
         return self._take()
 
-    def wait_for_arrival(self) -> None:
-        """The host waits until it is there: on a GPU `wait` does not. Raises ConnectionError."""
+    def _poll(self) -> None:
+        """NCCL lets the GPU wait, without end, where gloo lets the host wait: here the host does."""
         deadline_s = time.monotonic() + self._collective.timeout_s
         while not self._work.is_completed():
             if time.monotonic() > deadline_s:
-                raise ConnectionError(
-                    self._collective.describe(f"silent for {self._collective.timeout_s:g} s")
-                )
+                text = f"was silent for {self._collective.timeout_s:g} s"
+                raise ConnectionError(self._collective.describe(text))
             time.sleep(POLL_S)
 
 

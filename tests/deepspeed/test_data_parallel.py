@@ -1,12 +1,18 @@
 """Gradients of replicas in DeepSpeed pipelines, on real ranks: two stages of two replicas, one of four."""
 
+import contextlib
+import io
+import os
+import signal
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from clapping_ds.link.verification import checksum
 from tests import models
-from tests.cluster import assert_same_error
+from tests.cluster import Cluster, assert_same_error
 from tests.deepspeed.test_fp16 import on_cpu
 from tests.models import NONE, ZERO1
 
@@ -192,9 +198,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(four_ranks, tmp_path, case, plan
 
 def loaded_by_fewer(plan, folder):
     """A checkpoint of one stage and four replicas, read by two stages of two: what is said."""
-    import contextlib
-    import io
-
     engine = models.make_engine(block_of(plan), num_stages=2)
     models.train(engine, 2)
     said = io.StringIO()
@@ -256,9 +259,6 @@ def test_verify_finds_replicas_that_drift(four_ranks):
 
 def chosen(min_gain):
     """Whether gradients are compressed after all was tried, and what was said of it."""
-    import contextlib
-    import io
-
     said = io.StringIO()
     block = {**block_of({}), "links": {"min_gain": min_gain}}
     with contextlib.redirect_stdout(said):
@@ -296,3 +296,42 @@ def test_changes_of_weights(four_ranks, case):
     rows = outcomes[0][1][0][2]
     assert [row["direction"] for row in rows] == ["scatter", "weights"] * 4
     assert all(row["bits_per_value"] < 6 for row in rows), "vectors travel raw"
+
+
+TIMEOUT_S = 3
+
+
+def end(gradients):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep_and_end(gradients):
+    time.sleep(2.5 * TIMEOUT_S)
+    end(gradients)
+
+
+def left_alone(how):
+    """One replica ends, or sleeps, before it sends its gradients: what the other raises, and how soon."""
+    engine = models.make_engine({**block_of({}), "timeout_s": TIMEOUT_S}, num_stages=1)
+    models.train(engine, 2)
+    if dist.get_rank() == 1 and how == "dies":
+        engine._gradients.averaging.average_ = end
+    elif dist.get_rank() == 1:
+        engine._gradients.averaging.average_ = sleep_and_end
+    start_s = time.monotonic()
+    try:
+        models.train(engine, 1)
+    except ConnectionError as error:
+        return str(error), time.monotonic() - start_s
+    return None
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_replica_that_is_gone_is_told(how):
+    cluster = Cluster(2)
+    try:
+        message, took_s = cluster.outcomes(left_alone, how)[0]
+    finally:
+        cluster.close()
+    assert "replicas, step 2: exchange of gradients: one of the ranks [0, 1]" in message
+    assert took_s < 3 * TIMEOUT_S

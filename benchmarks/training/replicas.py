@@ -62,29 +62,31 @@ def unbiased(bits: int) -> dict[str, Any]:
     return {"name": f"eden{bits}", "scale": "unbiased"}
 
 
-SIGN = both("sign", warmup_steps=WARM_UP)
+SIGN = {"scatter": "sign", "warmup_steps": WARM_UP}
+RAW_ERRORS = {"error_feedback": "none"}
 METHODS: dict[str, Method] = {
     UNCOMPRESSED: Method(both("none")),
     "int8": Method(both("int8")),
-    "eden4": Method(both(unbiased(4)), rate=0.98),
-    "eden2 + EF": Method(both("eden2")),
+    "eden4": Method(),
+    "eden2, unbiased": Method({"scatter": unbiased(2), **RAW_ERRORS}),
+    "eden1, unbiased": Method({"scatter": unbiased(1), **RAW_ERRORS}),
+    "eden2 + EF": Method({"scatter": "eden2"}),
     "sign + EF": Method(SIGN),
     "sign + EF, half the rate": Method(SIGN, rate=0.5),
-    "sign, no feedback": Method({**SIGN, "error_feedback": "none"}),
-    "topk 0.1 + EF": Method(both("topk")),
-    "lowrank 4 + EF": Method(both("lowrank")),
-    "eden2 + EF21": Method(both("eden2", error_feedback="ef21")),
-    "eden1, unbiased": Method(both(unbiased(1), error_feedback="none")),
-    "eden1, unbiased, by the rule": Method(both(unbiased(1), error_feedback="none"), rate=0.41),
+    "sign + EF, both ways": Method(both("sign", warmup_steps=WARM_UP)),
+    "sign, no feedback": Method({**SIGN, **RAW_ERRORS}),
+    "eden1 + EF": Method({"scatter": "eden1", "warmup_steps": WARM_UP}),
+    "topk 0.05 + EF": Method({"scatter": "topk"}),
+    "lowrank 4 + EF": Method({"scatter": "lowrank"}),
     "1-bit Adam": Method(peer="1-bit Adam"),
     "LoCo": Method(peer="LoCo"),
     "uncompressed, SGD": Method(both("none"), optimizer="SGD"),
-    "eden1, unbiased, SGD": Method(both(unbiased(1), error_feedback="none"), optimizer="SGD"),
-    "eden1, unbiased, SGD, by the rule": Method(
-        both(unbiased(1), error_feedback="none"), rate=0.41, optimizer="SGD"
+    "eden1, unbiased, both ways, SGD": Method(both(unbiased(1), **RAW_ERRORS), optimizer="SGD"),
+    "eden1, unbiased, both ways, by the rule, SGD": Method(
+        both(unbiased(1), **RAW_ERRORS), rate=0.41, optimizer="SGD"
     ),
-    "sign + EF, SGD": Method(SIGN, optimizer="SGD"),
 }
+"""Where nothing is said of it, the mean goes back as `eden4`, unbiased."""
 
 
 class OneBitAdam:

@@ -20,7 +20,7 @@ from clapping_ds.gradients import rules
 from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.delay import DelayedExchange
 from clapping_ds.gradients.exchange import Exchange, Leg, Round
-from clapping_ds.gradients.layout import Cut, Parameter
+from clapping_ds.gradients.layout import Cut, Parameter, works_on_matrices
 from clapping_ds.gradients.node import NodeExchange
 from clapping_ds.gradients.trial import Trial
 from clapping_ds.gradients.weights import Masters, WeightExchange
@@ -112,6 +112,12 @@ class Averaging:
                 f"{KEY}.weights = {label(plan.weights)!r} with an optimizer that is not split over replicas, "
                 "which all update all weights; accepted: null"
             )
+        for key, codec in (("scatter", plan.scatter), ("gather", plan.gather)):
+            if is_split and works_on_matrices(codec):
+                raise ValueError(
+                    f"{KEY}.{key} = {label(codec)!r} with an optimizer that is split over replicas, which cuts "
+                    "parameters anywhere; accepted: a codec or a list without lowrank"
+                )
         first_of: dict[tuple[int, ...], int] = {}
         for number, (ranks, shapes) in enumerate(told):
             if len(ranks) < 2:

@@ -222,6 +222,11 @@ def test_another_number_of_replicas_forgets_errors_and_says_so(four_ranks, tmp_p
         ({"node_size": 2}, {"num_stages": 1, "ds": BF16}, "node_size = 2 with an optimizer that is split"),
         ({"delay": 1}, {"num_stages": 2, "ds": {**FP16, **ZERO1}}, "delay = 1 with fp16"),
         ({}, {"num_stages": 4}, "data_parallel with 1 replica"),
+        (
+            {"scatter": "lowrank"},
+            {"num_stages": 2, "ds": BF16},
+            "scatter = 'lowrank' with an optimizer that is",
+        ),
         ({"weights": "int8"}, {"num_stages": 2}, "weights = 'int8' with an optimizer that is not split"),
     ],
 )

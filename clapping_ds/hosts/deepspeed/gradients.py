@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -28,6 +29,9 @@ class Gradients:
         self.engine = engine
         engine._control.check(lambda: _refuse(engine))
         tied = {id(weight) for weight, _ in engine.module.get_tied_weights_and_groups()}
+        if engine.is_model_parallel:  # whole on each tensor-parallel rank, and replicas draw for themselves
+            weights = engine.module.parameters()
+            tied |= {id(weight) for weight in weights if not is_model_parallel_parameter(weight)}
         named = [
             (name, weight)
             for name, weight in engine.module.named_parameters()

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from clapping_ds.config import BLOCK_NAME, ClappingConfig
+from clapping_ds.codecs.sequence import label
+from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
+from clapping_ds.gradients.averaging import KEY
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
 from clapping_ds.link.groups import Control
 from clapping_ds.stage.handshake import (
@@ -58,7 +60,9 @@ def _check(config: ClappingConfig, model_config: Any, num_ranks: int) -> None:
     """Of facts that are the same on every rank."""
     refuse_without_links(config, f"pipeline_model_parallel_size = {num_ranks}", num_ranks)
     refuse_tuning(config, "Megatron-Core")
-    if model_config.pipeline_dtype is None:
+    if config.data_parallel is not None:
+        _check_data_parallel(config.data_parallel)
+    if model_config.pipeline_dtype is None and num_ranks > 1:
         raise ValueError("pipeline_dtype = None; accepted: the dtype of what the stages send")
     if tells_shapes(model_config) and not config.overlap:
         raise ValueError(
@@ -66,6 +70,18 @@ def _check(config: ClappingConfig, model_config: Any, num_ranks: int) -> None:
         )
     if model_config.use_ring_exchange_p2p:
         raise ValueError(f'use_ring_exchange_p2p = True with a "{BLOCK_NAME}" block; accepted: False')
+
+
+def _check_data_parallel(plan: DataParallelConfig) -> None:
+    if plan.delay:
+        raise ValueError(
+            f"{KEY}.delay = {plan.delay} with Megatron-Core, which uses gradients at once; accepted: 0"
+        )
+    if plan.weights is not None:
+        raise ValueError(
+            f"{KEY}.weights = {label(plan.weights)!r} with Megatron-Core, which sends weights itself; "
+            "accepted: null"
+        )
 
 
 def tells_shapes(model_config: Any) -> bool:
@@ -80,10 +96,23 @@ def check_first_call(
     options: Mapping[str, Any],
     facts: Mapping[str, Any],
     model_config: Any,
+    lacks_gradients: bool = False,
 ) -> None:
     """As `check_call`, and that `facts` are the same everywhere; the same ValueError on every rank. A
-    collective of all ranks."""
-    control.check(lambda: check_call(data_iterators, num_chunks, options))
+    collective of all ranks.
+
+    lacks_gradients   whether replicas shall compress gradients, and nobody said where they are
+    """
+
+    def check() -> None:
+        check_call(data_iterators, num_chunks, options)
+        if lacks_gradients:
+            raise ValueError(
+                f"{KEY} in a training step before compress_gradients; accepted: "
+                f"MegatronPipeline.compress_gradients(model_chunks, optimizer) first, or {KEY} = null"
+            )
+
+    control.check(check)
     # Both ends of a link must know the loss scale, though only the last stage uses it.
     control.check_equal({**facts, "has a grad_scale_func": model_config.grad_scale_func is not None})
 

@@ -2,8 +2,9 @@
 
 `MegatronPipeline.wrap` takes one of Megatron-Core's `forward_backward_pipelining_*` functions and returns
 one that is called in the same way. In training steps it hands the schedule a communicator and iterators of
-ours; evaluation (`forward_only`) runs stock. Left alone: schedules, model, optimizer, data-parallel and
-tensor-parallel traffic, the tied embeddings' all-reduce.
+ours; evaluation (`forward_only`) runs stock. `MegatronPipeline.compress_gradients` does what the block's
+`data_parallel` says. Left alone: schedules, model, optimizer, tensor-parallel traffic, the tied embeddings'
+all-reduce, and without `data_parallel` all that replicas exchange.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from clapping_ds.gradients.averaging import KEY
 from clapping_ds.hosts.megatron.checks import Source, agree, check_call, check_first_call, tells_shapes
 from clapping_ds.hosts.megatron.chunks import Chunks
 from clapping_ds.hosts.megatron.communicator import ClappingCommunicator
@@ -22,6 +24,7 @@ from clapping_ds.hosts.megatron.core import (
     get_model_config,
     get_schedule_table,
 )
+from clapping_ds.hosts.megatron.gradients import MegatronGradients
 from clapping_ds.link.groups import get_group_ranks, get_world_size, rank
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.stage.endpoint import Endpoint
@@ -85,6 +88,8 @@ class MegatronPipeline:
         # State
         self.consumed_samples = 0
         """Samples drawn by all data-parallel replicas: a resumed run's data starts after as many."""
+        self.gradients: MegatronGradients | None = None
+        """Of this rank's model chunks, once `compress_gradients` was called."""
         self._was_called = False
         self._sizes: tuple[Any, ...] = ()
         ranks, place = get_group_ranks(self.groups.pp), self.groups.pp.rank()
@@ -101,7 +106,28 @@ class MegatronPipeline:
             most_pending=sys.maxsize if tells else None,
         )
         self.chunks = Chunks(self.endpoints.stages, place, len(ranks), dtype, tells, self.config.overlap)
-        self.endpoints.announce(dtype)
+        if len(ranks) > 1:
+            self.endpoints.announce(dtype)
+
+    @property
+    def _compresses_gradients(self) -> bool:
+        """Whether the block asks for it."""
+        return self.config.enabled and self.config.data_parallel is not None
+
+    def compress_gradients(self, model_chunks: Any, optimizer: Any) -> None:
+        """Has replicas exchange gradients as the block's `data_parallel` says; without that, or without an
+        enabled block, nothing changes. Before the first training step, and before `load_state_dict`.
+
+        model_chunks   this rank's, as the schedule takes them: Megatron-Core's DistributedDataParallel, or a
+                       list of it
+        optimizer      Megatron-Core's, of these chunks
+        A collective of all ranks. Raises ValueError on every rank, with the same text, for what cannot be
+        exchanged, and where replicas differ.
+        """
+        if self._compresses_gradients:
+            chunks = list(model_chunks) if isinstance(model_chunks, list | tuple) else [model_chunks]
+            device, stage = self.endpoints.device, self.groups.pp.rank()
+            self.gradients = MegatronGradients(chunks, optimizer, self.config, self.control, device, stage)
 
     def wrap(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
         """A schedule with compression: takes and returns what Megatron-Core's own takes and returns.
@@ -125,7 +151,8 @@ class MegatronPipeline:
                 options["micro_batch_size"],
                 options,
             )
-            options["p2p_communicator"] = communicator
+            if self.groups.pp.size() > 1:
+                options["p2p_communicator"] = communicator
             if options.get("pg_collection") is None:
                 options["pg_collection"] = self.groups
             data = lazy if is_list else lazy[0]
@@ -151,16 +178,20 @@ class MegatronPipeline:
         stages, options = self.endpoints.stages, options or {}
         if not self._was_called:
             facts = {"num_microbatches": num_micro_batches, "micro_batch_size": micro_batch_size}
-            check_first_call(self.control, data_iterators, len(stages), options, facts, model_config)
+            lacks = self._compresses_gradients and self.gradients is None
+            check_first_call(self.control, data_iterators, len(stages), options, facts, model_config, lacks)
             self._was_called = True
         check_call(data_iterators, len(stages), options)
         sizes = micro_batch_size, options.get("seq_length")
         if sizes != self._sizes and not self.chunks.tells_shapes:
             self.endpoints.forget_held()
         self._sizes = sizes
-        self.endpoints.rescale_gradients(find_loss_scale(model_config, self.endpoints.device))
+        loss_scale = find_loss_scale(model_config, self.endpoints.device)
+        self.endpoints.rescale_gradients(loss_scale)
         draws = [None if iterator is None else iterator.__next__ for iterator in data_iterators]
         self.endpoints.begin_step(num_micro_batches, draws, self.measures_error)
+        if self.gradients is not None:
+            self.gradients.begin_step(loss_scale, self.measures_error)
         group_size = model_config.microbatch_group_size_per_vp_stage
         table = get_schedule_table(num_micro_batches, len(stages), group_size)
         self.chunks.begin_step([chunk for _, chunk in table])
@@ -184,22 +215,34 @@ class MegatronPipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """What each rank must save, in a file of its own, between two steps: samples, position, held
-        batches, memories. With `checkpoint_memory` false: samples alone."""
+        batches, memories, what is held of gradients. With `checkpoint_memory` false: samples alone."""
         is_held = self.config.enabled and self.config.checkpoint_memory
-        held = self.endpoints.state_dict() if is_held else None
-        return {"consumed_samples": self.consumed_samples, "sizes": self._sizes, "endpoints": held}
+        return {
+            "consumed_samples": self.consumed_samples,
+            "sizes": self._sizes,
+            "endpoints": self.endpoints.state_dict() if is_held else None,
+            "gradients": self.gradients.state_dict() if is_held and self.gradients is not None else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """Takes what `state_dict` gave, if every rank has it, from the same configuration; else forgets
         what is held, so that the next step is all fresh, and says why. The count of samples is kept if any
-        rank has it. A collective of all ranks."""
+        rank has it. A collective of all ranks. Raises ValueError before `compress_gradients`, where the block
+        asks for that."""
+        if self._compresses_gradients and self.gradients is None:
+            raise ValueError(
+                f"load_state_dict with {KEY} before compress_gradients; accepted: compress_gradients first"
+            )
         counts = self.control.gather(None if state is None else state["consumed_samples"])
         known = [count for count in counts if count is not None]
         self.consumed_samples = max(known, default=self.consumed_samples)
         self._sizes = () if state is None else state["sizes"]
         if not self.config.enabled:
             return None
-        return self.endpoints.load_state_dict(None if state is None else state.get("endpoints"))
+        why = self.endpoints.load_state_dict(None if state is None else state.get("endpoints"))
+        if self.gradients is not None:
+            why = self.gradients.load_state_dict(None if state is None else state.get("gradients")) or why
+        return why
 
     def sharded_state_dict(self, prefix: str = "clapping.") -> dict[str, Any]:
         """`state_dict` for `megatron.core.dist_checkpointing`, by one key: an object per global rank. To be
@@ -214,9 +257,12 @@ class MegatronPipeline:
         return self.endpoints.traffic()
 
     def clapping_report(self) -> list[dict[str, Any]]:
-        """A row per channel of each pipeline, with counters and memory of its sending end. A collective of
-        all ranks."""
-        return self.endpoints.report()
+        """A row per channel of each pipeline, with counters and memory of its sending end. Then, with
+        `data_parallel`, a row for each way of each rank's gradients. A collective of all ranks."""
+        rows = self.endpoints.report()
+        if self.gradients is not None:
+            rows += self.gradients.report()
+        return rows
 
     def clapping_sent(self) -> list[dict[str, Any]]:
         """As `clapping_report`, of the channels through which this rank sends. No communication."""

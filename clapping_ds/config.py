@@ -233,8 +233,8 @@ class DataParallelConfig(BaseModel):
     all of their gradients, nor where an optimizer that is split over replicas needs only its part."""
     error_feedback: Feedback | Literal["auto"] = "auto"
     """Whether what a codec lost is sent later. `ef14`: it is added to the next gradient. `ef21`: changes of
-    gradients are sent. `ef21_sgdm`: changes of their running mean. `auto`: `ef14` where a codec has 3 bits
-    or less, is `sign`, `topk`, `randk` or `lowrank`, or a list; else none."""
+    gradients are sent. `ef21_sgdm`: changes of their running mean. `auto`: `ef14` where a codec is wrong on
+    average and has 3 bits or less, or is `topk`, `randk`, `lowrank` or a list; else none."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With `ef21_sgdm`: the share of the new gradient in the running mean."""
     weights: CodecConfig | None = None
@@ -276,6 +276,14 @@ class DataParallelConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_delay(self) -> Self:
+        if self.delay and self.node_size is not None:
+            raise ValueError(
+                f"delay = {self.delay} with node_size = {self.node_size}; accepted: 0, or node_size = null"
+            )
+        return self
+
     @property
     def is_raw(self) -> bool:
         """Whether the host's own exchange does all that is asked for."""
@@ -288,8 +296,9 @@ class DataParallelConfig(BaseModel):
             return "none"
         if self.error_feedback != "auto":
             return self.error_feedback
-        has_many_bits = isinstance(codec, Quantizer | Eden) and codec.bits > 3
-        return "none" if has_many_bits or isinstance(codec, Float8) else "ef14"
+        if isinstance(codec, Quantizer | Eden):
+            return "none" if codec.bits > 3 or codec.is_unbiased else "ef14"
+        return "none" if isinstance(codec, Float8) else "ef14"
 
 
 def _list_members(codec: AnyCodec) -> tuple[AnyCodec, ...]:

@@ -44,6 +44,11 @@ class Eden(GroupedCodec):
     """Least squares: the smallest error, for error feedback. Unbiased: right on average over messages."""
 
     @property
+    def is_unbiased(self) -> bool:
+        """Whether it is right on average over messages."""
+        return self.scale == "unbiased"
+
+    @property
     def bits(self) -> int:
         return int(self.name.removeprefix("eden"))
 

@@ -57,6 +57,11 @@ class Quantizer(GroupedCodec):
         return self
 
     @property
+    def is_unbiased(self) -> bool:
+        """Whether it is right on average over messages."""
+        return self.stochastic
+
+    @property
     def bits(self) -> int:
         return 1 if self.name == "sign" else int(self.name.removeprefix("int"))
 

@@ -115,8 +115,8 @@ class Averaging:
         for key, codec in (("scatter", plan.scatter), ("gather", plan.gather)):
             if is_split and works_on_matrices(codec):
                 raise ValueError(
-                    f"{KEY}.{key} = {label(codec)!r} with an optimizer that is split over replicas, which cuts "
-                    "parameters anywhere; accepted: a codec or a list without lowrank"
+                    f"{KEY}.{key} = {label(codec)!r} with an optimizer that is split over replicas, which "
+                    "cuts parameters anywhere; accepted: a codec or a list without lowrank"
                 )
         first_of: dict[tuple[int, ...], int] = {}
         for number, (ranks, shapes) in enumerate(told):
@@ -184,13 +184,16 @@ class Averaging:
     def end_step(self, accepted: bool = True) -> None:
         """accepted: whether the optimizer used the gradients, and did not skip the step. When all was tried
         that `links` asks for: a collective of all ranks, of which the first says what was chosen."""
-        self.exchange.end_step(accepted)
+        # What is on its way will be used, whatever became of this step.
+        self.exchange.end_step(accepted or self.delayed is not None)
         self.step += 1
         if self._trial is not None and self.step > self.plan.warmup_steps:
             self._trial.end_step(self._exchange_s, time.perf_counter() - self._start_s)
             if self._trial.is_over:
                 self.is_used, table = self._trial.decide(self.control.gather(self._trial.summarize()))
                 self._trial = None
+                if not self.is_used:
+                    self.exchange.forget()
                 if rank() == 0:
                     report.say(table)
 
@@ -205,7 +208,8 @@ class Averaging:
 
     @property
     def _legs(self) -> list[Leg]:
-        return [*self.exchange.legs.values(), *([self.weights.leg] if self.weights is not None else [])]
+        weights = [] if self.weights is None else [self.weights.leg]
+        return [*self.exchange.legs.values(), *weights, self.exchange.raw]
 
     def report(self) -> list[dict[str, Any]]:
         """A row for each way of every rank's gradients. A collective of all ranks."""
@@ -225,24 +229,31 @@ class Averaging:
     def state_dict(self) -> dict[str, Any]:
         """Between two steps: what this rank must save, in a file of its own. With a delay a collective of
         the replicas."""
+        travelling = None if self.delayed is None else self.delayed.state_dict()
+        weights = None if self.weights is None else self.weights.leg.state_dict()
         return {
             "step": self.step,
             "is_used": None if self._trial is not None else self.is_used,
             "exchange": self.exchange.state_dict(),
-            "travelling": None if self.delayed is None else self.delayed.state_dict(),
+            "travelling": travelling,
+            "weights": weights,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, step: int | None = None) -> str | None:
         """Takes what `state_dict` gave, if every rank has it and it fits; else forgets what is held, and says
-        why. A collective of all ranks."""
-        fits = state is not None and state["exchange"]["written by"] == self.exchange.describe()
-        is_there, fits = self.control.agree([state is not None, fits])
-        if state is None or not fits:
+        why. Steps are counted on from the state of any rank, or from `step`. A collective of all ranks."""
+        fits = state is not None and state.get("exchange", {}).get("written by") == self.exchange.describe()
+        told = self.control.gather((None if state is None else state.get("step"), fits))
+        if state is None or not all(each for _, each in told):
             self.exchange.forget()
             if self.delayed is not None:
                 self.delayed.forget()
-            return DIFFERENT if is_there else MISSING
+            steps = [known for known, _ in told if known is not None]
+            self.step = max(steps, default=self.step if step is None else step)
+            return DIFFERENT if len(steps) == len(told) else MISSING
         self.step = state["step"]
+        if self.weights is not None and state["weights"] is not None:
+            self.weights.leg.load_state_dict(state["weights"], self.device)
         self.exchange.load_state_dict(state["exchange"])
         if self._trial is not None and state["is_used"] is not None:
             self._trial, self.is_used = None, state["is_used"]

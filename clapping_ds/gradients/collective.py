@@ -15,14 +15,18 @@ import torch.distributed as dist
 from clapping_ds.link.groups import find_carrier, get_group_ranks, make_own_group, rank
 
 POLL_S = 1e-3
+MOST_PADDING = 1.25
+"""How many times the payloads' bytes an all-gather of equal sizes may send."""
 
 
 class Transfer:
     """A collective on its way."""
 
-    def __init__(self, collective: "Collective", work: Any, kept: Any, take: Callable[[], Any]) -> None:
+    def __init__(
+        self, collective: "Collective", works: Sequence[Any], kept: Any, take: Callable[[], Any]
+    ) -> None:
         self._collective = collective
-        self._work = work
+        self._works = works
         self._kept = kept
         """What the process group reads until it is done."""
         self._take = take
@@ -35,14 +39,15 @@ class Transfer:
         if self._collective.carrier.type != "cpu":
             self._poll()
         with self._collective.naming():
-            self._work.wait()
+            for work in self._works:
+                work.wait()
         self._kept = None
         return self._take()
 
     def _poll(self) -> None:
         """NCCL lets the GPU wait, without end, where gloo lets the host wait: here the host does."""
         deadline_s = time.monotonic() + self._collective.timeout_s
-        while not self._work.is_completed():
+        while not all(work.is_completed() for work in self._works):
             if time.monotonic() > deadline_s:
                 text = f"was silent for {self._collective.timeout_s:g} s"
                 raise ConnectionError(self._collective.describe(text))
@@ -78,7 +83,7 @@ class Collective:
             work = dist.all_to_all_single(
                 received, carried, [num_mine] * self.size, list(sizes), self.group, async_op=True
             )
-        return Transfer(self, work, carried, lambda: received.to(self.device).view(self.size, num_mine))
+        return Transfer(self, [work], carried, lambda: received.to(self.device).view(self.size, num_mine))
 
     def gather(self, payload: torch.Tensor, sizes: Sequence[int]) -> Transfer:
         """Sends the payload to all ranks. Arrives: the list of all payloads, in the order of ranks.
@@ -86,15 +91,29 @@ class Collective:
         sizes   bytes of each rank's payload; the same everywhere
         """
         largest = max(sizes)
+        if largest * self.size > MOST_PADDING * sum(sizes):
+            return self._broadcast(payload, sizes)
         carried = torch.zeros(largest, dtype=torch.uint8, device=self.carrier)
         carried[: payload.numel()] = payload
         rows = torch.empty(self.size, largest, dtype=torch.uint8, device=self.carrier)
         with self.naming():
             work = dist.all_gather(list(rows), carried, self.group, async_op=True)
         return Transfer(
-            self, work, carried,
+            self, [work], carried,
             lambda: [row[:size] for row, size in zip(rows.to(self.device), sizes, strict=True)],
         )  # fmt: skip
+
+    def _broadcast(self, payload: torch.Tensor, sizes: Sequence[int]) -> Transfer:
+        """The same for payloads of very different sizes, one after the other."""
+        payloads = [torch.empty(size, dtype=torch.uint8, device=self.carrier) for size in sizes]
+        payloads[self.place].copy_(payload)
+        with self.naming():
+            works = [
+                dist.broadcast(each, sender, group=self.group, async_op=True)
+                for each, sender in zip(payloads, self.ranks, strict=True)
+                if each.numel()
+            ]
+        return Transfer(self, works, None, lambda: [each.to(self.device) for each in payloads])
 
     def sum(self, values: torch.Tensor) -> Transfer:
         """Arrives: the sum over all ranks, the same bits on each. values: fp32, or what the process group can
@@ -102,7 +121,7 @@ class Collective:
         total = values.to(self.carrier, copy=True)
         with self.naming():
             work = dist.all_reduce(total, group=self.group, async_op=True)
-        return Transfer(self, work, None, lambda: total.to(self.device))
+        return Transfer(self, [work], None, lambda: total.to(self.device))
 
     @contextmanager
     def naming(self) -> Iterator[None]:

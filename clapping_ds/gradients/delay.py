@@ -55,6 +55,7 @@ class DelayedExchange:
         """What is on its way, once it has arrived. A collective of the replicas."""
         for started, _ in self._travelling:
             started.finish()
+        self.exchange.end_step()  # what was sent back is part of the state
         arrived = [(dict(started.gradients), scale) for started, scale in self._travelling]
         self.load_state_dict(arrived)
         return arrived

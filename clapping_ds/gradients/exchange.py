@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs import AnyCodec, Context, Raw, State
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, State
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
@@ -95,12 +95,13 @@ class Leg:
             for (section, sender), state in self.states.items()
             if state is not None
         ]
-        held = {name: held.values for name, held in self.feedback.held.items()}
+        held = {name: dict(held.values) for name, held in self.feedback.held.items()}
         return {"held": held, "learned": learned, "traffic": asdict(self.traffic)}
 
     def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
         self.traffic = Traffic(**saved["traffic"])
         for name, held in self.feedback.held.items():
+            held.discard()
             held.values = {
                 place: values.to(device, copy=True) for place, values in saved["held"][name].items()
             }
@@ -148,10 +149,14 @@ class Exchange:
         self.joins = joins
         self.compiles = compiles
         self.header_nbytes = verification.NBYTES if verifies else 0
+        back = plan.feedback(plan.gather)
         self.legs = {
-            name: Leg(name, codec, plan.feedback(codec), plan.momentum)
-            for name, codec in ((SCATTER, plan.scatter), (GATHER, plan.gather))
+            SCATTER: Leg(SCATTER, plan.scatter, plan.feedback(plan.scatter), plan.momentum),
+            # The mean of running means is no gradient to take a running mean of.
+            GATHER: Leg(GATHER, plan.gather, "ef21" if back == "ef21_sgdm" else back, plan.momentum),
         }
+        self.raw = Leg("raw", RAW, "none", plan.momentum)
+        """What is not compressed."""
         self._buckets: dict[tuple[int, ...], list[Bucket]] = {}
         # State
         self.step = 0
@@ -196,10 +201,12 @@ class Exchange:
             )
         return self._buckets[numbers]
 
-    def encode(self, leg: Leg, section: Section, values: torch.Tensor, payload: torch.Tensor) -> None:
-        """values: fp32, of the section's pieces."""
+    def encode(
+        self, leg: Leg, step: int, section: Section, values: torch.Tensor, payload: torch.Tensor
+    ) -> None:
+        """step: of the gradients. values: fp32, of the section's pieces."""
         codec, feedback = leg.choose(section.shape)
-        context = self._context(leg, section, self.collective.place, None)
+        context = self._context(leg, step, section, self.collective.place, None)
         places, value = self._places(section), values.view(section.shape)
         value = feedback.encode_(places, section.sizes, value, payload, codec, context)
         if self.measures_error and codec is not RAW:
@@ -209,11 +216,13 @@ class Exchange:
             codec.decode_(payload, seen, context._replace(memory=None, carry=False, state=state))
             leg.traffic.count_error(value, seen)
 
-    def decode(self, leg: Leg, section: Section, sender: int, payload: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, leg: Leg, step: int, section: Section, sender: int, payload: torch.Tensor
+    ) -> torch.Tensor:
         """fp32, flat: what a sender's payload stands for."""
         codec, _ = leg.choose(section.shape)
         seen = torch.empty(section.shape, device=payload.device)
-        codec.decode_(payload, seen, self._context(leg, section, sender, sender))
+        codec.decode_(payload, seen, self._context(leg, step, section, sender, sender))
         return seen.view(-1)
 
     def receive(self, leg: Leg, section: Section, mean: torch.Tensor) -> torch.Tensor:
@@ -221,10 +230,10 @@ class Exchange:
         _, feedback = leg.choose(section.shape)
         return feedback.receive(self._places(section), section.sizes, mean)
 
-    def _context(self, leg: Leg, section: Section, place: int, sender: int | None) -> Context:
+    def _context(self, leg: Leg, step: int, section: Section, place: int, sender: int | None) -> Context:
         first = section.pieces[0]
         return Context(
-            seed=draw_word(self.seed, self.step, place, leg.direction == GATHER, first.number, first.start),
+            seed=draw_word(self.seed, step, place, leg.direction == GATHER, first.number, first.start),
             state=leg.state(section, sender, self.collective.device),
             compiles=self.compiles,
         )
@@ -247,6 +256,7 @@ class Exchange:
             "delay": plan.delay,
             "is_split": self.is_split,
             "parameters": [(each.name, tuple(each.shape)) for each in self.parameters],
+            "cut": [self.cut(number) for number in range(len(self.parameters))] if self.is_split else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +274,7 @@ class Exchange:
         """Forgets what is held."""
         for leg in self.legs.values():
             for held in leg.feedback.held.values():
+                held.discard()
                 held.values = {}
             leg.states = {}
 
@@ -272,6 +283,12 @@ class Round:
     """One exchange on its way."""
 
     def __init__(self, exchange: Exchange, gradients: Mapping[int, torch.Tensor]) -> None:
+        for number, gradient in gradients.items():
+            if gradient.dtype not in COMPRESSIBLE_DTYPES:
+                raise ValueError(
+                    f"data_parallel with {exchange.parameters[number].name}, whose gradient is "
+                    f"{gradient.dtype}; accepted: fp32, fp16 or bf16"
+                )
         self.exchange = exchange
         self.step = exchange.step
         self.gradients = gradients
@@ -312,12 +329,17 @@ class Round:
     # What travels raw
 
     def _sum(self, bucket: Bucket) -> list[tuple[tuple[int, ...], Transfer]]:
-        parts = [bucket.raw] if bucket.raw else []
-        parts += [(number,) for number in bucket.tied]
-        return [
-            (part, self.exchange.collective.sum(torch.cat([self.flat[n].float() for n in part])))
-            for part in parts
-        ]
+        collective, found = self.exchange.collective, []
+        if bucket.raw:
+            values = torch.cat([self.flat[number].float() for number in bucket.raw])
+            found.append((bucket.raw, collective.sum(values)))
+        found += [((number,), collective.sum(self.flat[number])) for number in bucket.tied]
+        share = 2 * (collective.size - 1) / collective.size  # of a ring
+        for part, _ in found:
+            num_bytes = [self.flat[number].numel() * self.flat[number].element_size() for number in part]
+            specs = [Spec.of(self.flat[number]) for number in part]
+            self.exchange.raw.traffic.count(True, round(share * sum(num_bytes)), specs)
+        return found
 
     def _take_sums(self, bucket: Bucket, sums: Sequence[tuple[tuple[int, ...], Transfer]]) -> None:
         for numbers, transfer in sums:
@@ -403,7 +425,7 @@ class Round:
             return
         header, *parts = self._split(leg, sections, payload)
         for section, part, of_section in zip(sections, parts, values, strict=True):
-            self.exchange.encode(leg, section, of_section, part)
+            self.exchange.encode(leg, self.step, section, of_section, part)
         if self.exchange.header_nbytes:
             self._header(leg, sections, payload).write_(header)
 
@@ -420,7 +442,7 @@ class Round:
                 sender_rank = self.exchange.collective.ranks[sender]
                 raise VerificationError(f"{leg.direction} from rank {sender_rank}: {error}") from error
         return [
-            self.exchange.decode(leg, section, sender, part)
+            self.exchange.decode(leg, self.step, section, sender, part)
             for section, part in zip(sections, parts, strict=True)
         ]
 

@@ -5,7 +5,8 @@ pieces of one owner are coded as one vector, but where a codec works on matrices
 and coded by itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def cut_rows(parameters: Sequence[Parameter], num_owners: int) -> Cut:
     """Each parameter's rows in equal parts, as near as may be."""
 
     def cut(number: int) -> list[tuple[int, int, int]]:
-        num_rows, width = _find_sides(parameters[number])
+        num_rows, width = find_sides(parameters[number])
         bounds = [num_rows * owner // num_owners * width for owner in range(num_owners + 1)]
         return [(owner, start, stop) for owner, (start, stop) in enumerate(pairwise(bounds))]
 
@@ -90,55 +91,56 @@ def make_buckets(
     has_matrices: bool,
     joins: bool = True,
 ) -> list[Bucket]:
-    """How the parameters of these numbers are exchanged.
+    """How the parameters of these numbers are exchanged. Every bucket has as much of each owner, or one
+    replica would be sent to while all others wait. What travels raw is in the first.
 
     min_numel      parameters with fewer values, or of one dimension, travel raw
     has_matrices   whether pieces are coded as matrices
     joins          whether all pieces of an owner are coded as one vector; else each by itself, so that the
                    bits do not depend on what else is in a bucket
     """
-    return [
-        _make_bucket(parameters, members, num_owners, cut, min_numel, has_matrices, joins)
-        for members in _fill(parameters, numbers)
-    ]
-
-
-def _fill(parameters: Sequence[Parameter], numbers: Sequence[int]) -> Iterator[list[int]]:
-    """The numbers, in parts of `BUCKET_NUMEL` values or little more."""
-    members: list[int] = []
-    for number in numbers:
-        members.append(number)
-        if sum(parameters[member].shape.numel() for member in members) >= BUCKET_NUMEL:
-            yield members
-            members = []
-    if members:
-        yield members
-
-
-def _make_bucket(
-    parameters: Sequence[Parameter],
-    numbers: Sequence[int],
-    num_owners: int,
-    cut: Cut,
-    min_numel: int,
-    has_matrices: bool,
-    joins: bool,
-) -> Bucket:
     tied = [number for number in numbers if parameters[number].is_tied]
     coded = [number for number in numbers if _is_compressed(parameters[number], min_numel)]
-    raw = [number for number in numbers if number not in (*tied, *coded)]
+    raw = [number for number in numbers if number not in {*tied, *coded}]
     pieces: list[list[Piece]] = [[] for _ in range(num_owners)]
     for number in coded:
         for owner, start, stop in cut(number):
             if start < stop:
                 pieces[owner].append(Piece(number, start, stop))
-    if has_matrices:
-        sections = [[_as_matrix(parameters, piece) for piece in of_owner] for of_owner in pieces]
-    elif joins:
-        sections = [[_as_vector(of_owner)] if of_owner else [] for of_owner in pieces]
-    else:
-        sections = [[_as_vector([piece]) for piece in of_owner] for of_owner in pieces]
-    return Bucket(tuple(raw), tuple(tied), tuple(map(tuple, sections)))
+    num_buckets = max(1, -(-sum(piece.numel for of in pieces for piece in of) // BUCKET_NUMEL))
+    parts = [_split(of_owner, num_buckets, joins and not has_matrices) for of_owner in pieces]
+    buckets = []
+    for place in range(num_buckets):
+        mine = [of_owner[place] for of_owner in parts]
+        if has_matrices:
+            sections = [[_as_matrix(parameters, piece) for piece in of_owner] for of_owner in mine]
+        elif joins:
+            sections = [[_as_vector(of_owner)] if of_owner else [] for of_owner in mine]
+        else:
+            sections = [[_as_vector([piece]) for piece in of_owner] for of_owner in mine]
+        buckets.append(Bucket((), (), tuple(map(tuple, sections))))
+    return [buckets[0]._replace(raw=tuple(raw), tied=tuple(tied)), *buckets[1:]]
+
+
+def _split(pieces: Sequence[Piece], num_parts: int, cuts: bool) -> list[list[Piece]]:
+    """In so many parts, of about equal size. cuts: whether pieces may be cut for it."""
+    total = sum(piece.numel for piece in pieces)
+    bounds = [total * (part + 1) // num_parts for part in range(num_parts)]
+    parts: list[list[Piece]] = [[] for _ in range(num_parts)]
+    begin = 0
+    for piece in pieces:
+        end = begin + piece.numel
+        if cuts:
+            inside = [bound for bound in bounds if begin < bound < end]
+            for start, stop in pairwise([begin, *inside, end]):
+                part = bisect_right(bounds, start)
+                parts[part].append(
+                    Piece(piece.number, piece.start + start - begin, piece.start + stop - begin)
+                )
+        else:
+            parts[bisect_right(bounds, begin)].append(piece)
+        begin = end
+    return parts
 
 
 def _is_compressed(parameter: Parameter, min_numel: int) -> bool:
@@ -146,14 +148,14 @@ def _is_compressed(parameter: Parameter, min_numel: int) -> bool:
     return has_rows and not parameter.is_tied and parameter.shape.numel() >= max(1, min_numel)
 
 
-def _find_sides(parameter: Parameter) -> tuple[int, int]:
+def find_sides(parameter: Parameter) -> tuple[int, int]:
     """Rows, and values of each."""
-    num_rows = parameter.shape[0]
+    num_rows = parameter.shape[0] if parameter.shape else 1
     return num_rows, parameter.shape.numel() // max(1, num_rows)
 
 
 def _as_matrix(parameters: Sequence[Parameter], piece: Piece) -> Section:
-    _, width = _find_sides(parameters[piece.number])
+    _, width = find_sides(parameters[piece.number])
     return Section((piece,), torch.Size((piece.numel // width, width)))
 
 

@@ -12,7 +12,7 @@ import torch
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
 from clapping_ds.gradients.exchange import Exchange, Round
-from clapping_ds.gradients.layout import Parameter, Piece, cut_rows
+from clapping_ds.gradients.layout import Parameter, Piece, cut_rows, find_sides
 
 
 class NodeExchange(Exchange):
@@ -92,7 +92,7 @@ class NodeRound(Round):
 
 
 def _as_parameter(parameter: Parameter, piece: Piece) -> Parameter:
-    width = parameter.shape.numel() // max(1, parameter.shape[0])
+    _, width = find_sides(parameter)
     is_matrix = len(parameter.shape) > 1
     shape = (piece.numel // max(1, width), width) if is_matrix else (piece.numel,)
     return Parameter(f"{parameter.name}[{piece.start}:{piece.stop}]", torch.Size(shape), parameter.is_tied)

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from clapping_ds.codecs import AnyCodec, Codec, Context, Eden, Quantizer, bits_per_value
+from clapping_ds.codecs import AnyCodec, Codec, Context, Eden, Float8, Quantizer, Raw, bits_per_value
 from clapping_ds.codecs.sequence import label
 from clapping_ds.config import DataParallelConfig
 
@@ -84,16 +84,20 @@ def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> s
     bits = [bits_per_value(codec, torch.float32) for codec in legs]
     costs = ", ".join(f"{label(codec)} {of:.2f} bit" for codec, of in zip(legs, bits, strict=True))
     saving = 32 * len(legs) / sum(bits)
-    return (
-        f"gradients of {num_replicas} replicas: {costs} ({saving:.1f}x less than fp32)\n{_advise(plan, legs)}"
-    )
+    lines = [f"gradients of {num_replicas} replicas: {costs} ({saving:.1f}x less than fp32)"]
+    if plan.weights is not None:
+        bits_of_weights = bits_per_value(plan.weights, torch.float32)
+        lines.append(f"changes of weights: {label(plan.weights)} {bits_of_weights:.2f} bit")
+    return "\n".join([*lines, _advise(plan, legs)])
 
 
 def _advise(plan: DataParallelConfig, legs: list[AnyCodec]) -> str:
     growth = speed = 1.0
     for codec in legs:
+        if plan.feedback(codec) == "none" and not isinstance(codec, Eden | Quantizer | Float8 | Raw):
+            return f"step size of SGD: none is known for {label(codec)} without error feedback"
         if plan.feedback(codec) == "none" and isinstance(codec, Eden | Quantizer):
-            if _is_unbiased(codec):
+            if codec.is_unbiased:
                 growth *= 1 + measure_omega(codec)
             else:
                 speed *= 1 - measure_omega(codec)
@@ -106,8 +110,3 @@ def _advise(plan: DataParallelConfig, legs: list[AnyCodec]) -> str:
     if speed < 1 / WORTH_SAYING:
         advice += f"; {speed:.2f} times as fast without error feedback"
     return advice
-
-
-def _is_unbiased(codec: Eden | Quantizer) -> bool:
-    """Whether it is right on average."""
-    return codec.scale == "unbiased" if isinstance(codec, Eden) else codec.stochastic

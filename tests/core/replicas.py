@@ -57,7 +57,9 @@ def mean_of(gradients):
 
 
 def same_bits(one, other):
-    return all(torch.equal(one[n].view(torch.uint8), other[n].view(torch.uint8)) for n in one)
+    return all(
+        torch.equal(one[n].view(-1).view(torch.uint8), other[n].view(-1).view(torch.uint8)) for n in one
+    )
 
 
 class NodeReplicas(Replicas):

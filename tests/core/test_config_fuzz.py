@@ -142,6 +142,8 @@ def valid_data_parallel(rng):
         "error_feedback": ["auto", "none", "ef14", "ef21"], "warmup_steps": [0, 7], "min_numel": [0, 1 << 70],
         "node_size": [None, 2, 8], "delay": [0, 3], "weights": [None, "int8", ["topk", "eden1"]],
     })  # fmt: skip
+    if plan.get("node_size") is not None:
+        plan.pop("delay", None)
     for member in ("scatter", "gather"):
         codec = valid_codec(rng)
         if "transform" not in (codec, codec if isinstance(codec, str) else codec["name"]):

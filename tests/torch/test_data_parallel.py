@@ -77,8 +77,9 @@ def test_replicas(four_ranks):
             assert losses == pytest.approx(stock, rel=0.02)
     for number in range(1 + len(plans)):
         assert len({tuple(of_rank[number][1]) for of_rank in outcomes}) == 1, "replicas drift"
-    assert [row["direction"] for row in outcomes[0][3][2]] == ["scatter", "gather"] * 4
-    assert all(row["bits_per_value"] < 4.4 for row in outcomes[0][3][2])
+    rows = [row for row in outcomes[0][3][2] if row["direction"] != "raw"]
+    assert [row["direction"] for row in rows] == ["scatter", "gather"] * 4
+    assert all(row["bits_per_value"] < 4.4 for row in rows)
 
 
 def skipped(plan):
@@ -132,9 +133,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(two_ranks, tmp_path, feedback):
 
 
 class Pipeline:
-    """Two stages of two replicas each."""
+    """Two stages of two replicas each. splits: whether backward passes compute weights' gradients apart."""
 
-    def __init__(self, config, wraps=True):
+    def __init__(self, config, wraps=True, splits=False):
         stage_id, replica = divmod(dist.get_rank(), 2)
         pairs = [dist.new_group([number, number + 2]) for number in range(2)]
         columns = [dist.new_group([2 * stage, 2 * stage + 1]) for stage in range(2)]
@@ -145,7 +146,10 @@ class Pipeline:
             )
         kind = pipelining.PipelineStage if config is None else clapping_ds.ClappingStage
         stage = kind(module, stage_id, 2, torch.device("cpu"), group=pairs[replica])
-        self.schedule = pipelining.Schedule1F1B(stage, 4, loss_fn=models._loss)
+        if splits:
+            self.schedule = pipelining.ScheduleInterleavedZeroBubble([stage], 4, loss_fn=models._loss)
+        else:
+            self.schedule = pipelining.Schedule1F1B(stage, 4, loss_fn=models._loss)
         self.pipeline = config and clapping_ds.ClappingPipeline(config, self.schedule)
         self.module, self.stage_id = module, stage_id
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
@@ -188,8 +192,8 @@ def test_in_a_pipeline(four_ranks):
         assert all(len(found) == 1 for found in by_stage.values()), "replicas drift"
 
 
-def make_pipeline(plan, wraps):
-    Pipeline(block_of(plan), wraps)
+def make_pipeline(plan, wraps, splits=False):
+    Pipeline(block_of(plan), wraps, splits)
 
 
 def make_alone(plan):
@@ -208,6 +212,10 @@ def test_what_cannot_be_is_one_error_everywhere(four_ranks, two_ranks):
     outcomes = four_ranks.outcomes(make_pipeline, {}, False)
     assert_same_error(
         outcomes, "ValueError", "with a stage of Sequential; accepted: of a module that is wrapped"
+    )
+    outcomes = four_ranks.outcomes(make_pipeline, {}, True, True)
+    assert_same_error(
+        outcomes, "ValueError", "with ScheduleInterleavedZeroBubble, which computes gradients of"
     )
     refused = (
         ({"delay": 1}, "delay = 1 with DistributedDataParallel"),

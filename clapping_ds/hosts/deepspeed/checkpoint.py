@@ -99,7 +99,8 @@ class CheckpointingEngine(PipelineEngine):
                 if self.global_rank == 0:
                     report.say(f"{reason}: the next step is all fresh, and codecs learn anew")
             if self._gradients is not None:
-                reason = self._gradients.averaging.load_state_dict((state or {}).get(GRADIENTS))
+                held = (state or {}).get(GRADIENTS)
+                reason = self._gradients.averaging.load_state_dict(held, self.global_steps)
                 if reason is not None and self.global_rank == 0:
                     report.say(f"{reason}: what gradients' codecs have kept back is lost")
         return path, client_state

@@ -32,14 +32,15 @@ class Gradients:
         if engine.is_model_parallel:  # whole on each tensor-parallel rank, and replicas draw for themselves
             weights = engine.module.parameters()
             tied |= {id(weight) for weight in weights if not is_model_parallel_parameter(weight)}
+        optimizer = engine.optimizer
+        known = _list_split(optimizer)
         named = [
             (name, weight)
             for name, weight in engine.module.named_parameters()
-            if weight.requires_grad and weight.numel() > 0
+            if weight.requires_grad and weight.numel() > 0 and (known is None or id(weight) in known)
         ]
         self.weights = [weight for _, weight in named]
         parameters = [Parameter(name, weight.shape, id(weight) in tied) for name, weight in named]
-        optimizer = engine.optimizer
         self._positions: dict[int, tuple[int, int]] = {}
         """By parameter, the number of its group in `BF16_Optimizer`, and its number there."""
         cut: Cut | None = None
@@ -139,7 +140,8 @@ class Gradients:
         if self.is_averaged and self.averaging.weights is not None:
             self.averaging.share_weights_(self.weights, self._find_bf16_master)
         else:
-            BF16_Optimizer.update_lp_params(self.engine.optimizer)
+            with self.averaging.timing():
+                BF16_Optimizer.update_lp_params(self.engine.optimizer)
 
     def _find_bf16_master(self, piece: Piece) -> torch.Tensor:
         optimizer = self.engine.optimizer
@@ -153,23 +155,24 @@ class Gradients:
 
     def _step_zero(self, closure: Any = None) -> None:
         """As `DeepSpeedZeroOptimizer.step`, which calls a function of its module to gather the weights."""
-        optimizer = self.engine.optimizer
-        if not (self.is_averaged and self.averaging.weights is not None):
-            return DeepSpeedZeroOptimizer.step(optimizer, closure)
+        optimizer, gather = self.engine.optimizer, stage_1_and_2.all_gather_dp_groups
+        compresses = self.is_averaged and self.averaging.weights is not None
         mine = self.averaging.exchange.collective.place
         before = [
             (number, start, weight.detach().view(-1)[start:stop].clone())
             for number, weight in enumerate(self.weights)
-            for owner, start, stop in self._cut_zero(number)
+            for owner, start, stop in (self._cut_zero(number) if compresses else ())
             if owner == mine
         ]
 
         def share(*args: Any, **kwargs: Any) -> None:
+            if not compresses:
+                with self.averaging.timing():
+                    return gather(*args, **kwargs)
             for number, start, values in before:  # the step has put the master copy there
                 self.weights[number].detach().view(-1)[start : start + values.numel()].copy_(values)
             self.averaging.share_weights_(self.weights, self._find_zero_master)
 
-        gather = stage_1_and_2.all_gather_dp_groups
         stage_1_and_2.all_gather_dp_groups = share
         try:
             DeepSpeedZeroOptimizer.step(optimizer, closure)
@@ -210,6 +213,16 @@ class Gradients:
         self.averaging.end_step(accepted=not getattr(self.engine.optimizer, "overflow", False))
 
 
+def _list_split(optimizer: Any) -> set[int] | None:
+    """The weights that an optimizer splits over replicas, which are all whose gradients it reduces; None: it
+    splits none, and those of all weights are reduced."""
+    if isinstance(optimizer, BF16_Optimizer):
+        return {id(weight) for members in optimizer.bf16_groups for weight in members}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return {id(weight) for members in optimizer.bit16_groups for weight in members}
+    return None
+
+
 def _find_positions(optimizer: BF16_Optimizer, weights: list[torch.Tensor]) -> dict[int, tuple[int, int]]:
     known = {id(weight) for weight in weights}
     return {
@@ -231,6 +244,8 @@ def _refuse(engine: Any) -> None:
         "zero_optimization.offload_optimizer": is_zero and optimizer.cpu_offload,
         "zero_optimization.overlap_comm = true": is_zero and optimizer.overlap_comm,
         "zero_optimization.zenflow": bool(engine.zenflow),
+        "Muon": any(getattr(weight, "use_muon", False) for weight in engine.module.parameters()),
+        "torch_autocast with a GradScaler": getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
     }
     for what in (what for what, is_there in refused.items() if is_there):
         raise ValueError(f"{KEY} with {what}; accepted: without, or {KEY} = null")

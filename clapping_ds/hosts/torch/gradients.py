@@ -9,7 +9,7 @@ pipeline of torch.distributed.pipelining `ClappingPipeline` does the same for st
 class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from clapping_ds.gradients.exchange import Round
 from clapping_ds.gradients.layout import Parameter
 from clapping_ds.link.groups import Control, get_group_ranks, rank
 from clapping_ds.stage.handshake import agree_on_config, refuse_tuning
+from clapping_ds.streams import is_asynchronous, mark
 
 
 class ReplicaGradients:
@@ -61,7 +62,9 @@ class ReplicaGradients:
         self._started: list[tuple[Round, torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
         """With the bucket's buffer, and what tells DDP that it is done."""
         self._is_finite: torch.Tensor | None = None
-        """Whether all means of the last backward pass are; None before the first, and once it is known."""
+        """On the CPU, once `_wait` returned: whether all means of the last backward pass are. None before the
+        first, and once it was read."""
+        self._wait: Callable[[], None] = lambda: None
         if not self.averaging.plan.is_raw:
             module.register_comm_hook(self, ReplicaGradients.exchange)
 
@@ -72,7 +75,7 @@ class ReplicaGradients:
         buffer = bucket.buffer()
         if not self.averaging.compresses:
             if bucket.is_last():
-                self._is_finite = torch.ones((), dtype=torch.bool)
+                self._is_finite, self._wait = torch.ones((), dtype=torch.bool), lambda: None
             return allreduce_hook(self.module.process_group, bucket)
         numbers = [self.numbers[id(weight)] for weight in bucket.parameters()]
         round_ = self.averaging.start(dict(zip(numbers, bucket.gradients(), strict=True)))
@@ -98,13 +101,18 @@ class ReplicaGradients:
             started.finish()
             sums.append(buffer.float().sum())
             future.set_result(buffer)
-        self._is_finite = torch.stack(sums).sum().isfinite()
+        is_finite = torch.stack(sums).sum().isfinite()
+        pins = is_asynchronous(is_finite.device)
+        self._is_finite = torch.empty((), dtype=torch.bool, pin_memory=pins)
+        self._is_finite.copy_(is_finite, non_blocking=True)
+        self._wait = mark(is_finite.device)
         self._started = []
 
     def settle(self) -> None:
         """After a backward pass: what was lost in it is held back, unless its means are not finite, where
         optimizers skip the step. (Done before the next one, so that no GPU is waited for in this one.)"""
         if self._is_finite is not None:
+            self._wait()
             self.averaging.end_step(accepted=bool(self._is_finite))
             self._is_finite = None
 

@@ -223,11 +223,22 @@ def _check(config: ClappingConfig, schedule: Any, stages: Sequence[ClappingStage
                 f"in DistributedDataParallel, or {KEY} = null"
             )
         check(config)
+    if config.data_parallel is not None and _splits_backward(schedule):
+        raise ValueError(
+            f"{KEY} with {type(schedule).__name__}, which computes gradients of weights apart, where "
+            f"DistributedDataParallel does not see them; accepted: another schedule, or {KEY} = null"
+        )
     if schedule._args_chunk_spec or schedule._kwargs_chunk_spec:
         raise ValueError(
             "a schedule with args_chunk_spec or kwargs_chunk_spec; accepted: neither, as micro-batches are "
             "joined along their first dimension"
         )
+
+
+def _splits_backward(schedule: Any) -> bool:
+    plan = getattr(schedule, "pipeline_order_with_comms", None) or {}
+    actions = (part for actions in plan.values() for whole in actions for part in _split_action(whole))
+    return any(action.computation_type.value == "W" for action in actions)
 
 
 def _order_messages(schedule: Any, num_stages: int, num_slots: int) -> dict[tuple[int, End], list[int]]:

@@ -62,7 +62,7 @@ class MailCollective:
 
     def scatter(self, payload: torch.Tensor, sizes: Sequence[int]) -> Arrival:
         parts = payload.clone().split(list(sizes))
-        return self._post(parts, lambda all_parts: torch.stack([of[self.place] for of in all_parts]))
+        return self._post(parts, lambda all_parts: [of[self.place] for of in all_parts])
 
     def gather(self, payload: torch.Tensor, sizes: Sequence[int]) -> Arrival:
         return self._post(payload.clone(), lambda payloads: payloads)

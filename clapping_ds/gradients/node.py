@@ -86,8 +86,8 @@ class NodeRound(Round):
         ])  # fmt: skip
         received = self.node.scatter(values.view(torch.uint8), self.nbytes).wait()
         total = torch.zeros(self.nbytes[self.node.place] // 4, device=self.node.device)
-        for values in received.view(torch.float32):
-            total += values
+        for sent in received:
+            total += sent.view(torch.float32)
         return total / self.node.size
 
 

@@ -8,7 +8,7 @@ a step computes. At each speed all runs are alive at once and take turns, step b
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -44,16 +44,19 @@ RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
 }
 
 
-def measure(ranks: Ranks, rho: float, rate_bits_per_s: float | None, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    ranks: Ranks, names: Sequence[str], rho: float, rate_bits_per_s: float | None, rounds: int
+) -> list[dict[str, Any]]:
     """A row per run at one speed of the link."""
-    num_values = ranks.ask("build_replicas", gpt=asdict(GPT), runs=RUNS)[0]["num_values"]
+    runs = {run: RUNS[run] for run in names}
+    num_values = ranks.ask("build_replicas", gpt=asdict(GPT), runs=runs)[0]["num_values"]
     for _ in range(WARM_UP_STEPS):
-        for run in RUNS:
+        for run in names:
             ranks.ask("step", run=run)
-    before = {run: sent_bytes(ranks, run) for run in RUNS}
-    taken = [{run: ranks.ask("step", run=run) for run in RUNS} for _ in range(rounds)]
+    before = {run: sent_bytes(ranks, run) for run in names}
+    taken = [{run: ranks.ask("step", run=run) for run in names} for _ in range(rounds)]
     rows = []
-    for run in RUNS:
+    for run in names:
         steps_s = [max(answer["step_s"] for answer in answers[run]) for answers in taken]
         compute_s = [max(sum(a["forward_s"] + a["backward_s"]) for a in answers[run]) for answers in taken]
         rows.append({
@@ -78,7 +81,9 @@ def sent_bytes(ranks: Ranks, run: str) -> int:
     return sum(row["payload_bytes"] for row in rows[: len(rows) // 2])
 
 
-def grid(network: Network, rhos: tuple[float, ...], rounds: int) -> Iterator[list[dict[str, Any]]]:
+def grid(
+    network: Network, names: Sequence[str], rhos: tuple[float, ...], rounds: int
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of one speed after the other. The link without a limit comes first: it tells how long a step
     computes. Two replicas in a ring each send all values once."""
     compute_s = num_values = 0.0
@@ -86,7 +91,7 @@ def grid(network: Network, rhos: tuple[float, ...], rounds: int) -> Iterator[lis
         rate = None if rho == UNSHAPED else 8 * 4 * num_values / (rho * compute_s)
         network.shape(rate)
         with started(network) as ranks:
-            rows = measure(ranks, rho, rate, rounds)
+            rows = measure(ranks, names, rho, rate, rounds)
         if rho == UNSHAPED:
             compute_s, num_values = rows[0]["compute_s"], rows[0]["num_values"]
         yield rows
@@ -95,13 +100,14 @@ def grid(network: Network, rhos: tuple[float, ...], rounds: int) -> Iterator[lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rhos", type=float, nargs="*", default=RHOS[1:])
+    parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of runs, stock among them")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     prepare("benchmarks.links.replicas")
     rows = []
     with open_network() as network:
-        for new in grid(network, (UNSHAPED, *options.rhos), options.rounds):
+        for new in grid(network, options.only, (UNSHAPED, *options.rhos), options.rounds):
             rows += new
             print(format_table(new), flush=True)
     facts = {"gpt": asdict(GPT), "warm_up_steps": WARM_UP_STEPS, "runs": RUNS}

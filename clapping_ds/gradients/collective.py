@@ -81,7 +81,7 @@ class Collective:
 
         sizes   bytes of each rank's payload; the same everywhere
         """
-        return self._swap([payload] * self.size, sizes)
+        return self._swap([payload.to(self.carrier)] * self.size, sizes)
 
     def _swap(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> Transfer:
         """Sends a part to each rank, and receives so many bytes from each.

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import clapping_ds
+from clapping_ds.gradients import layout
 from clapping_ds.link.verification import checksum
 from tests import models
 from tests.cluster import Cluster, assert_same_error
@@ -375,3 +376,24 @@ def test_a_replica_that_is_gone_is_told(how):
         cluster.close()
     assert "replicas, step 2: exchange of gradients: one of the ranks [0, 1]" in message
     assert took_s < 3 * TIMEOUT_S
+
+
+def in_many_buckets(ds):
+    """Stock's losses; ours, with parts of parameters in buckets of their own; this rank's weights."""
+    on_cpu()
+    options = {"num_stages": 2, "ds": ds}
+    stock, *_ = trained(None, {**options, "stock": True}, 5)
+    whole, layout.BUCKET_NUMEL = layout.BUCKET_NUMEL, 2000
+    try:
+        losses, weights, _ = trained(block_of(WEIGHTS), options, 5)
+    finally:
+        layout.BUCKET_NUMEL = whole
+    return stock, losses, weights
+
+
+@pytest.mark.parametrize("case", ["fp32 ZeRO-1", "bf16 ZeRO-1, clipping"])
+def test_parts_of_parameters_travel_in_several_buckets(four_ranks, case):
+    outcomes = four_ranks.run(in_many_buckets, SPLIT[case]["ds"])
+    assert_replicas_are_equal([weights for *_, weights in outcomes])
+    for stock, losses, _ in outcomes:
+        assert losses == pytest.approx(stock, rel=0.02)

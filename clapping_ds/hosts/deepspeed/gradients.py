@@ -33,24 +33,23 @@ class Gradients:
             weights = engine.module.parameters()
             tied |= {id(weight) for weight in weights if not is_model_parallel_parameter(weight)}
         optimizer = engine.optimizer
-        known = _list_split(optimizer)
+        positions = _find_positions(optimizer)
         named = [
             (name, weight)
             for name, weight in engine.module.named_parameters()
-            if weight.requires_grad and weight.numel() > 0 and (known is None or id(weight) in known)
+            if weight.requires_grad and weight.numel() > 0 and (positions is None or id(weight) in positions)
         ]
         self.weights = [weight for _, weight in named]
         parameters = [Parameter(name, weight.shape, id(weight) in tied) for name, weight in named]
-        self._positions: dict[int, tuple[int, int]] = {}
-        """By parameter, the number of its group in `BF16_Optimizer`, and its number there."""
+        self._positions = [] if positions is None else [positions[id(weight)] for weight in self.weights]
+        """Of a split optimizer, by parameter: its group, and its place there."""
         cut: Cut | None = None
         if isinstance(optimizer, BF16_Optimizer):
-            self._positions = _find_positions(optimizer, self.weights)
-            cut = self._cut_flat
+            cut = [self._cut_flat(number) for number in range(len(named))].__getitem__
             optimizer.get_grads_for_norm = self._get_grads_for_norm
             optimizer.update_lp_params = self._update_lp_params
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            cut = self._cut_zero
+            cut = [self._cut_zero(number) for number in range(len(named))].__getitem__
             optimizer.step = self._step_zero
         self.averaging = Averaging(
             engine.clapping,
@@ -66,7 +65,7 @@ class Gradients:
     def average_(self) -> None:
         """Replaces this step's gradients by their mean over replicas; where the optimizer is split, this
         replica's part of them."""
-        gradients = dict(enumerate(map(self._find, self.weights)))
+        gradients = {number: self._find(number) for number in range(len(self.weights))}
         self.averaging.average_(gradients)
         if not self.engine.gradient_average:
             for gradient in gradients.values():
@@ -88,12 +87,12 @@ class Gradients:
         else:
             yield
 
-    def _find(self, weight: Any) -> torch.Tensor:
+    def _find(self, number: int) -> torch.Tensor:
         """Where the gradient of a weight is accumulated; zeros where no backward pass has come to it."""
-        optimizer = self.engine.optimizer
-        if id(weight) in self._positions:
-            group, number = self._positions[id(weight)]
-            return optimizer.fp32_groups_gradients[group][number].view(weight.shape)
+        optimizer, weight = self.engine.optimizer, self.weights[number]
+        if isinstance(optimizer, BF16_Optimizer):
+            group, place = self._positions[number]
+            return optimizer.fp32_groups_gradients[group][place].view(weight.shape)
         is_zero = isinstance(optimizer, DeepSpeedZeroOptimizer)
         if is_zero and optimizer.use_grad_accum_attribute:
             if weight.grad_accum is None:
@@ -103,25 +102,34 @@ class Gradients:
             weight.grad = torch.zeros_like(weight)
         return weight.grad.data
 
+    def _parts(self, is_mine: bool) -> Iterator[tuple[int, int, int]]:
+        """Of a split optimizer, (number, start, stop) of all that this replica has, or that others have."""
+        exchange = self.averaging.exchange
+        for number in range(len(self.weights)):
+            for owner, start, stop in exchange.cut(number):
+                if (owner == exchange.collective.place) == is_mine:
+                    yield number, start, stop
+
     # BF16_Optimizer
+
+    def _find_begin(self, number: int) -> int:
+        """Of a parameter, in the flat values of its group."""
+        group, place = self._positions[number]
+        return sum(weight.numel() for weight in self.engine.optimizer.bf16_groups[group][:place])
 
     def _cut_flat(self, number: int) -> list[tuple[int, int, int]]:
         """Of the flat gradients of a group of parameters each replica has an equal part."""
-        optimizer = self.engine.optimizer
-        group, place = self._positions[id(self.weights[number])]
-        begin = sum(weight.numel() for weight in optimizer.bf16_groups[group][:place])
-        partitions = optimizer.bf16_partitioned_groups[group]
+        group, _ = self._positions[number]
+        begin = self._find_begin(number)
+        partitions = self.engine.optimizer.bf16_partitioned_groups[group]
         size, numel = partitions[0].numel(), self.weights[number].numel()
         bounds = [min(max(owner * size - begin, 0), numel) for owner in range(len(partitions) + 1)]
         return [(owner, start, stop) for owner, (start, stop) in enumerate(pairwise(bounds))]
 
     def _clear_others(self, gradients: Mapping[int, torch.Tensor]) -> None:
         """Zeros where other replicas have the mean."""
-        mine = self.averaging.exchange.collective.place
-        for number, gradient in gradients.items():
-            for owner, start, stop in self._cut_flat(number):
-                if owner != mine:
-                    gradient.view(-1)[start:stop].zero_()
+        for number, start, stop in self._parts(is_mine=False):
+            gradients[number].view(-1)[start:stop].zero_()
 
     def _get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         """As `BF16_Optimizer.get_grads_for_norm`, which counts on every replica having all of the mean: here
@@ -144,11 +152,10 @@ class Gradients:
                 BF16_Optimizer.update_lp_params(self.engine.optimizer)
 
     def _find_bf16_master(self, piece: Piece) -> torch.Tensor:
-        optimizer = self.engine.optimizer
-        group, place = self._positions[id(self.weights[piece.number])]
-        begin = sum(weight.numel() for weight in optimizer.bf16_groups[group][:place]) + piece.start
-        master = optimizer.fp32_groups_flat_partition[group]
-        begin -= self.averaging.exchange.collective.place * master.numel()
+        group, _ = self._positions[piece.number]
+        master = self.engine.optimizer.fp32_groups_flat_partition[group]
+        mine = self.averaging.exchange.collective.place * master.numel()
+        begin = self._find_begin(piece.number) + piece.start - mine
         return master.detach()[begin : begin + piece.numel]
 
     # ZeRO stage 1
@@ -157,20 +164,18 @@ class Gradients:
         """As `DeepSpeedZeroOptimizer.step`, which calls a function of its module to gather the weights."""
         optimizer, gather = self.engine.optimizer, stage_1_and_2.all_gather_dp_groups
         compresses = self.is_averaged and self.averaging.weights is not None
-        mine = self.averaging.exchange.collective.place
-        before = [
-            (number, start, weight.detach().view(-1)[start:stop].clone())
-            for number, weight in enumerate(self.weights)
-            for owner, start, stop in (self._cut_zero(number) if compresses else ())
-            if owner == mine
+        parts = [
+            self.weights[number].detach().view(-1)[start:stop]
+            for number, start, stop in (self._parts(is_mine=True) if compresses else ())
         ]
+        before = [part.clone() for part in parts]
 
         def share(*args: Any, **kwargs: Any) -> None:
             if not compresses:
                 with self.averaging.timing():
                     return gather(*args, **kwargs)
-            for number, start, values in before:  # the step has put the master copy there
-                self.weights[number].detach().view(-1)[start : start + values.numel()].copy_(values)
+            for part, values in zip(parts, before, strict=True):  # the step has put the master copy there
+                part.copy_(values)
             self.averaging.share_weights_(self.weights, self._find_zero_master)
 
         stage_1_and_2.all_gather_dp_groups = share
@@ -180,19 +185,18 @@ class Gradients:
             stage_1_and_2.all_gather_dp_groups = gather
 
     def _find_zero_master(self, piece: Piece) -> torch.Tensor:
-        optimizer, weight_id = (
-            self.engine.optimizer,
-            self.engine.optimizer.get_param_id(self.weights[piece.number]),
-        )
-        group = self._find_group(piece.number)
+        optimizer = self.engine.optimizer
+        weight_id = optimizer.get_param_id(self.weights[piece.number])
+        group, _ = self._positions[piece.number]
         mine = self.averaging.exchange.collective.place
-        begin = int(optimizer.grad_partition_insertion_offset[group][mine][weight_id])
+        start = int(optimizer.grad_start_offset[group][mine][weight_id])
+        begin = int(optimizer.grad_partition_insertion_offset[group][mine][weight_id]) + piece.start - start
         return optimizer.single_partition_of_fp32_groups[group].detach()[begin : begin + piece.numel]
 
     def _cut_zero(self, number: int) -> list[tuple[int, int, int]]:
         """As `DeepSpeedZeroOptimizer.average_tensor` finds the replicas that a gradient goes to."""
         optimizer, weight = self.engine.optimizer, self.weights[number]
-        group = self._find_group(number)
+        group, _ = self._positions[number]
         weight_id = optimizer.get_param_id(weight)
         owners = optimizer.param_to_partition_ids[group][weight_id]
         starts = sorted(
@@ -201,35 +205,25 @@ class Gradients:
         stops = [start for start, _ in starts[1:]] + [weight.numel()]
         return [(owner, start, stop) for (start, owner), stop in zip(starts, stops, strict=True)]
 
-    def _find_group(self, number: int) -> int:
-        """The optimizer's, of a parameter."""
-        weight = self.weights[number]
-        groups = enumerate(self.engine.optimizer.bit16_groups)
-        return next(group for group, members in groups if any(member is weight for member in members))
-
     def end_step(self) -> None:
         """After the optimizer's step, which skips one whose gradients are not finite."""
         self.is_averaged = False
         self.averaging.end_step(accepted=not getattr(self.engine.optimizer, "overflow", False))
 
 
-def _list_split(optimizer: Any) -> set[int] | None:
-    """The weights that an optimizer splits over replicas, which are all whose gradients it reduces; None: it
-    splits none, and those of all weights are reduced."""
+def _find_positions(optimizer: Any) -> dict[int, tuple[int, int]] | None:
+    """By the id of each weight that an optimizer splits over replicas (it reduces gradients of no other): its
+    group, and its place there. None: it splits none, and gradients of all weights are reduced."""
     if isinstance(optimizer, BF16_Optimizer):
-        return {id(weight) for members in optimizer.bf16_groups for weight in members}
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return {id(weight) for members in optimizer.bit16_groups for weight in members}
-    return None
-
-
-def _find_positions(optimizer: BF16_Optimizer, weights: list[torch.Tensor]) -> dict[int, tuple[int, int]]:
-    known = {id(weight) for weight in weights}
+        groups = optimizer.bf16_groups
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        groups = optimizer.bit16_groups
+    else:
+        return None
     return {
-        id(weight): (group, number)
-        for group, members in enumerate(optimizer.bf16_groups)
-        for number, weight in enumerate(members)
-        if id(weight) in known
+        id(weight): (group, place)
+        for group, members in enumerate(groups)
+        for place, weight in enumerate(members)
     }
 
 

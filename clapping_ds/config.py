@@ -31,7 +31,7 @@ from clapping_ds.codecs import (
     bits_per_value,
 )
 from clapping_ds.codecs.base import STRICT
-from clapping_ds.codecs.sequence import Member, label, name_codec
+from clapping_ds.codecs.sequence import Member, label, list_members, name_codec
 from clapping_ds.codecs.transform import Bits
 
 BLOCK_NAME = "clapping"
@@ -253,7 +253,7 @@ class DataParallelConfig(BaseModel):
     def _check_codecs(self) -> Self:
         for field in ("scatter", "gather", "weights"):
             codec = getattr(self, field)
-            names = [member.name for member in _list_members(codec)] if codec is not None else []
+            names = [member.name for member in list_members(codec)] if codec is not None else []
             if "transform" in names:
                 raise ValueError(
                     f"{field} = {label(codec)!r}, which learns of tokens; accepted: a codec or a list "
@@ -299,10 +299,6 @@ class DataParallelConfig(BaseModel):
         if isinstance(codec, Quantizer | Eden):
             return "none" if codec.bits > 3 or codec.is_unbiased else "ef14"
         return "none" if isinstance(codec, Float8) else "ef14"
-
-
-def _list_members(codec: AnyCodec) -> tuple[AnyCodec, ...]:
-    return codec.codecs if isinstance(codec, CodecSequence) else (codec,)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,15 @@ def assert_same_error(outcomes: list[Any], kind: str, message: str) -> None:
         assert message in outcome.message
 
 
+def assert_replicas_are_equal(outcomes: list[tuple[int, list[int]]]) -> None:
+    """outcomes: of all ranks, their stage, and checksums of their weights."""
+    by_stage: dict[int, list[list[int]]] = {}
+    for stage, weights in outcomes:
+        by_stage.setdefault(stage, []).append(weights)
+    for of_stage in by_stage.values():
+        assert len(of_stage) > 1 and all(weights == of_stage[0] for weights in of_stage)
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",

@@ -100,6 +100,11 @@ class CodecSequence(BaseModel):
         return list(zip(self.codecs, sections, contexts, strict=True))
 
 
+def list_members(codec: Raw | Member | CodecSequence) -> tuple[Raw | Member, ...]:
+    """The codecs of a sequence, or the one."""
+    return codec.codecs if isinstance(codec, CodecSequence) else (codec,)
+
+
 def label(codec: Raw | Member | CodecSequence) -> str:
     """For tables: the name, and the options that are not the defaults."""
     if isinstance(codec, CodecSequence):

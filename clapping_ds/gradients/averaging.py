@@ -80,8 +80,9 @@ class Averaging:
         self.step = 0
         self.is_used = True
         """False: `links` found that it saves nothing."""
-        measures = config.links is not None and config.links.read is None
-        self._trial = Trial(config.links.min_gain) if measures and config.links is not None else None
+        links = config.links
+        measures = links is not None and links.read is None and not self.plan.is_raw
+        self._trial = Trial(links.min_gain) if measures and links is not None else None
         self._start_s = 0.0
         self._exchange_s = 0.0
 
@@ -244,10 +245,10 @@ class Averaging:
         why. Steps are counted on from the state of any rank, or from `step`. A collective of all ranks."""
         fits = state is not None and state.get("exchange", {}).get("written by") == self.exchange.describe()
         told = self.control.gather((None if state is None else state.get("step"), fits))
+        if self.delayed is not None:
+            self.delayed.forget()
         if state is None or not all(each for _, each in told):
             self.exchange.forget()
-            if self.delayed is not None:
-                self.delayed.forget()
             steps = [known for known, _ in told if known is not None]
             self.step = max(steps, default=self.step if step is None else step)
             return DIFFERENT if len(steps) == len(told) else MISSING

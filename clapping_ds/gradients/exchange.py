@@ -30,7 +30,11 @@ from clapping_ds.gradients.layout import (
     Piece,
     Section,
     cut_rows,
+    flatten,
     make_buckets,
+    put_back,
+    read,
+    store,
     works_on_matrices,
 )
 from clapping_ds.link import verification
@@ -207,8 +211,11 @@ class Exchange:
         """step: of the gradients. values: fp32, of the section's pieces."""
         codec, feedback = leg.choose(section.shape)
         context = self._context(leg, step, section, self.collective.place, None)
-        places, value = self._places(section), values.view(section.shape)
-        value = feedback.encode_(places, section.sizes, value, payload, codec, context)
+
+        def write(value: torch.Tensor, memory: torch.Tensor | None, carry: bool) -> None:
+            codec.encode_(value, payload, context._replace(memory=memory, carry=carry))
+
+        value = feedback.encode(self._places(section), section.sizes, values.view(section.shape), write)
         if self.measures_error and codec is not RAW:
             leg.gradient_square += float(values.square().sum())
             seen = torch.empty_like(value)
@@ -292,9 +299,7 @@ class Round:
         self.exchange = exchange
         self.step = exchange.step
         self.gradients = gradients
-        self.flat = {
-            number: gradient.detach().contiguous().view(-1) for number, gradient in gradients.items()
-        }
+        self.flat = flatten(gradients)
         self.buckets = exchange.buckets(tuple(gradients))
         with self._at():
             self._sums = [self._sum(bucket) for bucket in self.buckets]
@@ -322,9 +327,7 @@ class Round:
                 self._take_sums(bucket, sums)
             if self.exchange.header_nbytes and not self.exchange.is_split:
                 self._compare()
-        for number, gradient in self.gradients.items():
-            if gradient.data_ptr() != self.flat[number].data_ptr():
-                gradient.copy_(self.flat[number].view_as(gradient))
+        put_back(self.flat, self.gradients)
 
     # What travels raw
 
@@ -355,7 +358,7 @@ class Round:
         sizes = [self._nbytes(leg, sections) for sections in bucket.sections]
         payload = torch.empty(sum(sizes), dtype=torch.uint8, device=exchange.collective.device)
         for sections, part in zip(bucket.sections, payload.split(sizes), strict=True):
-            self._write(leg, sections, part, [self._read(section) for section in sections])
+            self._write(leg, sections, part, [read(section, self.flat).float() for section in sections])
         if exchange.is_direct:
             self._count(leg, sizes[0], bucket.sections[0])
             return exchange.collective.gather(payload, sizes * exchange.collective.size)
@@ -401,13 +404,9 @@ class Round:
             ]
             self._store(sections, means)
 
-    def _read(self, section: Section) -> torch.Tensor:
-        return torch.cat([self.flat[p.number][p.start : p.stop].float() for p in section.pieces])
-
     def _store(self, sections: Sequence[Section], means: Sequence[torch.Tensor]) -> None:
         for section, mean in zip(sections, means, strict=True):
-            for piece, values in zip(section.pieces, mean.split(section.sizes), strict=True):
-                self.flat[piece.number][piece.start : piece.stop].copy_(values)
+            store(section.pieces, mean, self.flat)
 
     # Payloads
 

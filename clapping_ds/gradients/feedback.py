@@ -14,14 +14,13 @@ What is held belongs to places: pieces of parameters, whatever message they trav
 once `commit` is called, when the step that they are of was accepted.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from clapping_ds.codecs import AnyCodec, Context
-
 Place = Hashable
+Write = Callable[[torch.Tensor, torch.Tensor | None, bool], None]
+"""Writes the payload of a value, with the memory and `carry` of a codec's `Context`."""
 
 
 class Held:
@@ -67,18 +66,12 @@ class NoFeedback:
         self.held: dict[str, Held] = {}
         """All that is kept between two steps, by name."""
 
-    def encode_(
-        self,
-        places: Sequence[Place],
-        sizes: Sequence[int],
-        value: torch.Tensor,
-        payload: torch.Tensor,
-        codec: AnyCodec,
-        context: Context,
+    def encode(
+        self, places: Sequence[Place], sizes: Sequence[int], value: torch.Tensor, write: Write
     ) -> torch.Tensor:
-        """Writes the payload of one section, and returns what it stands for. value: fp32, the values of all
-        places one after the other, in the section's shape."""
-        codec.encode_(value, payload, context)
+        """Has one section written, and returns what is written of it. value: fp32, the values of all places
+        one after the other, in the section's shape."""
+        write(value, None, False)
         return value
 
     def receive(self, places: Sequence[Place], sizes: Sequence[int], mean: torch.Tensor) -> torch.Tensor:
@@ -97,18 +90,12 @@ class ErrorFeedback(NoFeedback):
         self.error = Held()
         self.held = {"error": self.error}
 
-    def encode_(
-        self,
-        places: Sequence[Place],
-        sizes: Sequence[int],
-        value: torch.Tensor,
-        payload: torch.Tensor,
-        codec: AnyCodec,
-        context: Context,
+    def encode(
+        self, places: Sequence[Place], sizes: Sequence[int], value: torch.Tensor, write: Write
     ) -> torch.Tensor:
         value = value + self.error.read(places, sizes, value.device).view(value.shape)
         sent = torch.zeros_like(value)
-        codec.encode_(value, payload, context._replace(memory=sent))
+        write(value, sent, False)
         # A group that is not finite arrives as NaN, and the step is lost: its error must not be.
         error = torch.where(value.isfinite(), value - sent, 0.0)
         self.error.stage(places, sizes, error.view(-1))
@@ -127,14 +114,8 @@ class DifferenceFeedback(NoFeedback):
         self.sent, self.received, self.mean = Held(), Held(), Held()
         self.held = {"sent": self.sent, "received": self.received, "mean": self.mean}
 
-    def encode_(
-        self,
-        places: Sequence[Place],
-        sizes: Sequence[int],
-        value: torch.Tensor,
-        payload: torch.Tensor,
-        codec: AnyCodec,
-        context: Context,
+    def encode(
+        self, places: Sequence[Place], sizes: Sequence[int], value: torch.Tensor, write: Write
     ) -> torch.Tensor:
         if self.momentum < 1:
             before = self.mean.read(places, sizes, value.device).view(value.shape)
@@ -142,7 +123,7 @@ class DifferenceFeedback(NoFeedback):
             self.mean.stage(places, sizes, torch.where(value.isfinite(), value, before).view(-1))
         sent = self.sent.read(places, sizes, value.device)
         change = value - sent.view(value.shape)
-        codec.encode_(value, payload, context._replace(memory=sent.view(value.shape), carry=True))
+        write(value, sent.view(value.shape), True)
         self.sent.stage(places, sizes, sent)
         return change
 
@@ -153,18 +134,13 @@ class DifferenceFeedback(NoFeedback):
         return result
 
 
-FEEDBACKS: Mapping[str, Callable[..., NoFeedback]] = {
-    "none": NoFeedback,
-    "ef14": ErrorFeedback,
-    "ef21": DifferenceFeedback,
-    "ef21_sgdm": DifferenceFeedback,
-}
-
-
 def make_feedback(name: str, momentum: float) -> NoFeedback:
     """One of the four, with nothing held. momentum: of `ef21_sgdm`."""
-    make: Callable[..., NoFeedback] = FEEDBACKS[name]
-    return partial(make, momentum)() if name == "ef21_sgdm" else make()
+    if name == "ef14":
+        return ErrorFeedback()
+    if name == "none":
+        return NoFeedback()
+    return DifferenceFeedback(momentum if name == "ef21_sgdm" else 1.0)
 
 
 def commit(feedbacks: Sequence[NoFeedback], accepted: bool) -> None:

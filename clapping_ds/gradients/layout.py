@@ -6,13 +6,14 @@ and coded by itself.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from clapping_ds.codecs import AnyCodec, CodecSequence, LowRank
+from clapping_ds.codecs import AnyCodec, LowRank
+from clapping_ds.codecs.sequence import list_members
 
 BUCKET_NUMEL = 1 << 23
 """Values that are exchanged together: while one bucket is averaged the next one is on the wire."""
@@ -66,9 +67,35 @@ Cut = Callable[[int], Sequence[tuple[int, int, int]]]
 """Of a parameter's number: (owner, start, stop) of each piece."""
 
 
+Flat = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]
+"""By the number of the parameter, its values in one dimension."""
+
+
+def flatten(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Of one dimension each: views, but of what has gaps."""
+    return {number: tensor.detach().contiguous().view(-1) for number, tensor in tensors.items()}
+
+
+def put_back(flat: Mapping[int, torch.Tensor], tensors: Mapping[int, torch.Tensor]) -> None:
+    """What was written into `flatten`'s copies, into the tensors."""
+    for number, tensor in tensors.items():
+        if tensor.data_ptr() != flat[number].data_ptr():
+            tensor.copy_(flat[number].view_as(tensor))
+
+
+def read(section: Section, flat: Flat) -> torch.Tensor:
+    """The values of all its pieces, a copy of one dimension."""
+    return torch.cat([flat[piece.number][piece.start : piece.stop] for piece in section.pieces])
+
+
+def store(pieces: Sequence[Piece], values: torch.Tensor, flat: Flat) -> None:
+    """Writes the values of all pieces, one after the other, to where they belong."""
+    for piece, part in zip(pieces, values.split([piece.numel for piece in pieces]), strict=True):
+        flat[piece.number][piece.start : piece.stop].copy_(part)
+
+
 def works_on_matrices(codec: AnyCodec) -> bool:
-    members = codec.codecs if isinstance(codec, CodecSequence) else (codec,)
-    return any(isinstance(member, LowRank) for member in members)
+    return any(isinstance(member, LowRank) for member in list_members(codec))
 
 
 def cut_rows(parameters: Sequence[Parameter], num_owners: int) -> Cut:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.collective import Collective, Transfer
+from clapping_ds.gradients.collective import Collective
 from clapping_ds.gradients.exchange import Exchange, Round
-from clapping_ds.gradients.layout import Parameter, Piece, cut_rows, find_sides
+from clapping_ds.gradients.layout import Parameter, Piece, cut_rows, find_sides, flatten, put_back, store
 
 
 class NodeExchange(Exchange):
@@ -65,20 +65,15 @@ class NodeRound(Round):
 
     def finish(self) -> None:
         super().finish()
-        told: Transfer = self.node.gather(self.share.view(torch.uint8), self.nbytes)
+        told = self.node.gather(self.share.view(torch.uint8), self.nbytes)
+        flat = flatten(self.whole)
         for share, received in zip(self.shares, told.wait(), strict=True):
-            pieces = [share[number] for number in self.whole]
-            values = received.view(torch.float32).split([piece.numel for piece in pieces])
-            for piece, of_piece in zip(pieces, values, strict=True):
-                gradient = self.whole[piece.number]
-                flat = gradient.contiguous().view(-1)
-                flat[piece.start : piece.stop].copy_(of_piece)
-                if flat.data_ptr() != gradient.data_ptr():
-                    gradient.copy_(flat.view_as(gradient))
+            store([share[number] for number in self.whole], received.view(torch.float32), flat)
+        put_back(flat, self.whole)
 
     def _average_on_node(self) -> torch.Tensor:
         """fp32, flat: the mean of this replica's share over its node."""
-        flat = {number: gradient.detach().reshape(-1) for number, gradient in self.whole.items()}
+        flat = flatten(self.whole)
         values = torch.cat([
             flat[piece.number][piece.start : piece.stop].float()
             for share in self.shares

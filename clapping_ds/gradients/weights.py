@@ -10,7 +10,6 @@ dimension travel as they are.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from clapping_ds.codecs import AnyCodec, Context, Raw
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
 from clapping_ds.gradients.exchange import RAW, Leg
-from clapping_ds.gradients.layout import Bucket, Cut, Parameter, Piece, Section, make_buckets
+from clapping_ds.gradients.layout import Bucket, Cut, Parameter, Piece, Section, make_buckets, read, store
 from clapping_ds.link.message import Spec
 from clapping_ds.link.seeds import draw_word
 
@@ -72,11 +71,11 @@ class WeightExchange:
         sizes = [self._nbytes(bucket, owner, flat) for owner in range(self.collective.size)]
         payload = torch.empty(sizes[place], dtype=torch.uint8, device=self.collective.device)
         for codec, section, part in self._sections(bucket, place, flat, payload):
-            memory = _read(section, flat)
+            memory = read(section, flat)
             value = torch.cat([masters(piece) for piece in section.pieces])
             value = value.to(memory.dtype) if codec is RAW else value
             codec.encode_(value, part, self._context(section, place, memory, step))
-            _store(section, memory, flat)
+            store(section.pieces, memory, flat)
         specs = [
             Spec(section.shape, flat[section.pieces[0].number].dtype)
             for _, section in self._list_sections(bucket, place)
@@ -89,18 +88,16 @@ class WeightExchange:
         self, bucket: Bucket, owner: int, payload: torch.Tensor, flat: Sequence[torch.Tensor], step: int
     ) -> None:
         for codec, section, part in self._sections(bucket, owner, flat, payload):
-            memory = _read(section, flat)
+            memory = read(section, flat)
             out = torch.empty_like(memory, dtype=memory.dtype if codec is RAW else torch.float32)
             codec.decode_(part, out, self._context(section, owner, memory, step))
-            _store(section, memory, flat)
+            store(section.pieces, memory, flat)
 
     def _context(self, section: Section, owner: int, memory: torch.Tensor, step: int) -> Context:
         first = section.pieces[0]
         seed = draw_word(self.seed, step, owner, first.number, first.start)
-        return Context(memory, carry=True, seed=seed, state=self._state(section), compiles=self.compiles)
-
-    def _state(self, section: Section) -> Any:
-        return self.leg.state(section, None, self.collective.device)
+        state = self.leg.state(section, None, self.collective.device)
+        return Context(memory, carry=True, seed=seed, state=state, compiles=self.compiles)
 
     def _list_sections(self, bucket: Bucket, owner: int) -> list[tuple[AnyCodec, Section]]:
         """Of an owner: with the codec, then as they are, by parameter."""
@@ -127,12 +124,3 @@ class WeightExchange:
         found = self._list_sections(bucket, owner)
         parts = payload.split([self._nbytes_of(*each, flat) for each in found])
         return [(codec, section, part) for (codec, section), part in zip(found, parts, strict=True)]
-
-
-def _read(section: Section, flat: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([flat[piece.number][piece.start : piece.stop] for piece in section.pieces])
-
-
-def _store(section: Section, values: torch.Tensor, flat: Sequence[torch.Tensor]) -> None:
-    for piece, part in zip(section.pieces, values.split(section.sizes), strict=True):
-        flat[piece.number][piece.start : piece.stop].copy_(part)

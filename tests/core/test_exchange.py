@@ -273,6 +273,18 @@ def test_replicas_with_other_means_are_found():
         replicas.average(1, replicas.draw(1))
 
 
+def average_late(delayed, step, gradients):
+    """One step of all replicas."""
+
+    def run(exchange, mine):
+        exchange.exchange.begin_step(step)
+        exchange.average_(mine)
+        exchange.exchange.end_step()
+
+    with ThreadPoolExecutor(len(delayed)) as threads:
+        list(threads.map(run, delayed, gradients))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("delay", [1, 2])
 def test_old_gradients_are_those_of_some_steps_ago(size, delay):
@@ -282,20 +294,37 @@ def test_old_gradients_are_those_of_some_steps_ago(size, delay):
     for step in range(delay + 3):
         gradients = replicas.draw(step)
         means.append(mean_of(gradients))
-
-        def run(exchange, mine, step=step):
-            exchange.exchange.begin_step(step)
-            exchange.average_(mine)
-            exchange.exchange.end_step()
-
-        with ThreadPoolExecutor(size) as threads:
-            list(threads.map(run, delayed, gradients))
+        average_late(delayed, step, gradients)
         for number, found in gradients[0].items():
             if step < delay:
                 assert not found.any()
             else:
                 true = means[step - delay][number]
                 assert (found - true).norm() < 0.2 * true.norm(), "the error of eden4 on both ways"
+
+
+@pytest.mark.parametrize("feedback", ["ef14", "ef21"])
+def test_what_is_on_its_way_may_be_saved_in_between(feedback):
+    """Two rounds arrive at once then, and the second builds on what the first one left."""
+    found = []
+    for saves in (False, True):
+        replicas = Replicas(3, plan_of("sign", feedback))
+        delayed = [DelayedExchange(exchange, 2) for exchange in replicas.exchanges]
+        for step in range(7):
+            gradients = replicas.draw(step)
+            average_late(delayed, step, gradients)
+            if saves and step == 3:
+                with ThreadPoolExecutor(3) as threads:
+                    list(threads.map(DelayedExchange.state_dict, delayed))
+        found.append(gradients[0])
+    assert same_bits(*found)
+
+
+def test_what_is_tied_travels_by_itself():
+    parameters = [Parameter("table", torch.Size((64, 64)), True), Parameter("weight", torch.Size((64, 64)))]
+    (bucket,) = layout.make_buckets(parameters, range(2), 3, layout.cut_rows(parameters, 3), 512, False)
+    assert bucket.tied == (0,) and not bucket.raw
+    assert {piece.number for of in bucket.sections for each in of for piece in each.pieces} == {1}
 
 
 def test_a_load_in_a_run_that_has_stepped_is_as_in_a_new_one():

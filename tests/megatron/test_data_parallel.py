@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.cluster import assert_same_error, free_groups
+from tests.cluster import assert_replicas_are_equal, assert_same_error, free_groups
 from tests.megatron import replicas
 from tests.megatron.runs import FLUSH
 from tests.models import NONE
@@ -53,15 +53,6 @@ def ran(block, num_stages, options, steps=3):
 def compared(plans, num_stages, options):
     """Of stock, then of each plan."""
     return [ran(block, num_stages, options) for block in (None, *map(block_of, plans))]
-
-
-def assert_replicas_are_equal(outcomes):
-    """outcomes: of all ranks, their stage and weights."""
-    by_stage = {}
-    for stage, weights in outcomes:
-        by_stage.setdefault(stage, []).append(weights)
-    for of_stage in by_stage.values():
-        assert all(weights == of_stage[0] for weights in of_stage)
 
 
 def assert_near(figures, stock, tolerance):

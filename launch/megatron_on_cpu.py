@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class CpuForCuda(TorchFunctionMode):
-    """What is asked to be on a GPU is on the CPU."""
+    """What is asked to be on a GPU is on the CPU. Types of tensors have the names of a GPU's: optimizers know
+    no others."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -22,7 +23,10 @@ class CpuForCuda(TorchFunctionMode):
             kwargs["device"] = "cpu"
         if function is torch.Tensor.cuda:
             return args[0]
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
 
 def _no_tracker(seed: int, *options: Any, **more: Any) -> None:

@@ -72,6 +72,8 @@ class MegatronRun:
     """Largest norm of the gradient; 0: any."""
     dtype: str = "bfloat16"
     """Of weights and messages: a name in torch."""
+    distributed_optimizer: bool = False
+    """The optimizer is split over replicas."""
     eval_interval: int = 40
     """Steps between two validations; there is one after the last step as well."""
     eval_batches: int = 5
@@ -128,7 +130,8 @@ def model_chunks(run: MegatronRun, config: TransformerConfig, vocabulary: int) -
             vp_stage=chunk if run.chunks > 1 else None,
         )
         model = model.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
-        chunks.append(DistributedDataParallel(config, DistributedDataParallelConfig(), model))
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=run.distributed_optimizer)
+        chunks.append(DistributedDataParallel(config, settings, model))
     return chunks
 
 
@@ -172,6 +175,7 @@ def make_optimizer(run: MegatronRun, config: TransformerConfig, chunks: list[Any
         optimizer="adam", lr=run.learning_rate, min_lr=run.learning_rate / 10,
         weight_decay=run.weight_decay, adam_beta2=0.95, clip_grad=run.clip_grad,
         bf16=config.bf16, params_dtype=config.params_dtype,
+        use_distributed_optimizer=run.distributed_optimizer,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     schedule = OptimizerParamScheduler(
@@ -199,6 +203,7 @@ class Trainer:
         if clapping is not None:
             self.pipeline = MegatronPipeline(clapping, self.config)
             forward_backward = self.pipeline.wrap(forward_backward)
+            self.pipeline.compress_gradients(self.chunks, self.optimizer)
         self.passes = partial(
             forward_backward, forward_step_func=forward_step, model=self.chunks,
             seq_length=run.length, micro_batch_size=run.batch_size,

@@ -2,10 +2,11 @@
 
 torchrun ... -m patches.megatron_lm pretrain_gpt.py --clapping-config FILE [arguments of the script]
 
-Its training loop looks `forward_backward_pipelining_*` up in `megatron.core.pipeline_parallel.schedules`
-when it starts. Both are replaced there by what `MegatronPipeline.wrap` makes of them, which passes our
+Its training loop looks `forward_backward_*` up in `megatron.core.pipeline_parallel.schedules` when it
+starts. All three are replaced there by what `MegatronPipeline.wrap` makes of them, which passes our
 communicator and iterators as their arguments. `args.consumed_train_samples` comes to count fresh samples
-only, so that a resumed run skips no data.
+only, so that a resumed run skips no data. The optimizer that `get_megatron_optimizer` makes is kept for
+`MegatronPipeline.compress_gradients`.
 
 Megatron-Core is imported late, so that it is the one beside the script, if there is one.
 """
@@ -30,11 +31,16 @@ OPTION = "--clapping-config"
 SCHEDULES = (
     "forward_backward_pipelining_with_interleaving",
     "forward_backward_pipelining_without_interleaving",
+    "forward_backward_no_pipelining",
 )
 SIGNATURE = (
     "forward_step_func, data_iterator, model, num_microbatches, seq_length, micro_batch_size, "
     "decoder_seq_length, forward_only, collect_non_loss_data, first_val_step, adjust_tensor_shapes_fn, "
     "p2p_communicator, pg_collection, force_all_reduce"
+)
+OPTIMIZER = (
+    "config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection, "
+    "dump_param_to_param_group_map"
 )
 
 
@@ -48,16 +54,28 @@ class Compression:
         self.resumed: Path | None = None
         """The folder of the checkpoint that was loaded before the first step."""
         self.is_first_rank = False
+        self.optimizer: Any = None
+        """Megatron-LM's, once it has made it."""
 
-    def start(self, model_config: Any) -> None:
-        """A collective of all ranks."""
+    def start(self, model: Any) -> None:
+        """model: this rank's model chunk, or a list of them. A collective of all ranks."""
+        from megatron.core.utils import get_model_config
+
         from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
 
+        model_config = get_model_config(model[0] if isinstance(model, list) else model)
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
         config = self.pipeline.config
         if config.enabled and config.sampling.p_new < 1:
             _refuse_phases()
+        if config.enabled and config.data_parallel is not None:
+            if self.optimizer is None:
+                raise ValueError(
+                    "data_parallel with an optimizer that get_megatron_optimizer did not make; accepted: one "
+                    "that it made, or data_parallel = null"
+                )
+            self.pipeline.compress_gradients(model, self.optimizer)
         if config.enabled and self.resumed is not None:
             reason = self.pipeline.load_state_dict(state_file.read(self.resumed))
             if reason is not None and self.is_first_rank and config.checkpoint_memory:
@@ -69,9 +87,7 @@ class Compression:
         @wraps(original)
         def run(*, model: Any, forward_only: bool = False, **options: Any) -> Any:
             if self.pipeline is None:
-                from megatron.core.utils import get_model_config
-
-                self.start(get_model_config(model[0] if isinstance(model, list) else model))
+                self.start(model)
             if forward_only or not self.pipeline.config.enabled:
                 return original(model=model, forward_only=forward_only, **options)
             _refuse_a_second_run()
@@ -83,6 +99,16 @@ class Compression:
             return result
 
         return run
+
+    def keeping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement of `get_megatron_optimizer`."""
+
+        @wraps(original)
+        def get_megatron_optimizer(*arguments: Any, **options: Any) -> Any:
+            self.optimizer = original(*arguments, **options)
+            return self.optimizer
+
+        return get_megatron_optimizer
 
     def print_sent(self) -> None:
         """On the first rank: what this rank sent. No communication: the script may have ended it."""
@@ -141,6 +167,9 @@ def apply(source: str | Mapping[str, Any]) -> Compression:
     compression = Compression(source)
     patches = [Patch(schedules, name, compression.of, SIGNATURE) for name in SCHEDULES]
     if find_spec("megatron.training") is not None:
+        from megatron.training import training
+
+        patches.append(Patch(training, "get_megatron_optimizer", compression.keeping, OPTIMIZER))
         patches += megatron_lm_checkpoints.patches(compression)
     for patch in patches:
         patch.check()

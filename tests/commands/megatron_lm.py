@@ -53,6 +53,17 @@ BLOCKS = {
     },
     "direct int4": both("direct", "codec", "int4"),
 }
+RAW_GRADIENTS, EDEN4, WEIGHTS = "gradients none", "gradients eden4", "gradients eden4, weights eden4"
+UNBIASED = {"name": "eden4", "scale": "unbiased"}
+BLOCKS |= {
+    name: {**BLOCKS[NONE], "data_parallel": plan}
+    for name, plan in {
+        RAW_GRADIENTS: {"scatter": "none", "gather": "none"},
+        EDEN4: {"scatter": UNBIASED, "gather": UNBIASED},
+        WEIGHTS: {"scatter": UNBIASED, "weights": "eden4"},
+    }.items()
+}
+SPLIT = "--use-distributed-optimizer --bf16 --accumulate-allreduce-grads-in-fp32"
 LOSS = re.compile(r"iteration +(\d+)/.*consumed samples: +(\d+) .*lm loss: (\S+)")
 VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
 
@@ -73,7 +84,7 @@ def main():
     rows = []
     for checkout in options.checkouts:
         build_helpers(checkout)
-        for runs in (pipelines, interleaved, resumed):
+        for runs in (pipelines, replicas, interleaved, resumed):
             for row in runs(checkout.resolve()):
                 print(row, flush=True)
                 rows.append({"megatron_core": version(checkout), **row})
@@ -84,12 +95,28 @@ def main():
 
 
 def pipelines(checkout):
-    for stages, replicas, blocks in ((2, 1, BLOCKS), (4, 1, (NONE, INT2)), (2, 2, (NONE, INT2))):
+    links = [name for name, block in BLOCKS.items() if "data_parallel" not in block]
+    for stages, replicas, blocks in ((2, 1, links), (4, 1, (NONE, INT2)), (2, 2, (NONE, INT2))):
         stock = run(checkout, stages, replicas)
         yield row(stages, replicas, 1, "stock", stock)
         for name in blocks:
             found = run(checkout, stages, replicas, BLOCKS[name])
             yield row(stages, replicas, 1, name, found, found == stock if name == NONE else None)
+
+
+def replicas(checkout):
+    """Gradients, and changes of a distributed optimizer's weights."""
+    for stages, more, names in (
+        (1, "", (RAW_GRADIENTS, EDEN4)),
+        (2, "", (RAW_GRADIENTS, EDEN4)),
+        (2, SPLIT, (RAW_GRADIENTS, WEIGHTS)),
+    ):
+        stock = run(checkout, stages, 2, more=more)
+        kind = ", distributed optimizer" if more else ""
+        yield row(stages, 2, 1, f"stock{kind}", stock)
+        for name in names:
+            found = run(checkout, stages, 2, BLOCKS[name], more)
+            yield row(stages, 2, 1, name, found, found == stock if name == RAW_GRADIENTS else None)
 
 
 def interleaved(checkout):
@@ -132,8 +159,7 @@ def run(checkout, stages, replicas, block=None, more=""):
             "-m",
             "torch.distributed.run",
             *ranks,
-            "-m",
-            "tests.commands.megatron_lm_rank",
+            str(ROOT / "tests" / "commands" / "megatron_lm_rank.py"),  # checkouts have a package "tests"
         ]
         finished = subprocess.run(
             [*program, "pretrain_gpt.py", *arguments, *more.split()],

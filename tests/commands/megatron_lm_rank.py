@@ -1,6 +1,6 @@
 """One rank of a script of Megatron-LM's own, on the CPU.
 
-    torchrun ... -m tests.commands.megatron_lm_rank SCRIPT [--clapping-config FILE] [arguments of the script]
+    torchrun ... tests/commands/megatron_lm_rank.py SCRIPT [--clapping-config FILE] [arguments of the script]
 
 With the option it goes through `patches.megatron_lm`, without it the script runs as it is.
 """

@@ -1,7 +1,5 @@
 """Replicas that Megatron-Core's own optimizers train on CPU ranks, with its DistributedDataParallel."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,32 +13,17 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
 from clapping_ds.link.verification import checksum
 from tests import models
 from tests.megatron import on_cpu as megatron_cpu
+from tests.megatron.on_cpu import parallel as parallel
 
 SMALL_BUCKET = 9000
 """Values: with `overlap_grad_reduce` there are several bucket groups."""
 CLIP = 0.1
 """The norm of gradients to which all steps are clipped: Adam alone would hide a wrong factor."""
-
-
-class TypesOfCuda(TorchFunctionMode):
-    """Optimizers ask tensors for the name of their type, and know those of GPUs."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        is_name = function is torch.Tensor.type and isinstance(result, str)
-        return result.replace("torch.", "torch.cuda.", 1) if is_name else result
-
-
-@contextmanager
-def parallel(num_stages: int, num_chunks: int = 1, **sizes: int) -> Iterator[None]:
-    with megatron_cpu.parallel(num_stages, num_chunks, **sizes), TypesOfCuda():
-        yield
 
 
 class Chunk(megatron_cpu.Chunk):
@@ -167,18 +150,28 @@ class Run:
         return self.stage, [checksum(p.detach()) for chunk in self.chunks for p in chunk.parameters()]
 
     def state_dict(self) -> dict[str, Any]:
-        inner = [each.optimizer.state_dict() for each in self.optimizer.chained_optimizers]
         return {
             "chunks": [chunk.state_dict() for chunk in self.chunks],
-            "optimizer": inner,
+            "optimizer": [each.optimizer.state_dict() for each in self.optimizer.chained_optimizers],
+            "masters": self._list_masters(),
             "clapping": self.pipeline.state_dict(),
         }
+
+    def _list_masters(self) -> list[torch.Tensor]:
+        """Of this rank's parts of weights."""
+        optimizers = self.optimizer.chained_optimizers
+        groups = [
+            group for each in optimizers for group in getattr(each, "shard_fp32_from_float16_groups", [])
+        ]
+        return [master for group in groups for master in group]
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
         for chunk, saved in zip(self.chunks, state["chunks"], strict=True):
             chunk.load_state_dict(saved)
         for each, saved in zip(self.optimizer.chained_optimizers, state["optimizer"], strict=True):
             each.optimizer.load_state_dict(saved)
+        for master, saved in zip(self._list_masters(), state["masters"], strict=True):
+            master.data.copy_(saved)
         return self.pipeline.load_state_dict(state["clapping"])
 
     @property

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from clapping_ds.gradients.layout import Piece
+from clapping_ds.hosts.megatron.gradients import _make_masters
 from tests.cluster import assert_replicas_are_equal, assert_same_error, free_groups
 from tests.megatron import replicas
 from tests.megatron.runs import FLUSH
@@ -90,6 +92,61 @@ def test_replicas(four_ranks, case, num_stages):
     assert all(4 < row["bits_per_value"] < 4.5 for row in rows)
 
 
+WEIGHTS = {"scatter": EDEN4, "weights": "eden4"}
+BF16 = {"dtype": torch.bfloat16}
+OF_WEIGHTS = {
+    "bf16": {"ddp": SPLIT, **BF16},
+    "bf16, overlap": {"ddp": {**SPLIT, **OVERLAP, "overlap_param_gather": True}, **BF16},
+    "fp16": {"ddp": {**SPLIT, "grad_reduce_in_fp32": True}, "dtype": torch.float16},
+    "bf16, chunks": {"ddp": {**SPLIT, **OVERLAP, "overlap_param_gather": True}, **BF16, **FLUSH},
+}
+
+
+@pytest.mark.parametrize("case", OF_WEIGHTS)
+def test_changes_of_weights(four_ranks, case):
+    plans = [{**WEIGHTS, "weights": "none", "scatter": "none"}, WEIGHTS, {**WEIGHTS, "warmup_steps": 2}]
+    outcomes = four_ranks.run(compared, plans, 2, OF_WEIGHTS[case])
+    for stock, none, ours, warm in outcomes:
+        assert none[:2] == stock[:2]
+        assert_near(ours[0], stock[0], 0.05)
+        assert ours[1] != stock[1] != warm[1]
+        assert warm[0][:2] == stock[0][:2], "the third step's gradients are the first that are compressed"
+    for number in range(4):
+        assert_replicas_are_equal([of_rank[number][1] for of_rank in outcomes])
+    rows = [row for row in outcomes[0][2][2] if row["direction"] != "raw"]
+    assert [row["direction"] for row in rows] == ["scatter", "weights"] * 4
+    assert all(4 < row["bits_per_value"] < 7 for row in rows)
+
+
+def find_distances():
+    """By kind of weight, squared: its distance to the owner's master copy, and what three steps changed."""
+    found = {"compressed": [0.0, 0.0], "raw": [0.0, 0.0]}
+    with replicas.parallel(1):
+        run = replicas.Run(block_of(WEIGHTS), SPLIT, dtype=torch.bfloat16)
+        gradients = run.pipeline.gradients
+        started = [weight.detach().float().flatten() for weight in gradients.weights]
+        run.train(3)
+        masters = _make_masters(gradients.optimizers, gradients.weights)
+        exchange = gradients.averaging.exchange
+        for number, weight in enumerate(gradients.weights):
+            of_kind = found["compressed" if weight.dim() > 1 and weight.numel() >= 512 else "raw"]
+            for owner, start, stop in exchange.cut(number):
+                if owner == exchange.collective.place and start < stop:
+                    master = masters(Piece(number, start, stop))
+                    mine = weight.detach().flatten()[start:stop]
+                    of_kind[0] += float((mine - master).square().sum())
+                    of_kind[1] += float((master - started[number][start:stop]).square().sum())
+    free_groups()
+    return found
+
+
+def test_weights_follow_their_master_copies(two_ranks):
+    """But for what one message loses of a change, and the rounding to bf16."""
+    for found in two_ranks.run(find_distances):
+        for distance, change in found.values():
+            assert 0 < distance < 0.05 * change
+
+
 def test_replicas_on_nodes(four_ranks):
     plan = {"scatter": "none", "gather": EDEN4, "node_size": 2}  # two nodes: as EXACT
     outcomes = four_ranks.run(compared, [plan], 1, {"ddp": OVERLAP})
@@ -156,11 +213,11 @@ def test_steps_that_are_not_as_usual(two_ranks):
         assert once == twice
 
 
-def skipped(ddp, overflow_step, steps):
+def skipped(plan, ddp, overflow_step, steps):
     """Norms; weights; whether what is held back is after the skipped step what it was before it."""
     held, norms = [], []
     with replicas.parallel(2):
-        run = replicas.Run(block_of(SIGN), {**ddp, "grad_reduce_in_fp32": True}, dtype=torch.float16)
+        run = replicas.Run(block_of(plan), {**ddp, "grad_reduce_in_fp32": True}, dtype=torch.float16)
         for step in range(steps):
             if step == overflow_step:
                 run.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(2.0**40)
@@ -174,9 +231,16 @@ def skipped(ddp, overflow_step, steps):
     return norms, weights, is_kept and len(before) > 0 and before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("ddp", [{}, {**SPLIT, **OVERLAP}], ids=str)
-def test_a_skipped_step_leaves_no_error(four_ranks, ddp):
-    outcomes = four_ranks.run(skipped, ddp, 3, 6)
+SKIPPED = {
+    "plain": (SIGN, {}),
+    "distributed": (SIGN, {**SPLIT, **OVERLAP}),
+    "weights": ({**SIGN, "weights": "eden4"}, {**SPLIT, **OVERLAP, "overlap_param_gather": True}),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_skipped_step_leaves_no_error(four_ranks, case):
+    outcomes = four_ranks.run(skipped, *SKIPPED[case], 3, 6)
     assert_replicas_are_equal([weights for _, weights, _ in outcomes])
     for norms, _, is_kept in outcomes:
         assert None not in norms[:3] and norms[3] is None, "the fourth step overflowed"
@@ -201,10 +265,17 @@ def resumed(plan, options, folder):
         return *found, other.pipeline.load_state_dict(state), other.exchange.legs["scatter"].memory_nbytes
 
 
-@pytest.mark.parametrize("case", ["plain", "distributed"])
+EF21 = {"scatter": "eden1", "gather": "eden1", "error_feedback": "ef21"}
+RESUMED = {
+    "plain": (EF21, CASES["plain"]),
+    "distributed": (EF21, CASES["distributed"]),
+    "weights": ({**EF21, "weights": "eden4"}, OF_WEIGHTS["bf16, overlap"]),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(four_ranks, tmp_path, case):
-    plan = {"scatter": "eden1", "gather": "eden1", "error_feedback": "ef21"}
-    for whole, again, why, num_held in four_ranks.run(resumed, plan, CASES[case], str(tmp_path)):
+    for whole, again, why, num_held in four_ranks.run(resumed, *RESUMED[case], str(tmp_path)):
         assert whole == again
         assert "number of replicas" in why and num_held == 0
 
@@ -254,7 +325,8 @@ def misused(plan, num_stages, change):
 
 BAD_INPUT = {
     "delay": ({"delay": 1}, 1, None, "data_parallel.delay = 1 with Megatron-Core"),
-    "weights": ({"weights": "int8"}, 1, None, "data_parallel.weights = 'int8' with Megatron-Core"),
+    "weights": ({"weights": "int8"}, 1, None, "weights = 'int8' with an optimizer that is not split"),
+    "no master": ({"weights": "int8"}, 1, "split", "data_parallel.weights with parameters in fp32"),
     "one replica": ({}, 2, None, "data_parallel with 1 replica"),
     "node_size": ({"node_size": 3}, 1, None, "node_size = 3 with 2 replicas"),
     "split node": ({"node_size": 2}, 1, "split", "node_size = 2 with"),

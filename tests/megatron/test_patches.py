@@ -11,11 +11,13 @@ from inspect import Parameter, Signature
 from pathlib import Path
 
 import pytest
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tests import models
-from tests.cluster import free_groups
+from tests.cluster import assert_same_error, free_groups
 from tests.megatron import on_cpu as megatron_cpu
+from tests.megatron import replicas
 
 BLOCK = {
     "strategy": "fc",
@@ -75,6 +77,46 @@ def test_megatron_lm_is_compressed_with_its_patch_only(two_ranks, num_chunks):
     assert without[0] != patched[0]
 
 
+# Gradients of replicas
+
+GRADIENTS = {**models.NONE, "data_parallel": {"scatter": "eden4", "min_numel": 512}}
+
+
+def train_replicas(block=None):
+    """Losses, norms and weights of two replicas of one stage."""
+    with replicas.parallel(1):
+        run = replicas.Run(block)
+        found = run.train(3), run.weights()
+    free_groups()
+    return found
+
+
+def with_and_without_an_optimizer(makes_optimizer):
+    from patches import megatron_lm
+    from patches.megatron_lm_checkpoints import GROUPS, LOAD, SAVE
+
+    found = [train_replicas(), train_replicas(GRADIENTS)]
+    with megatron_training("folder", SAVE + GROUPS, LOAD + GROUPS, 0) as training:
+        megatron_lm.apply({"clapping": GRADIENTS})
+        try:
+            if makes_optimizer:
+                replicas.get_megatron_optimizer = training.get_megatron_optimizer
+            return [*found, train_replicas()]
+        finally:
+            replicas.get_megatron_optimizer = get_megatron_optimizer
+            megatron_lm.undo()
+
+
+def test_gradients_of_megatron_lm_are_compressed_with_its_patch(two_ranks):
+    for stock, by_hand, patched in two_ranks.run(with_and_without_an_optimizer, True):
+        assert patched == by_hand != stock
+
+
+def test_an_optimizer_that_is_not_known_is_refused(two_ranks):
+    outcomes = two_ranks.outcomes(with_and_without_an_optimizer, False)
+    assert_same_error(outcomes, "ValueError", "an optimizer that get_megatron_optimizer did not make")
+
+
 # Megatron-LM's checkpoints
 
 
@@ -87,6 +129,7 @@ def megatron_training(folder, save_signature, load_signature, iteration):
     args = types.SimpleNamespace(consumed_train_samples=0, save=folder, load=folder)
     package.get_args = training.get_args = lambda: args
     package.training, package.checkpointing = training, checkpointing
+    training.get_megatron_optimizer = get_megatron_optimizer
     training.save_checkpoint = taking(save_signature, lambda *_, **options: None)
     training.load_checkpoint = taking(load_signature, lambda *_, **options: (iteration, 0))
     checkpointing.get_checkpoint_name = lambda path, iteration, return_base_dir: f"{path}/iter_{iteration}"

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs.sequence import label
 from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
 from clapping_ds.gradients.averaging import KEY
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
@@ -76,11 +75,6 @@ def _check_data_parallel(plan: DataParallelConfig) -> None:
     if plan.delay:
         raise ValueError(
             f"{KEY}.delay = {plan.delay} with Megatron-Core, which uses gradients at once; accepted: 0"
-        )
-    if plan.weights is not None:
-        raise ValueError(
-            f"{KEY}.weights = {label(plan.weights)!r} with Megatron-Core, which sends weights itself; "
-            "accepted: null"
         )
 
 

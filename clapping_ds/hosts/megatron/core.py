@@ -28,6 +28,7 @@ METHODS = {
     "start_grad_sync": "self, force_all_reduce",
     "finish_grad_sync": "self, force_all_reduce",
     "check_grads": "self, check_for_nan_or_inf, check_for_large",
+    "start_param_sync": "self, force_sync",
 }
 for name, signature in METHODS.items():
     method = getattr(_ParamAndGradBucketGroup, name, None)

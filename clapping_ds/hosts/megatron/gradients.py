@@ -3,6 +3,9 @@
 `start_grad_sync` of each bucket group is replaced, and the handle that it leaves to be waited for. When a
 group is ready, where its gradients are, and who waits stays Megatron-Core's. What stages reduce among each
 other comes after: both copies of a tied embedding get the same sum of the same means.
+
+With `weights`, distributed optimizers do not write their master copies into the weights, and bucket groups
+gather nothing: once the step is made replicas send each other the changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +18,8 @@ import torch
 from clapping_ds.config import ClappingConfig
 from clapping_ds.gradients.averaging import KEY, Averaging
 from clapping_ds.gradients.exchange import Round
-from clapping_ds.gradients.layout import Parameter
+from clapping_ds.gradients.layout import Cut, Parameter, Piece
+from clapping_ds.gradients.weights import Masters
 from clapping_ds.hosts.megatron.core import DistributedDataParallel
 from clapping_ds.link.groups import Control, get_group_ranks
 
@@ -66,23 +70,37 @@ class MegatronGradients:
         named = _list_weights(model_chunks)
         self.weights = [weight for _, weight in named]
         self.numbers = {id(weight): number for number, weight in enumerate(self.weights)}
+        ranks = get_group_ranks(model_chunks[0].intra_dp_cp_group)
+        cut: Cut | None = None
+        if settings.use_distributed_optimizer:
+            cut = [self._cut(weight, len(ranks)) for weight in self.weights].__getitem__
         self.averaging = Averaging(
             config,
             control,
             [Parameter(name, weight.shape, _is_repeated(weight, model_chunks[0])) for name, weight in named],
-            get_group_ranks(model_chunks[0].intra_dp_cp_group),
+            ranks,
             device,
-            self._cut if settings.use_distributed_optimizer else None,
+            cut,
             name=f"replicas {stage}",
         )
+        self.groups = groups
+        self.optimizers = _list_optimizers(optimizer)
         for group in groups:
             group.start_grad_sync = self._replace_start(group)
         optimizer.step = self._watch(optimizer.step)
+        if self.averaging.weights is not None:
+            control.check(lambda: _refuse_weights(self.optimizers))
+            for group in groups:
+                group.start_param_sync = self._replace_gather(group)
+            for each in self.optimizers:
+                each._copy_main_params_to_model_params = self._put_off(each._copy_main_params_to_model_params)
         # State
         self._has_begun = False
         """Whether gradients of this step may still come, and the optimizer use them."""
         self._started: list[Started] = []
         """In the order of starts, which is the same on all replicas."""
+        self._shares = False
+        """Whether changes of weights are sent in the last step that was begun, in place of the weights."""
 
     # Steps
 
@@ -101,8 +119,14 @@ class MegatronGradients:
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)
         def watched(*args: Any, **options: Any) -> Any:
+            has_weights = self.averaging.weights is not None
+            self._shares = has_weights and self._has_begun and self.averaging.compresses
+            if self._shares:
+                self._finish_gathering()
             result = step(*args, **options)
             was_used, *_ = result
+            if self._shares and was_used:
+                self.averaging.share_weights_(self.weights, _make_masters(self.optimizers, self.weights))
             self.end_step(bool(was_used))
             return result
 
@@ -150,14 +174,41 @@ class MegatronGradients:
             if factor != 1:
                 bucket.grad_data *= factor
 
-    def _cut(self, number: int) -> list[tuple[int, int, int]]:
+    def _cut(self, weight: Any, num_owners: int) -> list[tuple[int, int, int]]:
         """Each replica's optimizer has an equal part of every bucket."""
-        weight = self.weights[number]
         buffer, numel = self.buckets[id(weight)].grad_data, weight.numel()
-        num_owners = self.averaging.exchange.num_replicas
         begin, size = _find_gradient(weight).storage_offset() - buffer.storage_offset(), buffer.numel()
         bounds = [min(max(size // num_owners * owner - begin, 0), numel) for owner in range(num_owners + 1)]
         return [(owner, start, stop) for owner, (start, stop) in enumerate(pairwise(bounds))]
+
+    # Weights of distributed optimizers
+
+    def _replace_gather(self, group: Any) -> Callable[..., None]:
+        stock = group.start_param_sync
+
+        @wraps(stock)
+        def start_param_sync(force_sync: bool = False) -> None:
+            if self._shares:
+                group.param_gather_dispatched = True
+            else:
+                stock(force_sync=force_sync)
+
+        return start_param_sync
+
+    def _put_off(self, copy: Callable[[], None]) -> Callable[[], None]:
+        @wraps(copy)
+        def copy_main_params_to_model_params() -> None:
+            if not self._shares:
+                copy()
+
+        return copy_main_params_to_model_params
+
+    def _finish_gathering(self) -> None:
+        """Of groups of which no forward pass used a weight since they were gathered."""
+        for group in self.groups:
+            if group.param_gather_handle is not None:
+                group.param_gather_handle.wait()
+                group.param_gather_handle = None
 
     # Figures and checkpoints
 
@@ -188,6 +239,29 @@ def _is_repeated(weight: Any, chunk: Any) -> bool:
     """Whether each tensor-parallel rank has a weight as a whole, and replicas of its own: the means must be
     the same bits on all."""
     return chunk.tp_group.size() > 1 and not getattr(weight, "tensor_model_parallel", False)
+
+
+def _list_optimizers(optimizer: Any) -> list[Any]:
+    """Distributed optimizers, but those of no weights."""
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [each for each in optimizers if not getattr(each, "is_stub_optimizer", False)]
+
+
+def _make_masters(optimizers: Sequence[Any], weights: Sequence[Any]) -> Masters:
+    """weights: by the number of the parameter."""
+    found = {}
+    for each in optimizers:
+        for members, masters in zip(
+            each.model_float16_groups, each.shard_fp32_from_float16_groups, strict=True
+        ):
+            for weight, master in zip(members, masters, strict=True):
+                found[id(weight)] = master.detach(), each._get_model_param_range_map(weight)["param"].start
+
+    def find(piece: Piece) -> torch.Tensor:
+        master, begin = found[id(weights[piece.number])]
+        return master[piece.start - begin : piece.stop - begin]
+
+    return find
 
 
 def _find_gradient(weight: Any) -> torch.Tensor:
@@ -234,3 +308,18 @@ def _refuse(model_chunks: Sequence[Any]) -> None:
             )
         if any(hasattr(group.start_grad_sync, "stock") for group in chunk.bucket_groups):
             raise ValueError("compress_gradients was called for these model chunks before; accepted: once")
+
+
+def _refuse_weights(optimizers: Sequence[Any]) -> None:
+    """Raises ValueError for distributed optimizers that have their master copies elsewhere."""
+    for each in optimizers:
+        settings = each.config
+        refused = {
+            "parameters in fp32, which have no master copy": any(map(len, each.model_fp32_groups)),
+            "fp8_param_gather": each.ddp_config.fp8_param_gather,
+            "use_precision_aware_optimizer": settings.use_precision_aware_optimizer,
+            "optimizer_cpu_offload": settings.optimizer_cpu_offload,
+            "overlap_param_gather_with_optimizer_step": settings.overlap_param_gather_with_optimizer_step,
+        }
+        for what in (what for what, is_there in refused.items() if is_there):
+            raise ValueError(f"{KEY}.weights with {what}; accepted: without, or {KEY}.weights = null")

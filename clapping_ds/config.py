@@ -235,6 +235,9 @@ class DataParallelConfig(BaseModel):
     """Whether what a codec lost is sent later. `ef14`: it is added to the next gradient. `ef21`: changes of
     gradients are sent. `ef21_sgdm`: changes of their running mean. `auto`: `ef14` where a codec is wrong on
     average and has 3 bits or less, or is `topk`, `randk`, `lowrank` or a list; else none."""
+    equalize: bool | Literal["auto"] = "auto"
+    """Whether a matrix's columns are brought to one scale before `int`, `sign` and `eden` codecs: a byte more
+    per column. `auto`: with codecs of 1 bit."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With `ef21_sgdm`: the share of the new gradient in the running mean."""
     weights: CodecConfig | None = None
@@ -244,7 +247,7 @@ class DataParallelConfig(BaseModel):
     """First steps in which nothing is compressed."""
     min_numel: Annotated[int, Field(ge=0)] = 4096
     """Parameters with fewer values, or of one dimension, travel raw."""
-    node_size: Annotated[int, Field(ge=2)] | None = None
+    node_size: Annotated[int, Field(ge=2, le=1 << 20)] | None = None
     """Consecutive replicas that share a node: raw between them, compressed between nodes. None: one."""
     delay: Annotated[int, Field(ge=0, le=64)] = 0
     """Experimental. Steps that gradients are old when they are used, so that they travel meanwhile."""
@@ -277,6 +280,15 @@ class DataParallelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_equalize(self) -> Self:
+        if self.equalize is True and not any(map(self.equalizes, (self.scatter, self.gather))):
+            codecs = f"scatter = {label(self.scatter)!r} and gather = {label(self.gather)!r}"
+            raise ValueError(
+                f"equalize = true with {codecs}; accepted: false, or an int, sign or eden codec in one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_delay(self) -> Self:
         if self.delay and self.node_size is not None:
             raise ValueError(
@@ -289,6 +301,12 @@ class DataParallelConfig(BaseModel):
         """Whether the host's own exchange does all that is asked for."""
         codecs = (self.scatter, self.gather, self.weights or Raw())
         return self.delay == 0 and all(isinstance(codec, Raw) for codec in codecs)
+
+    def equalizes(self, codec: AnyCodec) -> bool:
+        """Whether columns are brought to one scale before one of the codecs."""
+        if not isinstance(codec, Quantizer | Eden):
+            return False
+        return codec.bits == 1 if self.equalize == "auto" else self.equalize
 
     def feedback(self, codec: AnyCodec) -> Feedback:
         """What is done about the error of one of the codecs."""

@@ -64,14 +64,19 @@ def unbiased(bits: int) -> dict[str, Any]:
 
 SIGN = {"scatter": "sign", "warmup_steps": WARM_UP}
 RAW_ERRORS = {"error_feedback": "none"}
+AS_THEY_ARE = {"equalize": False}
+"""Columns of matrices."""
 METHODS: dict[str, Method] = {
     UNCOMPRESSED: Method(both("none")),
     "int8": Method(both("int8")),
     "eden4": Method(),
     "eden2, unbiased": Method({"scatter": unbiased(2), **RAW_ERRORS}),
     "eden1, unbiased": Method({"scatter": unbiased(1), **RAW_ERRORS}),
+    "eden1, unbiased, not equalized": Method({"scatter": unbiased(1), **RAW_ERRORS, **AS_THEY_ARE}),
     "eden2 + EF": Method({"scatter": "eden2"}),
     "sign + EF": Method(SIGN),
+    "sign + EF, not equalized": Method({**SIGN, **AS_THEY_ARE}),
+    "sign + EF, no warm-up": Method({"scatter": "sign"}),
     "sign + EF, half the rate": Method(SIGN, rate=0.5),
     "sign + EF, both ways": Method(both("sign", warmup_steps=WARM_UP)),
     "sign, no feedback": Method({**SIGN, **RAW_ERRORS}),
@@ -81,9 +86,11 @@ METHODS: dict[str, Method] = {
     "1-bit Adam": Method(peer="1-bit Adam"),
     "LoCo": Method(peer="LoCo"),
     "uncompressed, SGD": Method(both("none"), optimizer="SGD"),
-    "eden1, unbiased, both ways, SGD": Method(both(unbiased(1), **RAW_ERRORS), optimizer="SGD"),
+    "eden1, unbiased, both ways, SGD": Method(
+        both(unbiased(1), **RAW_ERRORS, **AS_THEY_ARE), optimizer="SGD"
+    ),
     "eden1, unbiased, both ways, by the rule, SGD": Method(
-        both(unbiased(1), **RAW_ERRORS), rate=0.41, optimizer="SGD"
+        both(unbiased(1), **RAW_ERRORS, **AS_THEY_ARE), rate=0.41, optimizer="SGD"
     ),
 }
 """Where nothing is said of it, the mean goes back as `eden4`, unbiased."""
@@ -92,6 +99,9 @@ METHODS: dict[str, Method] = {
 class OneBitAdam:
     """1-bit Adam: after a warm-up the second moment stays, and replicas exchange the signs of momentum, with
     feedback on both ways."""
+
+    bits = 2
+    """Per value, of both ways together."""
 
     def __init__(self, num_replicas: int, sizes: Sequence[int], warm_up: int) -> None:
         self.warm_up = warm_up
@@ -130,7 +140,9 @@ def _as_signs(values: torch.Tensor) -> torch.Tensor:
 
 class LoCo:
     """LoCo: 4-bit gradients; what is added to the next is a running mean of errors, held in 8 bits, and
-    forgotten from time to time."""
+    forgotten from time to time. The mean goes back as it is."""
+
+    bits = 4 + 16 / 128 + 32
 
     def __init__(self, num_replicas: int, sizes: Sequence[int], beta: float = 0.8, reset: int = 1024) -> None:
         self.beta, self.reset = beta, reset
@@ -255,12 +267,14 @@ def measure(run: Run) -> list[dict[str, Any]]:
         trainee.schedule.step()
         losses.append(loss)
     trainee.model.eval()
-    num_coded = max(1, trainee.steps - plan.warmup_steps) if peer is None else 1
+    num_bytes = replicas.payload_bytes // max(1, trainee.steps - plan.warmup_steps)
+    if peer is not None:
+        num_bytes = round((run.num_replicas - 1) / run.num_replicas * sum(sizes) * peer.bits / 8)
     return [
         {
             **vars(run),
             "steps": trainee.steps,
-            "bytes per step": replicas.payload_bytes // num_coded,
+            "bytes per step": num_bytes,
             "held MiB": round(replicas.memory_nbytes / 2**20, 2),
             "training loss": round(mean(losses[-16:]), 4),
             "loss": round(validate(trainee.model, trainee.held_out), 4),

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Raw, State
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Context, Raw, State
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
+from clapping_ds.gradients.equalized import GradientCodec, equalize
 from clapping_ds.gradients.feedback import NoFeedback, commit, make_feedback
 from clapping_ds.gradients.layout import (
     Bucket,
@@ -50,7 +51,7 @@ SCATTER, GATHER = "scatter", "gather"
 class Leg:
     """One of the two ways, with what is held for it."""
 
-    def __init__(self, direction: str, codec: AnyCodec, feedback: str, momentum: float) -> None:
+    def __init__(self, direction: str, codec: GradientCodec, feedback: str, momentum: float) -> None:
         # Configuration
         self.link = "replicas"
         self.direction = direction
@@ -65,7 +66,7 @@ class Leg:
         self.gradient_square = 0.0
         """Of the last step whose error was measured."""
 
-    def choose(self, shape: torch.Size) -> tuple[AnyCodec, NoFeedback]:
+    def choose(self, shape: torch.Size) -> tuple[GradientCodec, NoFeedback]:
         """The codec of a section, and its feedback; `none` where that is smaller, or blocks are larger."""
         try:
             is_smaller = self.codec.nbytes(shape, torch.float32) <= RAW.nbytes(shape, torch.float32)
@@ -153,11 +154,12 @@ class Exchange:
         self.joins = joins
         self.compiles = compiles
         self.header_nbytes = verification.NBYTES if verifies else 0
+        scatter, gather = (equalize(each, plan.equalizes(each)) for each in (plan.scatter, plan.gather))
         back = plan.feedback(plan.gather)
         self.legs = {
-            SCATTER: Leg(SCATTER, plan.scatter, plan.feedback(plan.scatter), plan.momentum),
+            SCATTER: Leg(SCATTER, scatter, plan.feedback(plan.scatter), plan.momentum),
             # The mean of running means is no gradient to take a running mean of.
-            GATHER: Leg(GATHER, plan.gather, "ef21" if back == "ef21_sgdm" else back, plan.momentum),
+            GATHER: Leg(GATHER, gather, "ef21" if back == "ef21_sgdm" else back, plan.momentum),
         }
         self.raw = Leg("raw", RAW, "none", plan.momentum)
         """What is not compressed."""
@@ -258,6 +260,7 @@ class Exchange:
             "scatter": plan.scatter.model_dump(),
             "gather": plan.gather.model_dump(),
             "feedback": [plan.feedback(plan.scatter), plan.feedback(plan.gather), plan.momentum],
+            "equalize": [plan.equalizes(plan.scatter), plan.equalizes(plan.gather)],
             "min_numel": plan.min_numel,
             "replicas": (self.collective.place, self.collective.size, plan.node_size),
             "delay": plan.delay,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from clapping_ds.codecs import AnyCodec, Context, Raw
+from clapping_ds.codecs import Context, Raw
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
+from clapping_ds.gradients.equalized import GradientCodec
 from clapping_ds.gradients.exchange import RAW, Leg
 from clapping_ds.gradients.layout import Bucket, Cut, Parameter, Piece, Section, make_buckets, read, store
 from clapping_ds.link.message import Spec
@@ -99,10 +100,10 @@ class WeightExchange:
         state = self.leg.state(section, None, self.collective.device)
         return Context(memory, carry=True, seed=seed, state=state, compiles=self.compiles)
 
-    def _list_sections(self, bucket: Bucket, owner: int) -> list[tuple[AnyCodec, Section]]:
+    def _list_sections(self, bucket: Bucket, owner: int) -> list[tuple[GradientCodec, Section]]:
         """Of an owner: with the codec, then as they are, by parameter."""
         coded = [(self.leg.choose(section.shape)[0], section) for section in bucket.sections[owner]]
-        raw: list[tuple[AnyCodec, Section]] = [
+        raw: list[tuple[GradientCodec, Section]] = [
             (RAW, Section((Piece(number, start, stop),), torch.Size((stop - start,))))
             for number in (*bucket.raw, *bucket.tied)
             for of, start, stop in self.cut(number)
@@ -110,7 +111,7 @@ class WeightExchange:
         ]
         return coded + raw
 
-    def _nbytes_of(self, codec: AnyCodec, section: Section, flat: Sequence[torch.Tensor]) -> int:
+    def _nbytes_of(self, codec: GradientCodec, section: Section, flat: Sequence[torch.Tensor]) -> int:
         dtype = flat[section.pieces[0].number].dtype if isinstance(codec, Raw) else torch.float32
         return codec.nbytes(section.shape, dtype)
 
@@ -119,7 +120,7 @@ class WeightExchange:
 
     def _sections(
         self, bucket: Bucket, owner: int, flat: Sequence[torch.Tensor], payload: torch.Tensor
-    ) -> list[tuple[AnyCodec, Section, torch.Tensor]]:
+    ) -> list[tuple[GradientCodec, Section, torch.Tensor]]:
         """With the part of the payload that is each one's."""
         found = self._list_sections(bucket, owner)
         parts = payload.split([self._nbytes_of(*each, flat) for each in found])

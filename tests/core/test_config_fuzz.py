@@ -141,6 +141,7 @@ def valid_data_parallel(rng):
     plan = some(rng, {
         "error_feedback": ["auto", "none", "ef14", "ef21"], "warmup_steps": [0, 7], "min_numel": [0, 1 << 70],
         "node_size": [None, 2, 8], "delay": [0, 3], "weights": [None, "int8", ["topk", "eden1"]],
+        "equalize": ["auto", False],
     })  # fmt: skip
     if plan.get("node_size") is not None:
         plan.pop("delay", None)

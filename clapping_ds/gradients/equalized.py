@@ -1,8 +1,9 @@
 """A matrix with all its columns on one scale, coded by another codec.
 
 Codecs spread the error of a group, or of a rotated block, evenly over its values. A gradient x^T d has
-columns as unlike as the features of x, so small columns get an error far above themselves; Adam, which divides each
-value by its own root mean square, then divides them by that error. For x = fp32(v - m) as a matrix [N, D]:
+columns as unlike as the features of x, so small columns get an error far above themselves; Adam, which
+divides each value by its own root mean square, then divides them by that error. For x = fp32(v - m) as a
+matrix [N, D]:
 
     s_j  = root mean square of column j, rounded to a power of 2^(1/8)
     D(x) = s_j * codec(x / s_j)        unbiased where the codec is

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.files import RESULTS, read_csv, write_results
-from clapping_ds.codecs import Context, bits_per_value
+from clapping_ds.codecs import AnyCodec, Context, Eden, Quantizer
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.equalized import GradientCodec, equalize
+from clapping_ds.gradients.equalized import Columns, Equalized, GradientCodec
 from clapping_ds.gradients.layout import BUCKET_NUMEL
 from clapping_ds.report import format_table
 
@@ -62,9 +62,7 @@ def time_codec(codec: GradientCodec) -> Coding:
         encodes.append(middle_s - start_s)
         decodes.append(time.perf_counter() - middle_s)
     numel = SHAPE.numel()
-    return Coding(
-        bits_per_value(codec, torch.float32), median(encodes[2:]) / numel, median(decodes[2:]) / numel
-    )
+    return Coding(8 * payload.numel() / numel, median(encodes[2:]) / numel, median(decodes[2:]) / numel)
 
 
 def ring_s(num_values: float, num_replicas: int, bits_per_s: float, latency_s: float) -> float:
@@ -111,10 +109,14 @@ MEASURED = {"int8": "fp32, int8", "eden4": "fp32, eden4"}
 
 
 def make_codings(plan: DataParallelConfig) -> tuple[Coding, Coding]:
-    scatter, gather = (
-        time_codec(equalize(each, plan.equalizes(each))) for each in (plan.scatter, plan.gather)
-    )
+    scatter, gather = (time_codec(_as_sent(plan, each)) for each in (plan.scatter, plan.gather))
     return scatter, gather
+
+
+def _as_sent(plan: DataParallelConfig, codec: AnyCodec) -> GradientCodec:
+    if plan.equalizes(codec) and isinstance(codec, Quantizer | Eden):
+        return Equalized(codec, (Columns(SHAPE.numel(), 0, SHAPE[-1]),))
+    return codec
 
 
 def check(
@@ -149,8 +151,10 @@ def predict(codings: dict[str, tuple[Coding, Coding]], num_values: float) -> lis
                 stock_s = ring_s(num_values, num_replicas, rate, latency_s)
                 for name, legs in codings.items():
                     scatter, gather = (leg._replace(encode_s=0.0, decode_s=0.0) for leg in legs)
-                    place = num_values, num_replicas, rate, latency_s
-                    taken = [exchange_s(*legs, *place), exchange_s(scatter, gather, *place)]
+                    taken = [
+                        exchange_s(*of, num_values, num_replicas, rate, latency_s)
+                        for of in (legs, (scatter, gather))
+                    ]
                     found.append({
                         "Mbit/s": rate / 1e6, "latency_s": latency_s, "replicas": num_replicas, "plan": name,
                         "stock_s": round(stock_s, 2), "ours_s": round(taken[0], 2),

@@ -100,13 +100,15 @@ class Decision(BaseModel):
 
     model_config = STRICT
 
-    num_stages: Annotated[int, Field(ge=2)]
+    num_stages: Annotated[int, Field(ge=1)]
     in_flight: Annotated[int, Field(ge=0)]
     stage_ms: float
     """Forward and backward of one micro-batch on the slowest stage."""
     choices: list[Choice]
     lazy: LazySampling | None = None
     """None: nothing was to be decided."""
+    compresses_replicas: bool | None = None
+    """Whether replicas compress the gradients that they exchange. None: that was not tried."""
 
     def codec(self, link: str, direction: str) -> AnyCodec | None:
         """Of one direction of one link; None if none was chosen."""

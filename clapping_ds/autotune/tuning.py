@@ -38,6 +38,8 @@ class Tuning:
         self.num_steps = 0
         self.decision: Decision | None = None
         """That was made or read in this run."""
+        self.compresses_replicas: bool | None = None
+        """What was found of the gradients of replicas."""
         links = self.config.links
         if links is not None and links.read is not None:
             self._adopt(_read_by_first_rank(self.control, links.read, num_stages))
@@ -92,11 +94,23 @@ class Tuning:
         sampling = self.endpoints.sampling if links is None else None
         decision = decide(measured, self.config, num_micro_batches, sampling)
         self._adopt(decision)
-        if links is not None and links.write is not None and rank() == 0:
-            decision.write(links.write)
+        if links is not None:
+            self._write()
         advice = [] if links is None else decision.advice()
         memory = describe_memory(decision, measured, num_micro_batches)
         return "\n".join([decision.describe(), memory, *advice])
+
+    def note_replicas(self, compresses: bool) -> None:
+        """What was found of the gradients of replicas, for the file."""
+        self.compresses_replicas = compresses
+        self._write()
+
+    def _write(self) -> None:
+        links = self.config.links
+        if links is not None and links.write is not None and rank() == 0:
+            nothing = Decision(num_stages=self.num_stages, in_flight=0, stage_ms=0.0, choices=[])
+            found = {"compresses_replicas": self.compresses_replicas}
+            (self.decision or nothing).model_copy(update=found).write(links.write)
 
     def _adopt(self, decision: Decision) -> None:
         """What the configuration leaves open and no checkpoint has settled."""

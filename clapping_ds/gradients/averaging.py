@@ -6,7 +6,7 @@ gradients. What torch's DDP exchanges bucket by bucket it starts with `start`.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,8 @@ class Averaging:
         links = config.links
         measures = links is not None and links.read is None and not self.plan.is_raw
         self._trial = Trial(links.min_gain) if measures and links is not None else None
+        self.tells_choice: Callable[[bool], None] = lambda is_used: None
+        """Called with what `links` found."""
         self._start_s = 0.0
         self._exchange_s = 0.0
 
@@ -195,6 +197,7 @@ class Averaging:
                 self._trial = None
                 if not self.is_used:
                     self.exchange.forget()
+                self.tells_choice(self.is_used)
                 if rank() == 0:
                     report.say(table)
 

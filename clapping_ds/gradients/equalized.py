@@ -1,36 +1,53 @@
-"""A matrix with all its columns on one scale, coded by another codec.
+"""Columns of matrices on one scale, then another codec.
 
 Codecs spread the error of a group, or of a rotated block, evenly over its values. A gradient x^T d has
 columns as unlike as the features of x, so small columns get an error far above themselves; Adam, which
-divides each value by its own root mean square, then divides them by that error. For x = fp32(v - m) as a
-matrix [N, D]:
+divides each value by its own root mean square, then divides them by that error. For a piece of a matrix, of
+which column j has the root mean square s_j, rounded to a power of 2^(1/8):
 
-    s_j  = root mean square of column j, rounded to a power of 2^(1/8)
+    x    = fp32(v - m)
     D(x) = s_j * codec(x / s_j)        unbiased where the codec is
 
-Wire: the largest s as fp32, one byte per column (how many eighths of an octave below it; 255: the column is
-zero), padding to 16 bytes, then the codec's section.
+Wire: the largest s of each piece as fp32, one byte per column of each piece (how many eighths of an octave
+below it; 255: the column is zero), padding to 16 bytes, then the codec's section of all pieces together.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
-from pydantic import BaseModel
+from torch.nn.functional import pad
 
 from clapping_ds.codecs import AnyCodec, Context, Eden, Quantizer, State
-from clapping_ds.codecs.base import STRICT, pad_nbytes, width_of
+from clapping_ds.codecs.base import ceil_div, pad_nbytes
 
 LARGEST_NBYTES = 4
 ZERO = 255
 STEPS_PER_OCTAVE = 8
-FACTORS = torch.exp2(-torch.arange(ZERO + 1, dtype=torch.float64) / STEPS_PER_OCTAVE).float()
-FACTORS[ZERO] = 0.0
 
 
-class Equalized(BaseModel):
-    """A `Codec` of matrices."""
+class Columns(NamedTuple):
+    """Of a piece: consecutive values of a matrix."""
 
-    model_config = STRICT
+    numel: int
+    offset: int
+    """Of its first value, in a row."""
+    width: int
+    """Of a row."""
+
+    @property
+    def num_rows(self) -> int:
+        return ceil_div(self.offset + self.numel, self.width)
+
+
+@dataclass(frozen=True)
+class Equalized:
+    """A `Codec` of pieces of matrices, one after the other."""
 
     codec: Quantizer | Eden
+    pieces: tuple[Columns, ...]
 
     @property
     def name(self) -> str:
@@ -40,31 +57,34 @@ class Equalized(BaseModel):
     def carries_by_default(self) -> bool:
         return self.codec.carries_by_default
 
+    @property
+    def head_nbytes(self) -> int:
+        return pad_nbytes(sum(LARGEST_NBYTES + piece.width for piece in self.pieces))
+
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """4 + D, padded to 16, and the codec's."""
-        return _head_nbytes(shape) + self.codec.nbytes(shape, torch.float32)
+        """4 for each piece and 1 for each of its columns, padded to 16, and the codec's."""
+        return self.head_nbytes + self.codec.nbytes(shape, torch.float32)
 
     def new_state(self, width: int, device: torch.device) -> State | None:
         return self.codec.new_state(width, device)
 
     def encode_(self, value: torch.Tensor, payload: torch.Tensor, context: Context) -> None:
-        head, section = _split(payload, value.shape)
-        x_ND = value.float().view(-1, width_of(value.shape))
+        head, section = payload[: self.head_nbytes], payload[self.head_nbytes :]
+        x = value.float().view(-1)
         if context.base is not None:
-            x_ND = x_ND - context.base.float().view_as(x_ND)
-        _write_scales(x_ND, head)
-        scale_D = _read_scales(head, width_of(value.shape))
-        scaled_ND = torch.where(scale_D > 0, x_ND / scale_D, x_ND * 0.0)  # what is not finite stays so
-        self.codec.encode_(scaled_ND.view(value.shape), section, context._replace(memory=None, carry=False))
+            x = x - context.base.float().view(-1)
+        self._write_scales(x, head)
+        scale = self._read_scales(head)
+        scaled = torch.where(scale > 0, x / scale, x * 0.0)  # what is not finite stays so
+        self.codec.encode_(scaled.view(value.shape), section, context._replace(memory=None, carry=False))
         if context.memory is not None:
             self.decode_(payload, torch.empty_like(value, dtype=torch.float32), context)
 
     def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
-        head, section = _split(payload, out.shape)
+        head, section = payload[: self.head_nbytes], payload[self.head_nbytes :]
         seen = torch.empty_like(out, dtype=torch.float32)
         self.codec.decode_(section, seen, context._replace(memory=None, carry=False))
-        width = width_of(out.shape)
-        seen.view(-1, width).mul_(_read_scales(head, width))
+        seen.view(-1).mul_(self._read_scales(head))
         if context.base is not None:
             seen += context.base.float().view_as(seen)
         if context.memory is not None:
@@ -72,39 +92,53 @@ class Equalized(BaseModel):
             kept.copy_(torch.where(seen.isfinite(), seen, kept))
         out.copy_(seen)
 
+    # Scales
+
+    def _write_scales(self, x: torch.Tensor, head: torch.Tensor) -> None:
+        """Of values that are finite. x: fp32, flat."""
+        x = torch.where(x.isfinite(), x, 0.0)
+        found = [_measure(part, piece) for part, piece in zip(self._split(x), self.pieces, strict=True)]
+        largest = torch.stack([scale_D.amax() for scale_D in found])
+        below = torch.cat([scale_D / scale_D.amax() for scale_D in found])  # NaN where all are zeros
+        steps = (torch.log2(below) * -STEPS_PER_OCTAVE).round().clamp(0, ZERO - 1)
+        head.zero_()
+        head[: largest.nbytes].view(torch.float32).copy_(largest)
+        head[largest.nbytes : largest.nbytes + len(below)].copy_(torch.where(below > 0, steps, ZERO))
+
+    def _read_scales(self, head: torch.Tensor) -> torch.Tensor:
+        """fp32, of every value."""
+        num_bytes = LARGEST_NBYTES * len(self.pieces)
+        largest = head[:num_bytes].view(torch.float32)
+        widths = [piece.width for piece in self.pieces]
+        codes = head[num_bytes : num_bytes + sum(widths)].long()
+        return torch.cat(
+            [
+                (factor_D * of_piece).repeat(piece.num_rows)[piece.offset : piece.offset + piece.numel]
+                for factor_D, of_piece, piece in zip(
+                    _factors(head.device)[codes].split(widths), largest, self.pieces, strict=True
+                )
+            ]
+        )
+
+    def _split(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        return iter(x.split([piece.numel for piece in self.pieces]))
+
+
+def _measure(x: torch.Tensor, piece: Columns) -> torch.Tensor:
+    """fp32 [D]: the root mean squares of columns; values that the piece has not count as zeros."""
+    top = x.abs().amax()
+    top = torch.where(top > 0, top, 1.0)  # so that no square overflows
+    after = piece.num_rows * piece.width - piece.offset - piece.numel
+    x_ND = pad(x / top, (piece.offset, after)).view(piece.num_rows, piece.width)
+    return x_ND.square().mean(0).sqrt() * top
+
+
+@lru_cache
+def _factors(device: torch.device) -> torch.Tensor:
+    """fp32: by code, of the largest scale. Made on the CPU, so that all devices have the same."""
+    factors = torch.exp2(-torch.arange(ZERO + 1, dtype=torch.float64, device="cpu") / STEPS_PER_OCTAVE)
+    factors[ZERO] = 0.0
+    return factors.float().to(device)
+
 
 GradientCodec = AnyCodec | Equalized
-
-
-def equalize(codec: AnyCodec, is_wanted: bool) -> GradientCodec:
-    """The codec, with columns on one scale if that is wanted and it is one that can be."""
-    return Equalized(codec=codec) if is_wanted and isinstance(codec, Quantizer | Eden) else codec
-
-
-def _head_nbytes(shape: tuple[int, ...]) -> int:
-    return pad_nbytes(LARGEST_NBYTES + width_of(shape))
-
-
-def _split(payload: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales, and the codec's section."""
-    return payload[: _head_nbytes(shape)], payload[_head_nbytes(shape) :]
-
-
-def _write_scales(x_ND: torch.Tensor, head: torch.Tensor) -> None:
-    """Of values that are finite."""
-    x_ND = torch.where(x_ND.isfinite(), x_ND, 0.0)
-    top = x_ND.abs().amax()
-    top = torch.where(top > 0, top, 1.0)
-    scale_D = (x_ND / top).square().mean(0).sqrt()  # so that no square overflows
-    largest = scale_D.amax()
-    below_D = torch.log2(torch.where(scale_D > 0, scale_D / largest, 1.0)) * -STEPS_PER_OCTAVE
-    code_D = torch.where(scale_D > 0, below_D.round().clamp(0, ZERO - 1), ZERO)
-    head.zero_()
-    head[:LARGEST_NBYTES].view(torch.float32).copy_(largest * top)
-    head[LARGEST_NBYTES : LARGEST_NBYTES + len(code_D)].copy_(code_D)
-
-
-def _read_scales(head: torch.Tensor, width: int) -> torch.Tensor:
-    """fp32 [D]."""
-    code_D = head[LARGEST_NBYTES : LARGEST_NBYTES + width].long()
-    return FACTORS.to(head.device)[code_D] * head[:LARGEST_NBYTES].view(torch.float32)

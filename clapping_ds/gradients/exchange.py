@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from clapping_ds.codecs import COMPRESSIBLE_DTYPES, Context, Raw, State
+from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Eden, Quantizer, Raw, State
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
-from clapping_ds.gradients.equalized import GradientCodec, equalize
+from clapping_ds.gradients.equalized import Columns, Equalized, GradientCodec
 from clapping_ds.gradients.feedback import NoFeedback, commit, make_feedback
 from clapping_ds.gradients.layout import (
     Bucket,
@@ -31,6 +31,7 @@ from clapping_ds.gradients.layout import (
     Piece,
     Section,
     cut_rows,
+    find_sides,
     flatten,
     make_buckets,
     put_back,
@@ -49,13 +50,25 @@ SCATTER, GATHER = "scatter", "gather"
 
 
 class Leg:
-    """One of the two ways, with what is held for it."""
+    """One of the two ways, with what is held for it.
 
-    def __init__(self, direction: str, codec: GradientCodec, feedback: str, momentum: float) -> None:
+    widths   by the number of the parameter, of its rows, where columns are brought to one scale
+    """
+
+    def __init__(
+        self,
+        direction: str,
+        codec: AnyCodec,
+        feedback: str,
+        momentum: float,
+        widths: Sequence[int] | None = None,
+    ) -> None:
         # Configuration
         self.link = "replicas"
         self.direction = direction
         self.codec = codec
+        self.widths = widths
+        self._codecs: dict[Section, GradientCodec] = {}
         # State
         self.feedback = make_feedback(feedback, momentum)
         self.without = NoFeedback()
@@ -66,20 +79,34 @@ class Leg:
         self.gradient_square = 0.0
         """Of the last step whose error was measured."""
 
-    def choose(self, shape: torch.Size) -> tuple[GradientCodec, NoFeedback]:
+    def choose(self, section: Section) -> tuple[GradientCodec, NoFeedback]:
         """The codec of a section, and its feedback; `none` where that is smaller, or blocks are larger."""
+        if section not in self._codecs:
+            self._codecs[section] = self._make_codec(section)
+        codec = self._codecs[section]
+        return codec, self.without if codec is RAW else self.feedback
+
+    def _make_codec(self, section: Section) -> GradientCodec:
+        codec: GradientCodec = self.codec
+        if self.widths is not None and isinstance(codec, Quantizer | Eden):
+            widths = [self.widths[piece.number] for piece in section.pieces]
+            columns = [
+                Columns(piece.numel, piece.start % width, width)
+                for piece, width in zip(section.pieces, widths, strict=True)
+            ]
+            codec = Equalized(codec, tuple(columns))
         try:
-            is_smaller = self.codec.nbytes(shape, torch.float32) <= RAW.nbytes(shape, torch.float32)
+            num_bytes = codec.nbytes(section.shape, torch.float32)
         except ValueError:
-            is_smaller = False
-        return (self.codec, self.feedback) if is_smaller else (RAW, self.without)
+            return RAW
+        return codec if num_bytes <= RAW.nbytes(section.shape, torch.float32) else RAW
 
     def nbytes(self, sections: Sequence[Section]) -> int:
-        return sum(self.choose(each.shape)[0].nbytes(each.shape, torch.float32) for each in sections)
+        return sum(self.choose(each)[0].nbytes(each.shape, torch.float32) for each in sections)
 
     def state(self, section: Section, sender: int | None, device: torch.device) -> State | None:
         if (section, sender) not in self.states:
-            codec, _ = self.choose(section.shape)
+            codec, _ = self.choose(section)
             self.states[section, sender] = codec.new_state(width_of(section.shape), device)
         return self.states[section, sender]
 
@@ -154,12 +181,15 @@ class Exchange:
         self.joins = joins
         self.compiles = compiles
         self.header_nbytes = verification.NBYTES if verifies else 0
-        scatter, gather = (equalize(each, plan.equalizes(each)) for each in (plan.scatter, plan.gather))
         back = plan.feedback(plan.gather)
+        widths = [find_sides(parameter)[1] for parameter in parameters]
         self.legs = {
-            SCATTER: Leg(SCATTER, scatter, plan.feedback(plan.scatter), plan.momentum),
-            # The mean of running means is no gradient to take a running mean of.
-            GATHER: Leg(GATHER, gather, "ef21" if back == "ef21_sgdm" else back, plan.momentum),
+            name: Leg(name, codec, feedback, plan.momentum, widths if plan.equalizes(codec) else None)
+            for name, codec, feedback in (
+                (SCATTER, plan.scatter, plan.feedback(plan.scatter)),
+                # The mean of running means is no gradient to take a running mean of.
+                (GATHER, plan.gather, "ef21" if back == "ef21_sgdm" else back),
+            )
         }
         self.raw = Leg("raw", RAW, "none", plan.momentum)
         """What is not compressed."""
@@ -211,7 +241,7 @@ class Exchange:
         self, leg: Leg, step: int, section: Section, values: torch.Tensor, payload: torch.Tensor
     ) -> None:
         """step: of the gradients. values: fp32, of the section's pieces."""
-        codec, feedback = leg.choose(section.shape)
+        codec, feedback = leg.choose(section)
         context = self._context(leg, step, section, self.collective.place, None)
 
         def write(value: torch.Tensor, memory: torch.Tensor | None, carry: bool) -> None:
@@ -229,14 +259,14 @@ class Exchange:
         self, leg: Leg, step: int, section: Section, sender: int, payload: torch.Tensor
     ) -> torch.Tensor:
         """fp32, flat: what a sender's payload stands for."""
-        codec, _ = leg.choose(section.shape)
+        codec, _ = leg.choose(section)
         seen = torch.empty(section.shape, device=payload.device)
         codec.decode_(payload, seen, self._context(leg, step, section, sender, sender))
         return seen.view(-1)
 
     def receive(self, leg: Leg, section: Section, mean: torch.Tensor) -> torch.Tensor:
         """fp32, flat: what the mean of decoded payloads stands for."""
-        _, feedback = leg.choose(section.shape)
+        _, feedback = leg.choose(section)
         return feedback.receive(self._places(section), section.sizes, mean)
 
     def _context(self, leg: Leg, step: int, section: Section, place: int, sender: int | None) -> Context:
@@ -449,7 +479,7 @@ class Round:
         ]
 
     def _header(self, leg: Leg, sections: Sequence[Section], payload: torch.Tensor) -> Header:
-        codecs = [leg.choose(section.shape)[0] for section in sections]
+        codecs = [leg.choose(section)[0] for section in sections]
         content = payload[self.exchange.header_nbytes :]
         return Header.of(self.step, sections[0].pieces[0].number, codecs, []).with_payload(content)
 

@@ -1,8 +1,8 @@
 """Which replica averages which part of the gradients, and what is coded together.
 
 Every parameter that is compressed is cut into pieces, one per owner: a replica that takes the mean there. The
-pieces of one owner are coded as one vector, but where a codec works on matrices: there each piece is coded by
-itself, and what an optimizer cut off from a row as a matrix of one row.
+pieces of one owner are coded as one vector, but where a codec works on matrices: there a piece is whole rows,
+and coded by itself.
 """
 
 from bisect import bisect_right
@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from clapping_ds.codecs import LowRank
+from clapping_ds.codecs import AnyCodec, LowRank
 from clapping_ds.codecs.sequence import list_members
-from clapping_ds.gradients.equalized import Equalized, GradientCodec
 
 BUCKET_NUMEL = 1 << 23
 """Values that are exchanged together: while one bucket is averaged the next one is on the wire."""
@@ -95,9 +94,7 @@ def store(pieces: Sequence[Piece], values: torch.Tensor, flat: Flat) -> None:
         flat[piece.number][piece.start : piece.stop].copy_(part)
 
 
-def works_on_matrices(codec: GradientCodec) -> bool:
-    if isinstance(codec, Equalized):
-        return True
+def works_on_matrices(codec: AnyCodec) -> bool:
     return any(isinstance(member, LowRank) for member in list_members(codec))
 
 
@@ -143,10 +140,7 @@ def make_buckets(
     for place in range(num_buckets):
         mine = [of_owner[place] for of_owner in parts]
         if has_matrices:
-            sections = [
-                [section for piece in of_owner for section in _as_matrices(parameters, piece)]
-                for of_owner in mine
-            ]
+            sections = [[_as_matrix(parameters, piece) for piece in of_owner] for of_owner in mine]
         elif joins:
             sections = [[_as_vector(of_owner)] if of_owner else [] for of_owner in mine]
         else:
@@ -187,16 +181,9 @@ def find_sides(parameter: Parameter) -> tuple[int, int]:
     return num_rows, parameter.shape.numel() // max(1, num_rows)
 
 
-def _as_matrices(parameters: Sequence[Parameter], piece: Piece) -> list[Section]:
-    """What is missing of a row at its start, whole rows, and what is left at its end."""
-    number, start, stop = piece
-    _, width = find_sides(parameters[number])
-    first, last = min(-(-start // width) * width, stop), stop // width * width
-    bounds = sorted({start, first, max(first, last), stop})
-    return [
-        Section((Piece(number, low, high),), torch.Size(((high - low) // width or 1, min(width, high - low))))
-        for low, high in pairwise(bounds)
-    ]
+def _as_matrix(parameters: Sequence[Parameter], piece: Piece) -> Section:
+    _, width = find_sides(parameters[piece.number])
+    return Section((piece,), torch.Size((piece.numel // width, width)))
 
 
 def _as_vector(pieces: Sequence[Piece]) -> Section:

@@ -20,7 +20,6 @@ import torch
 from clapping_ds.codecs import AnyCodec, Codec, Context, Eden, Float8, Quantizer, Raw, bits_per_value
 from clapping_ds.codecs.sequence import label
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.equalized import equalize
 
 NUM_VALUES = 1 << 14
 NUM_DRAWS = 8
@@ -82,7 +81,7 @@ def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> s
     """For the user: what the exchange costs, and what it asks of the step size. has_gather: whether the mean
     is compressed again."""
     legs = [plan.scatter, plan.gather] if has_gather else [plan.scatter]
-    bits = [bits_per_value(equalize(codec, plan.equalizes(codec)), torch.float32) for codec in legs]
+    bits = [bits_per_value(codec, torch.float32) for codec in legs]
     costs = ", ".join(
         f"{label(codec)}{', equalized,' * plan.equalizes(codec)} {of:.2f} bit"
         for codec, of in zip(legs, bits, strict=True)

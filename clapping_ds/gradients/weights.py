@@ -102,7 +102,7 @@ class WeightExchange:
 
     def _list_sections(self, bucket: Bucket, owner: int) -> list[tuple[GradientCodec, Section]]:
         """Of an owner: with the codec, then as they are, by parameter."""
-        coded = [(self.leg.choose(section.shape)[0], section) for section in bucket.sections[owner]]
+        coded = [(self.leg.choose(section)[0], section) for section in bucket.sections[owner]]
         raw: list[tuple[GradientCodec, Section]] = [
             (RAW, Section((Piece(number, start, stop),), torch.Size((stop - start,))))
             for number in (*bucket.raw, *bucket.tied)

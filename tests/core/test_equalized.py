@@ -1,19 +1,20 @@
 """Columns on one scale: both ends alike, unbiased, an error in proportion to each column."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 from clapping_ds.codecs import Context, Eden, Quantizer
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.equalized import Equalized
-from clapping_ds.gradients.layout import Parameter, Piece, make_buckets
+from clapping_ds.gradients.equalized import Columns, Equalized
 from tests.core.replicas import Replicas, mean_of, same_bits
 
-SIGN = Equalized(codec=Quantizer(name="sign"))
-EDEN1 = Equalized(codec=Eden(name="eden1", scale="unbiased"))
-CODECS = [SIGN, EDEN1, Equalized(codec=Eden(name="eden4")), Equalized(codec=Quantizer(name="int8"))]
+SIGN, EDEN1 = Quantizer(name="sign"), Eden(name="eden1", scale="unbiased")
+CODECS = [SIGN, EDEN1, Eden(name="eden4"), Quantizer(name="int8")]
+
+
+def equalized(codec, *shapes):
+    """Whole matrices, one after the other."""
+    return Equalized(codec, tuple(Columns(rows * width, 0, width) for rows, width in shapes))
 
 
 def draw(num_rows, width, seed=0, ratio=1000.0):
@@ -36,8 +37,7 @@ def send(codec, value, memory=None, carry=False, seed=0):
 @pytest.mark.parametrize("shape", [(1, 40), (24, 64), (7, 130)])
 @pytest.mark.parametrize("carry", [False, True])
 def test_both_ends_hold_the_same(codec, shape, carry):
-    value = draw(*shape)
-    memory = draw(*shape, seed=1)
+    value, memory, codec = draw(*shape), draw(*shape, seed=1), equalized(codec, shape)
     out, sent, received = send(codec, value, memory, carry)
     assert torch.equal(sent, received)
     assert torch.equal(sent, out)
@@ -48,8 +48,12 @@ def test_both_ends_hold_the_same(codec, shape, carry):
 
 
 def test_bytes_are_a_byte_per_column_more():
-    assert SIGN.nbytes((256, 124), torch.float32) == 128 + SIGN.codec.nbytes((256, 124), torch.float32)
-    assert SIGN.nbytes((256, 125), torch.float32) == 144 + SIGN.codec.nbytes((256, 125), torch.float32)
+    for width, num_bytes in ((124, 128), (125, 144)):
+        size = 256 * width
+        found = equalized(SIGN, (256, width)).nbytes((size,), torch.float32)
+        assert found == num_bytes + SIGN.nbytes((size,), torch.float32)
+    both = equalized(SIGN, (2, 64), (4, 64)).nbytes((384,), torch.float32)
+    assert both == 2 * (4 + 64) + 8 + SIGN.nbytes((384,), torch.float32)
 
 
 @pytest.mark.parametrize("codec", [SIGN, EDEN1], ids=lambda codec: codec.name)
@@ -62,13 +66,13 @@ def test_the_error_of_a_column_is_in_proportion_to_it(codec):
         coder.encode_(value, payload, Context(sent))
         return (value - sent).norm(dim=0) / value.norm(dim=0)
 
-    assert errors(codec).max() < 1  # 0.6 for signs of a Gaussian, 0.76 unbiased
-    assert errors(codec.codec).max() > 50
+    assert errors(equalized(codec, (256, 128))).max() < 1  # 0.6 for signs of a Gaussian, 0.76 unbiased
+    assert errors(codec).max() > 50
 
 
 def test_it_is_right_on_average_where_the_codec_is():
     value, num_seeds = draw(32, 64), 400
-    mean = sum(send(EDEN1, value, seed=seed)[0] for seed in range(num_seeds)) / num_seeds
+    mean = sum(send(equalized(EDEN1, (32, 64)), value, seed=seed)[0] for seed in range(num_seeds)) / num_seeds
     errors = (mean - value).norm(dim=0) / value.norm(dim=0)
     assert errors.max() < 2 * (0.6 / num_seeds) ** 0.5
 
@@ -77,7 +81,7 @@ def test_it_is_right_on_average_where_the_codec_is():
 def test_columns_of_zeros_stay_zeros_and_no_square_overflows(scale):
     value = draw(64, 32) * scale
     value[:, 3] = 0
-    out, *_ = send(SIGN, value)
+    out, *_ = send(equalized(SIGN, (64, 32)), value)
     assert torch.all(out[:, 3] == 0)
     assert out.isfinite().all()
     assert (out - value).norm() <= 0.8 * value.norm()
@@ -86,7 +90,7 @@ def test_columns_of_zeros_stay_zeros_and_no_square_overflows(scale):
 def test_what_is_not_finite_arrives_and_leaves_the_memory():
     value, memory = draw(64, 128), draw(64, 128, seed=1)
     value[5, 7], value[9, 0] = torch.inf, torch.nan
-    out, sent, received = send(SIGN, value, memory, carry=True)
+    out, sent, received = send(equalized(SIGN, (64, 128)), value, memory, carry=True)
     assert not out[5].isfinite().any() and not out[9].isfinite().any()
     assert torch.equal(sent, received)
     assert torch.equal(sent[[5, 9]], memory[[5, 9]])
@@ -95,25 +99,20 @@ def test_what_is_not_finite_arrives_and_leaves_the_memory():
     assert (out - value)[others].norm() < (memory - value)[others].norm()
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 70), (3, 61), (60, 500), (1, 640), (600, 640)])
+def test_pieces_that_begin_and_end_inside_rows(start, stop):
+    """Each value has the scale of its column, and a second piece has scales of its own."""
+    values, other = draw(10, 64).flatten()[start:stop], 100 * draw(4, 32, seed=1).flatten()
+    pieces = Columns(len(values), start % 64, 64), Columns(128, 0, 32)
+    value = torch.cat([values, other])
+    out, *_ = send(Equalized(Quantizer(name="int8", group_size=16), pieces), value)
+    columns = torch.cat([torch.arange(start, stop) % 64, 64 + torch.arange(128) % 32])
+    for column in columns.unique():
+        mine = columns == column
+        assert (out - value)[mine].norm() < 0.05 * value[mine].norm()
+
+
 # In an exchange
-
-
-@pytest.mark.parametrize(
-    ("start", "stop"), [(0, 640), (0, 70), (3, 61), (64, 128), (60, 500), (1, 640), (600, 640)]
-)
-def test_parts_of_rows_that_an_optimizer_cut_off_are_rows(start, stop):
-    parameter = Parameter("weight", torch.Size((10, 64)))
-    (bucket,) = make_buckets([parameter], [0], 1, lambda _: [(0, start, stop)], 0, has_matrices=True)
-    sections = bucket.sections[0]
-    pieces = [section.pieces[0] for section in sections]
-    assert pieces[0].start == start and pieces[-1].stop == stop
-    assert all(one.stop == other.start for one, other in pairwise(pieces))
-    for section in sections:
-        (piece,) = section.pieces
-        assert isinstance(piece, Piece) and section.shape.numel() == piece.numel
-        is_whole = piece.start % 64 == 0 and piece.numel % 64 == 0
-        assert section.shape == ((piece.numel // 64, 64) if is_whole else (1, piece.numel))
-    assert sum(section.shape[0] > 1 or section.shape[1] == 64 for section in sections) <= 1
 
 
 @pytest.mark.parametrize("codec", ["int2", {"name": "eden4", "scale": "unbiased"}, "sign"], ids=str)

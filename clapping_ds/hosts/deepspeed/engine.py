@@ -99,6 +99,10 @@ class ClappingPipelineEngine(CheckpointingEngine):
         (self._endpoint,) = self._endpoints.stages
         self._gradients = Gradients(self) if self.clapping.data_parallel is not None else None
         self._tuning = Tuning(self._endpoints, self.num_stages)
+        if self._gradients is not None:
+            averaging, known = self._gradients.averaging, self._tuning.decision
+            averaging.tells_choice = self._tuning.note_replicas
+            averaging.is_used = known is None or known.compresses_replicas is not False
         self._shapes = Shapes(self)
         if self.num_stages > 1:
             self._endpoints.announce(self._find_sent_dtype())

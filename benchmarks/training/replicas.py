@@ -39,7 +39,7 @@ from launch.trainer import Training, learning_rate_schedule, optimizer
 UNCOMPRESSED = "uncompressed"
 NUM_HELD_OUT = 20
 WARM_UP = 40
-"""Steps of the byte GPT in which methods of one bit are uncompressed."""
+"""Steps in which the byte GPT's learning rate rises, and some methods send gradients uncompressed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Method:
     peer: str | None = None
     """A published method in place of the plan."""
     optimizer: str = "AdamW"
+    warms_up: bool = False
+    """Whether nothing is compressed while the learning rate rises."""
 
 
 def both(codec: Any, **options: Any) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def unbiased(bits: int) -> dict[str, Any]:
     return {"name": f"eden{bits}", "scale": "unbiased"}
 
 
-SIGN = {"scatter": "sign", "warmup_steps": WARM_UP}
+SIGN = {"scatter": "sign"}
 RAW_ERRORS = {"error_feedback": "none"}
 AS_THEY_ARE = {"equalize": False}
 """Columns of matrices."""
@@ -74,13 +76,13 @@ METHODS: dict[str, Method] = {
     "eden1, unbiased": Method({"scatter": unbiased(1), **RAW_ERRORS}),
     "eden1, unbiased, not equalized": Method({"scatter": unbiased(1), **RAW_ERRORS, **AS_THEY_ARE}),
     "eden2 + EF": Method({"scatter": "eden2"}),
-    "sign + EF": Method(SIGN),
-    "sign + EF, not equalized": Method({**SIGN, **AS_THEY_ARE}),
-    "sign + EF, no warm-up": Method({"scatter": "sign"}),
-    "sign + EF, half the rate": Method(SIGN, rate=0.5),
-    "sign + EF, both ways": Method(both("sign", warmup_steps=WARM_UP)),
-    "sign, no feedback": Method({**SIGN, **RAW_ERRORS}),
-    "eden1 + EF": Method({"scatter": "eden1", "warmup_steps": WARM_UP}),
+    "sign + EF": Method(SIGN, warms_up=True),
+    "sign + EF, not equalized": Method({**SIGN, **AS_THEY_ARE}, warms_up=True),
+    "sign + EF, no warm-up": Method(SIGN),
+    "sign + EF, half the rate": Method(SIGN, rate=0.5, warms_up=True),
+    "sign + EF, both ways": Method(both("sign"), warms_up=True),
+    "sign, no feedback": Method({**SIGN, **RAW_ERRORS}, warms_up=True),
+    "eden1 + EF": Method({"scatter": "eden1"}, warms_up=True),
     "topk 0.05 + EF": Method({"scatter": "topk"}),
     "lowrank 4 + EF": Method({"scatter": "lowrank"}),
     "1-bit Adam": Method(peer="1-bit Adam"),
@@ -181,6 +183,8 @@ class Trainee:
     batches: Iterator[Batch]
     held_out: Sequence[Batch]
     steps: int
+    warm_up: int
+    """Steps in which the learning rate rises."""
 
 
 def start_gpt(seed: int, method: Method) -> Trainee:
@@ -198,7 +202,7 @@ def start_gpt(seed: int, method: Method) -> Trainee:
         chosen = torch.optim.SGD(groups, lr=SGD_RATE * method.rate, momentum=0.9)
     schedule = learning_rate_schedule(chosen, training)
     batches = scratch.draw_batches(corpus, config, False, seed)
-    return Trainee(model, list(model.blocks), chosen, schedule, batches, held_out, training.steps)
+    return Trainee(model, list(model.blocks), chosen, schedule, batches, held_out, training.steps, WARM_UP)
 
 
 SGD_RATE = 0.1
@@ -216,7 +220,8 @@ def start_llm(seed: int, method: Method) -> Trainee:
     adam = torch.optim.AdamW(wanted, rate, weight_decay=0.0)
     steps = finetune.WARM_UP_STEPS
     warm_up = torch.optim.lr_scheduler.LinearLR(adam, 1 / steps, total_iters=steps - 1)
-    return Trainee(model, list(model.base_model.layers), adam, warm_up, batches, held_out, finetune.STEPS)
+    layers = list(model.base_model.layers)
+    return Trainee(model, layers, adam, warm_up, batches, held_out, finetune.STEPS, finetune.WARM_UP_STEPS)
 
 
 TASKS: dict[str, Callable[[int, Method], Trainee]] = {"byte GPT": start_gpt, "SmolLM2, LoRA": start_llm}
@@ -240,13 +245,14 @@ def measure(run: Run) -> list[dict[str, Any]]:
     named = [(name, weight) for name, weight in trainee.model.named_parameters() if weight.requires_grad]
     weights = [weight for _, weight in named]
     parameters = [Parameter(name, weight.shape) for name, weight in named]
-    plan = DataParallelConfig.model_validate(method.plan)
+    warm_up = {"warmup_steps": trainee.warm_up} if method.warms_up else {}
+    plan = DataParallelConfig.model_validate({**method.plan, **warm_up})
     replicas = Replicas(plan, parameters, run.num_replicas, seed=run.seed)
     sizes = [weight.numel() for weight in weights]
     peer: Any = None
     if method.peer is not None:
         peer = LoCo(run.num_replicas, sizes) if method.peer == "LoCo" else None
-        peer = peer or OneBitAdam(run.num_replicas, sizes, WARM_UP)
+        peer = peer or OneBitAdam(run.num_replicas, sizes, trainee.warm_up)
     codec = "eden4" if run.num_stages == 2 and run.name != UNCOMPRESSED else "none"
     links = Links(*[block("direct", codec)] * (run.num_stages - 1)) if run.num_stages > 1 else None
     losses = []

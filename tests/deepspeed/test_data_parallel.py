@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -294,27 +296,35 @@ def test_verify_finds_replicas_that_drift(four_ranks):
     assert "replicas, step 2" in outcomes[0].message
 
 
-def chosen(min_gain):
+def chosen(links, num_stages, steps):
     """Whether gradients are compressed after all was tried, and what was said of it."""
     said = io.StringIO()
-    block = {**block_of({}), "links": {"min_gain": min_gain}}
     with contextlib.redirect_stdout(said):
-        engine = models.make_engine(block, num_stages=2)
-        losses = models.train(engine, 10)
+        engine = models.make_engine({**block_of({}), "links": links}, num_stages=num_stages)
+        models.train(engine, steps)
+    is_used = engine._gradients.averaging.is_used
+    return is_used, said.getvalue(), (engine.stage_id, find_weights(engine))
+
+
+def chosen_then_read(file, num_stages):
     return (
-        losses,
-        engine._gradients.averaging.is_used,
-        said.getvalue(),
-        (engine.stage_id, find_weights(engine)),
+        chosen({"min_gain": 0.5, "write": file}, num_stages, 10),
+        chosen({"read": file}, num_stages, 2),
     )
 
 
-def test_links_auto_measures_this_exchange_too(four_ranks):
-    """Between ranks of one machine nothing is gained."""
-    outcomes = four_ranks.run(chosen, 0.5)
-    assert_replicas_are_equal([weights for *_, weights in outcomes])
-    assert not any(is_used for _, is_used, *_ in outcomes)
-    assert "exchange of gradients, raw" in outcomes[0][2] and "none" in outcomes[0][2]
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_links_auto_measures_this_exchange_too(four_ranks, tmp_path, num_stages):
+    """Between ranks of one machine nothing is gained; a run that reads what was written does not try."""
+    file = str(tmp_path / "links.json")
+    outcomes = four_ranks.run(chosen_then_read, file, num_stages)
+    for number in range(2):
+        assert_replicas_are_equal([of_rank[number][2] for of_rank in outcomes])
+        assert not any(of_rank[number][0] for of_rank in outcomes)
+    (_, said, _), (_, of_reader, _) = outcomes[0]
+    assert "exchange of gradients, raw" in said and "none" in said
+    assert "exchange of gradients, raw" not in of_reader
+    assert json.loads(Path(file).read_text())["compresses_replicas"] is False
 
 
 WEIGHTS = {"scatter": EDEN4, "weights": "eden4"}

@@ -20,6 +20,7 @@ from clapping_ds.doctor.machine import (
 )
 from clapping_ds.doctor.network import check_network
 from clapping_ds.doctor.ranks import GROUPS, LINKS, RANKS
+from clapping_ds.doctor.replicas import REPLICAS
 from clapping_ds.doctor.selftest import check_codecs
 from clapping_ds.doctor.steps import STEPS
 from clapping_ds.doctor.visit import Check, Launch, Status, Visit, run_checks
@@ -38,6 +39,7 @@ CHECKS = (
     GROUPS._replace(after=("ranks", "device")),
     LINKS,
     STEPS,
+    REPLICAS,
 )
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

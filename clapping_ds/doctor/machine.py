@@ -207,6 +207,10 @@ def _describe_cost(config: ClappingConfig, dtype: torch.dtype) -> str:
         costs.append(
             f"{direction} {mean:.4g} of {raw_bits} bits per value ({raw_bits / mean:.3g}x less){start}"
         )
+    if config.data_parallel is not None:
+        legs = config.data_parallel.scatter, config.data_parallel.gather
+        both = " and ".join(f"{bits_per_value(codec, torch.float32):.4g}" for codec in legs)
+        costs.append(f"gradients of replicas {both} of 32")
     return f"strategy {config.strategy}: {', '.join(costs)}"
 
 

@@ -10,7 +10,7 @@ import torch
 from clapping_ds.autotune.decision import Speed
 from clapping_ds.codecs import CODECS, Eden, LowRank, Transform
 from clapping_ds.doctor import __main__ as doctor
-from clapping_ds.doctor import machine, network, selftest, steps
+from clapping_ds.doctor import machine, network, replicas, selftest, steps
 from clapping_ds.doctor import visit as running
 from clapping_ds.doctor.ranks import compare_hosts, compare_speeds
 from clapping_ds.doctor.visit import Board, Check, Launch, Status, Visit, fail, ok, run_checks, skip, warn
@@ -369,3 +369,16 @@ def test_memories_and_errors_of_the_steps():
     other = steps.compare_steps([([sent], 0.01), ([received._replace(checksums=(1, 3))], 0.01)])
     assert other.text == "the ends hold different memories: key_delta, link 0-1, activations"
     assert steps.compare_steps([None]) is None
+
+
+def test_what_replicas_are_left_with():
+    one = replicas.Exchanged((1, 2), 0.08, 0.001)
+    found = replicas.compare_replicas([one, one._replace(took_s=0.002)])
+    assert found.status is Status.OK
+    assert found.text.endswith("error 0.080, 2.0 ms")
+    differing = replicas.compare_replicas([one, one._replace(checksums=(1, 3))])
+    assert differing.status is Status.FAIL
+    assert "different means" in differing.text
+    assert replicas.compare_replicas([one, one._replace(error=float("inf"))]).status is Status.FAIL
+    assert replicas._find_error([torch.tensor(torch.nan)], [torch.ones(())]) == float("inf")
+    assert replicas.compare_replicas([None, None]) is None

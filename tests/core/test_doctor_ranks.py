@@ -55,13 +55,16 @@ def test_two_ranks_of_torchrun(tmp_path):
     assert found["steps"][1].startswith(
         "2 stages, 2 steps each of direct, key_delta, key_delta with verify: "
     )
+    assert found["replicas"][1].startswith(
+        "2 replicas, 2 exchanges of gradients: means equal on all, error 0.07"
+    )
 
 
 def test_one_process_starts_two_ranks_for_the_steps():
     status, lines, said = finish(start("clapping_ds.doctor"))
     assert status == 0, said
     found = {line[0]: line[1:] for line in lines}
-    assert found["links"][0] == "skip"
+    assert found["links"][0] == found["replicas"][0] == "skip"
     assert "torchrun --nproc_per_node 2" in found["links"][1]
     assert found["steps"][1].startswith("on CPU ranks: 2 stages, ")
 

@@ -32,6 +32,7 @@ def block_of(**plan: Any) -> dict[str, Any]:
     return {"activations": NONE, "gradients": NONE, "data_parallel": plan, "compile": True}
 
 
+INT4 = {"scatter": {"name": "int4", "stochastic": True}}
 CODED = {"scatter": {"name": "eden4", "scale": "unbiased"}}
 RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "fp32, stock": (None, {}),
@@ -41,6 +42,7 @@ RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "bf16 ZeRO-1, stock": (None, BF16),
     "bf16 ZeRO-1, eden4": (block_of(**CODED), BF16),
     "bf16 ZeRO-1, eden4, weights eden4": (block_of(**CODED, weights="eden4"), BF16),
+    "bf16 ZeRO-1, int4, weights int4": (block_of(**INT4, weights="int4"), BF16),
 }
 
 

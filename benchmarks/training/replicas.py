@@ -72,6 +72,7 @@ METHODS: dict[str, Method] = {
     UNCOMPRESSED: Method(both("none")),
     "int8": Method(both("int8")),
     "eden4": Method(),
+    "int4, stochastic": Method(both({"name": "int4", "stochastic": True})),
     "eden2, unbiased": Method({"scatter": unbiased(2), **RAW_ERRORS}),
     "eden1, unbiased": Method({"scatter": unbiased(1), **RAW_ERRORS}),
     "eden1, unbiased, not equalized": Method({"scatter": unbiased(1), **RAW_ERRORS, **AS_THEY_ARE}),

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "clapping_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    *("version", "streams", "codecs/base", "codecs/reference", "codecs/kernels", "codecs", "config"),
+    *("version", "streams", "codecs/base", "codecs/reference", "codecs/kernels", "codecs", "config", "crnet"),
     *("link", "report", "gradients", "stage", "autotune", "hosts", "__init__", "run", "doctor"),
 )
 """From the bottom to the top: each may import itself and those before it. A tensor goes the other way, from

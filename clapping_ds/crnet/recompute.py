@@ -1,0 +1,156 @@
+"""Segments of layers that keep little for the backward pass.
+
+Of each layer its x and the seven products x A are kept, and the outputs once per segment: those before its
+first layer, or of that layer if it is an anchor (`forward`), or of its last layer (`inverse`). In the
+backward pass the others are rebuilt,
+
+    forward     Y_l     = b Y_(l-1) + (x_l A_l) B_l          the same operations: the same bits
+    inverse     Y_(l-1) = (Y_l - (x_l A_l) B_l) / b          each step divides the rounding error by |b|
+
+then each layer runs again by itself, from its last to its first, for its gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from clapping_ds.crnet.config import POSITIONS, CRNetConfig
+from clapping_ds.crnet.model import NUM_OUTPUTS, CRLayer, Outputs
+
+Kept = list[torch.Tensor | None]
+
+
+class Segment(nn.Module):
+    """Consecutive layers. Takes x, and the seven outputs before unless its first layer is an anchor; gives x,
+    and the seven outputs unless what comes next is an anchor or no layer."""
+
+    def __init__(self, config: CRNetConfig, first: int, anchors: frozenset[int], gives_outputs: bool) -> None:
+        super().__init__()
+        numbers = range(first, first + config.checkpoint_every)
+        self.layers = nn.ModuleList(CRLayer(config, number, number in anchors) for number in numbers)
+        self.recompute = config.recompute
+        self.largest_growth = config.largest_growth
+        self.gives_outputs = gives_outputs
+
+    def list_layers(self) -> list[CRLayer]:
+        return cast(list[CRLayer], list(self.layers))
+
+    def forward(self, given: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+        x, *before = given if isinstance(given, tuple) else (given,)
+        if self.recompute is None or not torch.is_grad_enabled():
+            outputs = Outputs(*before) if before else None
+            for layer in self.list_layers():
+                x, outputs, _ = layer(x, outputs)
+            assert outputs is not None
+            return (x, *outputs) if self.gives_outputs else x
+        if self.recompute == "inverse":
+            self._check_growth()
+        parameters = list(self.parameters())
+        result = Rebuilt.apply(self, len(before), x, *before, *parameters)
+        return result if self.gives_outputs else result[0]
+
+    @torch.no_grad()
+    def _check_growth(self) -> None:
+        """Raises ValueError where inverting a segment multiplies errors by more than is allowed."""
+        inverted = [layer for layer in self.list_layers() if not layer.is_anchor]
+        if not inverted:
+            return
+        factors = [layer.find_map(name).factor for layer in inverted for name in POSITIONS]
+        growth = (1 / torch.stack(factors).float().abs()).view(len(inverted), -1).prod(0)
+        worst = int(growth.argmax())
+        if not growth[worst] <= self.largest_growth:
+            raise ValueError(
+                f"recompute = 'inverse' with 1 / |b| of {POSITIONS[worst]} multiplied up to "
+                f"{float(growth[worst]):.3g} over {len(inverted)} layers; accepted: at most largest_growth = "
+                f"{self.largest_growth:g}, a shorter segment, or recompute = 'forward'"
+            )
+
+
+class Rebuilt(torch.autograd.Function):
+    """A segment's forward pass, of which little is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, segment: Segment, num_before: int, *tensors: torch.Tensor) -> Any:
+        x, before = tensors[0], tensors[1 : 1 + num_before]
+        outputs = Outputs(*before) if before else None
+        kept: Kept = []
+        anchored: Sequence[torch.Tensor] = before
+        for number, layer in enumerate(segment.list_layers()):
+            kept.append(x)
+            x, outputs, products = layer(x, outputs)
+            kept += products
+            if number == 0 and layer.is_anchor:
+                anchored = outputs
+        assert outputs is not None
+        ctx.segment, ctx.num_before = segment, num_before
+        ctx.set_materialize_grads(False)
+        is_inverse = segment.recompute == "inverse"
+        ctx.save_for_backward(*kept, *(outputs if is_inverse else anchored))
+        ctx.autocast = _find_autocast(x.device.type)
+        return (x, *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        layers = ctx.segment.list_layers()
+        size = 1 + NUM_OUTPUTS
+        kept = ctx.saved_tensors[: size * len(layers)]
+        xs, products = kept[::size], [kept[n * size + 1 : (n + 1) * size] for n in range(len(layers))]
+        with _like(ctx.autocast), torch.no_grad():
+            before = _rebuild(ctx.segment, Outputs(*ctx.saved_tensors[size * len(layers) :]), products)
+        of_parameters: list[Any] = []
+        for layer, x, outputs, known in reversed(list(zip(layers, xs, before, products, strict=True))):
+            with _like(ctx.autocast), torch.enable_grad():
+                given = [each.detach().requires_grad_(True) for each in (x, *(outputs or ()))]
+                result, found, _ = layer(given[0], Outputs(*given[1:]) if outputs else None, known)
+            wanted = [*given, *(each for each in layer.parameters() if each.requires_grad)]
+            pairs = [
+                (each, of_it)
+                for each, of_it in zip((result, *found), gradients, strict=True)
+                if of_it is not None
+            ]
+            roots, of_roots = zip(*pairs, strict=True)
+            told = torch.autograd.grad(roots, wanted, of_roots, allow_unused=True)
+            rest = iter(told[len(given) :])
+            of_parameters = [
+                next(rest) if each.requires_grad else None for each in layer.parameters()
+            ] + of_parameters
+            gradients = told[: len(given)] if outputs else (told[0], *(None,) * NUM_OUTPUTS)
+        return None, None, *gradients[: 1 + ctx.num_before], *of_parameters
+
+
+def _rebuild(
+    segment: Segment, known: Outputs, products: Sequence[Sequence[torch.Tensor | None]]
+) -> list[Outputs | None]:
+    """The outputs before each layer; None before an anchor. known: before the first layer, or of that if it
+    is an anchor; with `inverse` of the last layer."""
+    layers = segment.list_layers()
+    is_anchored = layers[0].is_anchor
+    if segment.recompute == "inverse":
+        found: list[Outputs | None] = []
+        for layer, of_layer in reversed(list(zip(layers, products, strict=True))):
+            known = known if layer.is_anchor else _apply("invert", layer, known, of_layer)
+            found.insert(0, None if layer.is_anchor else known)
+        return found
+    before: list[Outputs | None] = [None, known] if is_anchored else [known]
+    for layer, of_layer in list(zip(layers, products, strict=True))[len(before) - 1 : -1]:
+        known = _apply("rebuild", layer, known, of_layer)
+        before.append(known)
+    return before[: len(layers)]
+
+
+def _apply(step: str, layer: CRLayer, outputs: Outputs, products: Sequence[torch.Tensor | None]) -> Outputs:
+    return Outputs(*(
+        getattr(layer.find_map(name), step)(y, product)
+        for name, y, product in zip(POSITIONS, outputs, products, strict=True)
+    ))  # fmt: skip
+
+
+def _find_autocast(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _like(found: tuple[str, bool, torch.dtype]) -> Any:
+    device, is_enabled, dtype = found
+    return torch.autocast(device, dtype=dtype, enabled=is_enabled)

@@ -1,0 +1,238 @@
+"""CR-Net: its formula, its sizes, and recomputation that changes no bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from clapping_ds import crnet
+from clapping_ds.crnet import CRLinear, CRNetConfig, counts
+from clapping_ds.crnet.model import CRLayer, Outputs
+
+SMALL = {
+    "vocabulary": 40, "width": 32, "intermediate": 48, "num_layers": 8, "num_heads": 2, "rank": 6,
+    "checkpoint_every": 4,
+}  # fmt: skip
+
+
+def make(num_stages=1, seed=0, **options):
+    torch.manual_seed(seed)
+    model = crnet.build(CRNetConfig(**{**SMALL, **options}), num_stages)
+    for name, parameter in model.named_parameters():  # no two layers alike
+        if name.endswith("residual"):
+            nn.init.uniform_(parameter, 0.9, 1.1)
+    return model
+
+
+def train(model, autocast=False, seed=1):
+    """The loss, and the gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(40, (2, 9), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(tokens)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().roll(-1))
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: each.grad.clone() for name, each in model.named_parameters()}
+
+
+def test_a_map_is_what_the_paper_says():
+    for residual in (0.7, -0.4, 0.0):
+        linear = CRLinear(5, 3, rank=2, residual=residual)
+        x, before = torch.randn(4, 5), torch.randn(4, 3)
+        y, product = linear(x, before)
+        sign = (residual > 0) - (residual < 0)
+        torch.testing.assert_close(y, sign * (abs(residual) + 1e-6) * before + x @ linear.a_DR @ linear.b_RD)
+        torch.testing.assert_close(product, x @ linear.a_DR)
+        assert torch.equal(linear.rebuild(before, product), y)
+        if residual:
+            torch.testing.assert_close(linear.invert(y, product), before, rtol=1e-4, atol=1e-5)
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    linear, before = linear.double(), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: linear(*given)[0], (x, before))
+
+
+FORMS = {
+    "exact": {},
+    "stage-anchored": {"num_stages": 2, "anchor": "stage"},
+    "low-rank first layer": {"first_layer": "low_rank"},
+    "rank per layer": {"rank": (1, 2, 3, 4, 5, 6, 7, 8)},
+    "segments of one layer": {"checkpoint_every": 1},
+    "one segment": {"checkpoint_every": 8},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_rebuilding_forward_changes_no_bit(form, dtype, autocast):
+    plain, rebuilt = (make(**FORMS[form], recompute=how).to(dtype) for how in (None, "forward"))
+    loss, gradients = train(plain, autocast)
+    other, others = train(rebuilt, autocast)
+    assert torch.equal(loss, other)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+
+
+def test_frozen_parameters_get_no_gradient():
+    plain, rebuilt = (make(recompute=how) for how in (None, "forward"))
+    for model in (plain, rebuilt):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q" not in name.split(".") and "norm_mlp" not in name)
+        tokens = torch.arange(18).view(2, 9)
+        model(tokens).square().mean().backward()
+    for (name, one), other in zip(plain.named_parameters(), rebuilt.parameters(), strict=True):
+        if one.requires_grad:
+            assert torch.equal(one.grad, other.grad), name
+        else:
+            assert one.grad is other.grad is None
+
+
+@pytest.mark.parametrize(("residual", "below"), [(1.0, 0.02), (0.8, 0.2), (0.5, 8.0)])
+def test_rebuilding_backward_multiplies_errors(residual, below):
+    """In fp32 the error after three inversions is that of a rounding, divided by b each time."""
+    plain, inverse = (make(recompute=how, residual=residual, largest_growth=1e9) for how in (None, "inverse"))
+    for model in (plain, inverse):
+        for name, parameter in model.named_parameters():
+            if name.endswith("residual"):
+                nn.init.constant_(parameter, residual)
+    _, gradients = train(plain)
+    _, others = train(inverse)
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).norm() <= below * 1e-3 * gradient.norm() + 1e-9, name
+
+
+def invert_in_bf16(residual, num_layers=7):
+    """The relative error of the outputs before so many layers, rebuilt from those after them."""
+    torch.manual_seed(0)
+    width, rank = 256, 64
+    maps = [CRLinear(width, width, rank, residual).bfloat16() for _ in range(num_layers)]
+    y = first = torch.randn(64, width).bfloat16()
+    products = []
+    with torch.no_grad():
+        for each in maps:
+            y, product = each(torch.randn(64, width).bfloat16(), y)
+            products.append(product)
+        for each, product in zip(reversed(maps), reversed(products), strict=True):
+            y = each.invert(y, product)
+    return float((y.float() - first.float()).norm() / first.float().norm())
+
+
+def test_the_inverse_is_unstable_where_b_is_small():
+    errors = [invert_in_bf16(residual) for residual in (1.0, 0.5, 0.3)]
+    assert errors[0] < 0.1
+    assert errors[1] > 10 * errors[0]
+    assert errors[2] > 10 * errors[1]
+
+
+def test_the_inverse_is_refused_above_its_guard():
+    model = make(recompute="inverse")
+    for parameter in (each.maps["gate"].residual for part in model[1:-1] for each in part.layers[1:]):
+        nn.init.constant_(parameter, 0.5)
+    with pytest.raises(ValueError, match=r"recompute = 'inverse' with 1 / \|b\| of gate multiplied up to 8"):
+        train(model)
+    nn.init.zeros_(model[1].layers[1].maps["k"].residual)
+    with pytest.raises(ValueError, match=r"1 / \|b\| of k multiplied up to .* accepted: at most"):
+        train(model)
+
+
+# Sizes
+
+
+def count_saved(model, tokens):
+    """Values that autograd keeps of activations, each storage once."""
+    own = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in own and tensor.is_floating_point():
+            seen[pointer] = (tensor.untyped_storage().nbytes() // tensor.element_size(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens)
+    return sum(number for number, _ in seen.values())
+
+
+@pytest.mark.parametrize("how", ["forward", "inverse"])
+@pytest.mark.parametrize("form", ["exact", "stage-anchored"])
+def test_what_segments_keep_is_what_the_formula_says(form, how):
+    options = {**FORMS[form], "recompute": how}
+    num_stages = options.get("num_stages", 1)
+    model = make(**options)
+    segments = list(model[1:-1])
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    config = CRNetConfig(**{**SMALL, **{k: v for k, v in options.items() if k != "num_stages"}})
+    anchors = config.find_anchors(num_stages)
+    given = x
+    for number, segment in enumerate(segments):
+        first = 4 * number
+        expected = counts.count_kept(config, first, first in anchors)
+        assert count_saved(segment, given) == 18 * expected
+        with torch.no_grad():
+            told = segment(given)
+        given = tuple(each.requires_grad_(True) for each in (told if isinstance(told, tuple) else (told,)))
+
+
+def test_costs_of_the_usual_proportions():
+    """r = h / 4, f = 8h / 3: forward 0.396 of full rank, rebuild 0.215, 4.05 h values kept."""
+    h = 1536
+    config = CRNetConfig(width=h, intermediate=8 * h // 3, rank=h // 4, num_layers=8, num_heads=8)
+    full = 2 * (4 * h * h + 3 * h * config.intermediate)
+    low = 2 * (h // 4) * (11 * h + 3 * config.intermediate)
+    assert low / full == pytest.approx(0.396, abs=5e-4)
+    assert counts.count_rebuild_flops(config, 1) / full == pytest.approx(0.215, abs=5e-4)
+    assert counts.count_kept(config, 0, False) / 8 / h == pytest.approx(4.05, abs=0.01)
+    assert counts.count_linear_flops(config) == full + 7 * low
+
+
+@pytest.mark.parametrize(("size", "num_stages", "millions"), [("1B", 1, 582), ("1B", 4, 681)])
+def test_parameters_of_the_published_sizes(size, num_stages, millions):
+    anchor = "stage" if num_stages > 1 else "model"
+    config = CRNetConfig(**crnet.SIZES[size], anchor=anchor, checkpoint_every=6)
+    assert counts.count_parameters(config, num_stages) == pytest.approx(millions * 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", crnet.SIZES)
+@pytest.mark.parametrize("anchor", ["model", "stage"])
+def test_models_have_the_parameters_that_the_formula_says(size, anchor):
+    config = CRNetConfig(**crnet.SIZES[size], anchor=anchor, checkpoint_every=2)
+    with torch.device("meta"):
+        model = crnet.build(config, num_stages=2)
+    assert sum(each.numel() for each in model.parameters()) == counts.count_parameters(config, 2)
+
+
+def test_shapes_on_the_meta_device():
+    config = CRNetConfig(**crnet.SIZES["7B"])
+    with torch.device("meta"):
+        x, outputs, products = CRLayer(config, 3, False)(torch.empty(1, 16, 4096), None)
+    assert isinstance(outputs, Outputs)
+    assert x.shape == (1, 16, 4096)
+    assert [each.shape[-1] for each in outputs] == [4096] * 4 + [11008] * 2 + [4096]
+    assert {product.shape[-1] for product in products} == {512}
+
+
+# Bad input
+
+BAD_INPUT = {
+    "rank above width": ({"rank": 33}, "rank = 33; accepted: 1 to 32"),
+    "rank of nothing": ({"rank": 0}, "rank = 0; accepted: 1 to 32"),
+    "ranks": ({"rank": (1, 2)}, r"rank = \[1, 2\] with num_layers = 8; accepted: a number, or one for each"),
+    "one layer": ({"num_layers": 1}, "num_layers"),
+    "interval": ({"checkpoint_every": 3}, "checkpoint_every = 3 with num_layers = 8; accepted: a divisor"),
+    "heads": ({"num_heads": 3}, "width = 32 with num_heads = 3; accepted: a width of an even"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_error(case):
+    options, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message):
+        CRNetConfig(**{**SMALL, **options})
+
+
+def test_a_stage_without_layers_is_refused():
+    config = CRNetConfig(**SMALL)
+    with pytest.raises(ValueError, match="3 stages with 2 segments of checkpoint_every = 4 layers; accepted"):
+        crnet.list_parts(config, 3)

@@ -56,7 +56,7 @@ class CRLinear(nn.Module):
     def __init__(self, num_in: int, num_out: int, rank: int | None, residual: float | None = 1.0) -> None:
         super().__init__()
         self.rank = rank
-        self.residual = None if residual is None else nn.Parameter(torch.tensor(residual))
+        self.residual = None if residual is None else nn.Parameter(torch.tensor([residual]))
         if rank is None:
             self.weight = nn.Parameter(torch.empty(num_out, num_in))
             nn.init.normal_(self.weight, std=0.02)
@@ -71,7 +71,7 @@ class CRLinear(nn.Module):
 
     @property
     def factor(self) -> torch.Tensor:
-        """Of the output before: never zero where b is not."""
+        """[1]: of the output before; never zero where b is not."""
         assert self.residual is not None
         return self.residual.sign() * (self.residual.abs() + SMALLEST_RESIDUAL)
 

@@ -56,6 +56,7 @@ class Compression:
         self.is_first_rank = False
         self.optimizer: Any = None
         """Megatron-LM's, once it has made it."""
+        self.has_trained = False
 
     def start(self, model: Any) -> None:
         """model: this rank's model chunk, or a list of them. A collective of all ranks."""
@@ -66,17 +67,20 @@ class Compression:
         model_config = get_model_config(model[0] if isinstance(model, list) else model)
         self.pipeline = MegatronPipeline(self.source, model_config)
         self.is_first_rank = rank() == 0
+
+    def start_training(self, model: Any) -> None:
+        """Before the first training step. A collective of all ranks."""
         config = self.pipeline.config
-        if config.enabled and config.sampling.p_new < 1:
+        if config.sampling.p_new < 1:
             _refuse_phases()
-        if config.enabled and config.data_parallel is not None:
+        if config.data_parallel is not None:
             if self.optimizer is None:
                 raise ValueError(
                     "data_parallel with an optimizer that get_megatron_optimizer did not make; accepted: one "
                     "that it made, or data_parallel = null"
                 )
             self.pipeline.compress_gradients(model, self.optimizer)
-        if config.enabled and self.resumed is not None:
+        if self.resumed is not None:
             reason = self.pipeline.load_state_dict(state_file.read(self.resumed))
             if reason is not None and self.is_first_rank and config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
@@ -90,6 +94,9 @@ class Compression:
                 self.start(model)
             if forward_only or not self.pipeline.config.enabled:
                 return original(model=model, forward_only=forward_only, **options)
+            if not self.has_trained:
+                self.start_training(model)
+                self.has_trained = True
             _refuse_a_second_run()
             before = self.pipeline.consumed_samples
             result = self.pipeline.wrap(original)(model=model, **options)

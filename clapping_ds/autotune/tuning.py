@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from clapping_ds import report
 from clapping_ds.autotune.decision import (
     Decision,
     Direction,
@@ -106,11 +107,20 @@ class Tuning:
         self._write()
 
     def _write(self) -> None:
+        """What this run did not find stays as the file has it."""
         links = self.config.links
-        if links is not None and links.write is not None and rank() == 0:
-            nothing = Decision(num_stages=self.num_stages, in_flight=0, stage_ms=0.0, choices=[])
-            found = {"compresses_replicas": self.compresses_replicas}
-            (self.decision or nothing).model_copy(update=found).write(links.write)
+        if links is None or links.write is None or rank() > 0:
+            return
+        try:
+            known = Decision.read(links.write, self.num_stages)
+        except ValueError:
+            known = Decision(num_stages=self.num_stages, in_flight=0, stage_ms=0.0, choices=[])
+        compresses = self.compresses_replicas
+        found = {"compresses_replicas": known.compresses_replicas if compresses is None else compresses}
+        try:
+            (self.decision or known).model_copy(update=found).write(links.write)
+        except OSError as error:  # the other ranks go on
+            report.say(f"clapping.links.write = {links.write!r}: {error.strerror}: nothing was written")
 
     def _adopt(self, decision: Decision) -> None:
         """What the configuration leaves open and no checkpoint has settled."""

@@ -19,7 +19,7 @@ from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
 from clapping_ds.gradients import rules
 from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.delay import DelayedExchange
-from clapping_ds.gradients.exchange import Exchange, Leg, Round
+from clapping_ds.gradients.exchange import Exchange, Leg, Round, compare
 from clapping_ds.gradients.layout import Cut, Parameter, works_on_matrices
 from clapping_ds.gradients.node import NodeExchange
 from clapping_ds.gradients.trial import Trial
@@ -207,6 +207,10 @@ class Averaging:
         assert self.weights is not None
         with self.timing():
             self.weights.share_(weights, masters, self.step)
+        if self.exchange.header_nbytes:
+            names = [parameter.name for parameter in self.parameters]
+            found = dict(zip(names, (weight.detach() for weight in weights), strict=True))
+            compare(self.exchange.collective, f"weight after step {self.step}", found)
 
     # Figures
 

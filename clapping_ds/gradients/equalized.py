@@ -2,14 +2,15 @@
 
 Codecs spread the error of a group, or of a rotated block, evenly over its values. A gradient x^T d has
 columns as unlike as the features of x, so small columns get an error far above themselves; Adam, which
-divides each value by its own root mean square, then divides them by that error. For a piece of a matrix, of
-which column j has the root mean square s_j, rounded to a power of 2^(1/8):
+divides each value by its own root mean square, then divides them by that error. For a piece of a matrix:
 
     x    = fp32(v - m)
+    s_j  = the root mean square of column j, in eighths of an octave below the largest
     D(x) = s_j * codec(x / s_j)        unbiased where the codec is
 
-Wire: the largest s of each piece as fp32, one byte per column of each piece (how many eighths of an octave
-below it; 255: the column is zero), padding to 16 bytes, then the codec's section of all pieces together.
+Wire: the largest s of each piece as fp32, one byte per column of each piece (how many steps below it; 254 is
+2^-31.75; 255: zero, or less than 1e-23 of the largest), padding to 16 bytes, then the codec's section of all
+pieces together. A piece of fewer than 32 rows, of whose bits the scales would be a fifth, has one scale.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from clapping_ds.codecs.base import ceil_div, pad_nbytes
 LARGEST_NBYTES = 4
 ZERO = 255
 STEPS_PER_OCTAVE = 8
+MIN_ROWS = 32
 
 
 class Columns(NamedTuple):
@@ -40,6 +42,12 @@ class Columns(NamedTuple):
     @property
     def num_rows(self) -> int:
         return ceil_div(self.offset + self.numel, self.width)
+
+
+def cut_columns(numel: int, start: int, width: int) -> Columns:
+    """Of the values from `start` on of a matrix with rows of `width` values."""
+    found = Columns(numel, start % width, width)
+    return found if found.num_rows >= MIN_ROWS else Columns(numel, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Eden, Qua
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.collective import Collective, Transfer
-from clapping_ds.gradients.equalized import Columns, Equalized, GradientCodec
+from clapping_ds.gradients.equalized import Equalized, GradientCodec, cut_columns
 from clapping_ds.gradients.feedback import NoFeedback, commit, make_feedback
 from clapping_ds.gradients.layout import (
     Bucket,
@@ -89,10 +89,8 @@ class Leg:
     def _make_codec(self, section: Section) -> GradientCodec:
         codec: GradientCodec = self.codec
         if self.widths is not None and isinstance(codec, Quantizer | Eden):
-            widths = [self.widths[piece.number] for piece in section.pieces]
             columns = [
-                Columns(piece.numel, piece.start % width, width)
-                for piece, width in zip(section.pieces, widths, strict=True)
+                cut_columns(piece.numel, piece.start, self.widths[piece.number]) for piece in section.pieces
             ]
             codec = Equalized(codec, tuple(columns))
         try:
@@ -291,6 +289,7 @@ class Exchange:
             "gather": plan.gather.model_dump(),
             "feedback": [plan.feedback(plan.scatter), plan.feedback(plan.gather), plan.momentum],
             "equalize": [plan.equalizes(plan.scatter), plan.equalizes(plan.gather)],
+            "weights": None if plan.weights is None else plan.weights.model_dump(),
             "min_numel": plan.min_numel,
             "replicas": (self.collective.place, self.collective.size, plan.node_size),
             "delay": plan.delay,
@@ -317,6 +316,17 @@ class Exchange:
                 held.discard()
                 held.values = {}
             leg.states = {}
+
+
+def compare(collective: Collective, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises VerificationError where another replica has other bits. what: the tensors are."""
+    mine = torch.tensor([checksum(tensor) for tensor in tensors.values()], device=collective.device)
+    told = collective.gather(mine.view(torch.uint8), [mine.nbytes] * collective.size).wait()
+    for rank, others in zip(collective.ranks, told, strict=True):
+        equal = (others.view(torch.int64) == mine).tolist()
+        differs = [name for name, is_equal in zip(tensors, equal, strict=True) if not is_equal]
+        if differs:
+            raise VerificationError(f"rank {rank} has another {what} of {', '.join(differs)}")
 
 
 class Round:
@@ -359,7 +369,8 @@ class Round:
             for bucket, sums in zip(self.buckets, self._sums, strict=True):
                 self._take_sums(bucket, sums)
             if self.exchange.header_nbytes and not self.exchange.is_split:
-                self._compare()
+                names = [self.exchange.parameters[number].name for number in self.flat]
+                compare(self.exchange.collective, "mean", dict(zip(names, self.flat.values(), strict=True)))
         put_back(self.flat, self.gradients)
 
     # What travels raw
@@ -482,20 +493,6 @@ class Round:
         codecs = [leg.choose(section)[0] for section in sections]
         content = payload[self.exchange.header_nbytes :]
         return Header.of(self.step, sections[0].pieces[0].number, codecs, []).with_payload(content)
-
-    def _compare(self) -> None:
-        """Raises VerificationError where replicas have other means than this one."""
-        collective = self.exchange.collective
-        mine = torch.tensor([checksum(self.flat[number]) for number in self.flat], device=collective.device)
-        told = collective.gather(mine.view(torch.uint8), [mine.nbytes] * collective.size).wait()
-        for rank, others in zip(collective.ranks, told, strict=True):
-            differs = [
-                self.exchange.parameters[number].name
-                for number, same in zip(self.flat, (others.view(torch.int64) == mine).tolist(), strict=True)
-                if not same
-            ]
-            if differs:
-                raise VerificationError(f"rank {rank} has another mean of {', '.join(differs)}")
 
     def _count(self, leg: Leg, num_bytes: int, sections: Sequence[Section]) -> None:
         """Of a payload that goes to one other replica."""

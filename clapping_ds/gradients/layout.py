@@ -26,6 +26,8 @@ class Parameter(NamedTuple):
     shape: torch.Size
     is_tied: bool = False
     """Whether another stage has it too: its gradient must be the same bits there."""
+    has_copy: bool = False
+    """Whether another stage has it too and updates it by itself: weights must stay the same bits there."""
 
 
 class Piece(NamedTuple):

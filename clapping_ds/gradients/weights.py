@@ -5,8 +5,9 @@ The value is the owner's master copy in fp32:
 
     w <- w + C(master - w)        on every replica, bit for bit
 
-so that what a message loses is in the next one's difference. Parameters that are tied, small, or of one
-dimension travel as they are.
+so that what a message loses is in the next one's difference. Parameters that other stages have too, that are
+small, or of one dimension travel as they are. A section with a master that is not finite becomes NaN on all
+replicas, so that the loss shows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class WeightExchange:
         self.seed = draw_word(seed, SEED)
         self.cut = cut
         self.compiles = compiles
+        parameters = [each._replace(is_tied=each.is_tied or each.has_copy) for each in parameters]
         numbers = range(len(parameters))
         self.buckets = make_buckets(parameters, numbers, collective.size, cut, plan.min_numel, False)
         # State
@@ -76,7 +78,7 @@ class WeightExchange:
             value = torch.cat([masters(piece) for piece in section.pieces])
             value = value.to(memory.dtype) if codec is RAW else value
             codec.encode_(value, part, self._context(section, place, memory, step))
-            store(section.pieces, memory, flat)
+            store(section.pieces, torch.where(value.isfinite().all(), memory, torch.nan), flat)
         specs = [
             Spec(section.shape, flat[section.pieces[0].number].dtype)
             for _, section in self._list_sections(bucket, place)
@@ -92,7 +94,7 @@ class WeightExchange:
             memory = read(section, flat)
             out = torch.empty_like(memory, dtype=memory.dtype if codec is RAW else torch.float32)
             codec.decode_(part, out, self._context(section, owner, memory, step))
-            store(section.pieces, memory, flat)
+            store(section.pieces, torch.where(out.isfinite().all(), memory, torch.nan), flat)
 
     def _context(self, section: Section, owner: int, memory: torch.Tensor, step: int) -> Context:
         first = section.pieces[0]

@@ -4,6 +4,7 @@ four; with and without the distributed optimizer, and overlapped with the backwa
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import nn
 
 from clapping_ds.gradients.layout import Piece
@@ -98,6 +99,7 @@ OF_WEIGHTS = {
     "bf16": {"ddp": SPLIT, **BF16},
     "bf16, overlap": {"ddp": {**SPLIT, **OVERLAP, "overlap_param_gather": True}, **BF16},
     "fp16": {"ddp": {**SPLIT, "grad_reduce_in_fp32": True}, "dtype": torch.float16},
+    "bf16, tied": {"ddp": {**SPLIT, **OVERLAP, "overlap_param_gather": True}, "ties": True, **BF16},
     "bf16, chunks": {"ddp": {**SPLIT, **OVERLAP, "overlap_param_gather": True}, **BF16, **FLUSH},
 }
 
@@ -113,9 +115,44 @@ def test_changes_of_weights(four_ranks, case):
         assert warm[0][:2] == stock[0][:2], "the third step's gradients are the first that are compressed"
     for number in range(4):
         assert_replicas_are_equal([of_rank[number][1] for of_rank in outcomes])
+        if "tied" in case:
+            first, last = outcomes[0][number][1], outcomes[-1][number][1]
+            assert first[1][0] == last[1][-2]
     rows = [row for row in outcomes[0][2][2] if row["direction"] != "raw"]
     assert [row["direction"] for row in rows] == ["scatter", "weights"] * 4
     assert all(4 < row["bits_per_value"] < 7 for row in rows)
+
+
+def not_gathered():
+    """Of replicas that did not gather all weights before the first step that compresses; of masters that are
+    not finite: losses and weights."""
+    found = []
+    with replicas.parallel(1):
+        ddp = {**SPLIT, "overlap_param_gather": True}
+        run = replicas.Run(block_of({**WEIGHTS, "warmup_steps": 2}), ddp, dtype=torch.bfloat16)
+        run.train(2)
+        for chunk in run.chunks:
+            chunk.disable_forward_pre_hook(param_sync=False)
+        run.step()
+        for chunk in run.chunks:
+            chunk.enable_forward_pre_hook()
+        run.train(2)
+        found.append(run.weights())
+        if dist.get_rank() == 0:
+            run.optimizer.chained_optimizers[0].shard_fp32_from_float16_groups[0][-1].data[0] = torch.nan
+        run.train(1)
+        found.append((0, [int(w.isnan().sum()) for chunk in run.chunks for w in chunk.parameters()]))
+        found.append(run.train(1)[0][0])
+    free_groups()
+    return found
+
+
+def test_what_replicas_do_not_have_alike_is_gathered_and_what_is_not_finite_shows(two_ranks):
+    outcomes = two_ranks.run(not_gathered)
+    for number in range(2):
+        assert_replicas_are_equal([of_rank[number] for of_rank in outcomes])
+    for _, (_, num_nans), loss in outcomes:
+        assert sum(num_nans) > 0 and loss != loss
 
 
 def find_distances():
@@ -278,6 +315,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(four_ranks, tmp_path, case):
     for whole, again, why, num_held in four_ranks.run(resumed, *RESUMED[case], str(tmp_path)):
         assert whole == again
         assert "number of replicas" in why and num_held == 0
+
+
+def refused_then_stock():
+    """Figures of a run whose `weights` were refused, and of stock."""
+    found = []
+    with replicas.parallel(1):
+        for block in (None, block_of({"weights": "int8"})):
+            run = replicas.Run(block, SPLIT, compresses=False)
+            if block is not None:
+                with pytest.raises(ValueError, match="parameters in fp32"):
+                    run.pipeline.compress_gradients(run.chunks, run.optimizer)
+                run.run = get_forward_backward_func()
+            found.append((run.train(2), run.weights()))
+    free_groups()
+    return found
+
+
+def test_what_is_refused_leaves_stock(two_ranks):
+    for stock, refused in two_ranks.run(refused_then_stock):
+        assert refused == stock
 
 
 def with_tensor_parallel_ranks():

@@ -112,6 +112,27 @@ def test_gradients_of_megatron_lm_are_compressed_with_its_patch(two_ranks):
         assert patched == by_hand != stock
 
 
+def evaluated():
+    """Whether a script that only evaluates runs as stock, without an optimizer."""
+    from patches import megatron_lm
+    from patches.megatron_lm_checkpoints import GROUPS, LOAD, SAVE
+
+    with megatron_training("folder", SAVE + GROUPS, LOAD + GROUPS, 0):
+        compression = megatron_lm.apply({"clapping": GRADIENTS})
+        try:
+            with replicas.parallel(1):
+                run = replicas.Run(None)
+                run.backward(forward_only=True)
+        finally:
+            megatron_lm.undo()
+            free_groups()
+    return compression.pipeline.gradients is None
+
+
+def test_evaluation_alone_needs_no_optimizer(two_ranks):
+    assert two_ranks.run(evaluated) == [True, True]
+
+
 def test_an_optimizer_that_is_not_known_is_refused(two_ranks):
     outcomes = two_ranks.outcomes(with_and_without_an_optimizer, False)
     assert_same_error(outcomes, "ValueError", "an optimizer that get_megatron_optimizer did not make")

@@ -103,6 +103,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
             averaging, known = self._gradients.averaging, self._tuning.decision
             averaging.tells_choice = self._tuning.note_replicas
             averaging.is_used = known is None or known.compresses_replicas is not False
+            if not averaging.is_used and self.global_rank == 0:
+                report.say("links.read: compressing gradients of replicas saved nothing, and is off")
         self._shapes = Shapes(self)
         if self.num_stages > 1:
             self._endpoints.announce(self._find_sent_dtype())

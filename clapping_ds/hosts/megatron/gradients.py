@@ -4,8 +4,8 @@
 group is ready, where its gradients are, and who waits stays Megatron-Core's. What stages reduce among each
 other comes after: both copies of a tied embedding get the same sum of the same means.
 
-With `weights`, distributed optimizers do not write their master copies into the weights, and bucket groups
-gather nothing: once the step is made replicas send each other the changes.
+With `weights`, in steps that compress, distributed optimizers do not write their master copies into the
+weights, and bucket groups gather nothing: once the step is made replicas send each other the changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +77,7 @@ class MegatronGradients:
         self.averaging = Averaging(
             config,
             control,
-            [Parameter(name, weight.shape, _is_repeated(weight, model_chunks[0])) for name, weight in named],
+            [_describe(name, weight, model_chunks[0]) for name, weight in named],
             ranks,
             device,
             cut,
@@ -85,15 +85,8 @@ class MegatronGradients:
         )
         self.groups = groups
         self.optimizers = _list_optimizers(optimizer)
-        for group in groups:
-            group.start_grad_sync = self._replace_start(group)
-        optimizer.step = self._watch(optimizer.step)
         if self.averaging.weights is not None:
             control.check(lambda: _refuse_weights(self.optimizers))
-            for group in groups:
-                group.start_param_sync = self._replace_gather(group)
-            for each in self.optimizers:
-                each._copy_main_params_to_model_params = self._put_off(each._copy_main_params_to_model_params)
         # State
         self._has_begun = False
         """Whether gradients of this step may still come, and the optimizer use them."""
@@ -101,6 +94,15 @@ class MegatronGradients:
         """In the order of starts, which is the same on all replicas."""
         self._shares = False
         """Whether changes of weights are sent in the last step that was begun, in place of the weights."""
+        # From here on nothing is refused.
+        for group in groups:
+            group.start_grad_sync = self._replace_start(group)
+        optimizer.step = self._watch(optimizer.step)
+        if self.averaging.weights is not None:
+            for group in groups:
+                group.start_param_sync = self._replace_gather(group)
+            for each in self.optimizers:
+                each._copy_main_params_to_model_params = self._put_off(each._copy_main_params_to_model_params)
 
     # Steps
 
@@ -119,10 +121,10 @@ class MegatronGradients:
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)
         def watched(*args: Any, **options: Any) -> Any:
-            has_weights = self.averaging.weights is not None
+            has_weights, did_share = self.averaging.weights is not None, self._shares
             self._shares = has_weights and self._has_begun and self.averaging.compresses
-            if self._shares:
-                self._finish_gathering()
+            if self._shares and not did_share:
+                self._gather()
             result = step(*args, **options)
             was_used, *_ = result
             if self._shares and was_used:
@@ -193,6 +195,7 @@ class MegatronGradients:
             else:
                 stock(force_sync=force_sync)
 
+        start_param_sync.stock = stock  # type: ignore[attr-defined]
         return start_param_sync
 
     def _put_off(self, copy: Callable[[], None]) -> Callable[[], None]:
@@ -203,12 +206,11 @@ class MegatronGradients:
 
         return copy_main_params_to_model_params
 
-    def _finish_gathering(self) -> None:
-        """Of groups of which no forward pass used a weight since they were gathered."""
+    def _gather(self) -> None:
+        """All weights, as stock does, before the first changes: what replicas do not have alike then they
+        never would have again. Stock may not have gathered what no forward pass used since its last step."""
         for group in self.groups:
-            if group.param_gather_handle is not None:
-                group.param_gather_handle.wait()
-                group.param_gather_handle = None
+            group.start_param_sync.stock(force_sync=True)
 
     # Figures and checkpoints
 
@@ -222,7 +224,13 @@ class MegatronGradients:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """As `Averaging.load_state_dict`. A collective of all ranks."""
+        self._shares = False
         return self.averaging.load_state_dict(state)
+
+
+def _describe(name: str, weight: Any, chunk: Any) -> Parameter:
+    has_copy = bool(getattr(weight, "shared_embedding", False))
+    return Parameter(name, weight.shape, _is_repeated(weight, chunk), has_copy)
 
 
 def _list_weights(model_chunks: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -313,10 +321,17 @@ def _refuse(model_chunks: Sequence[Any]) -> None:
 def _refuse_weights(optimizers: Sequence[Any]) -> None:
     """Raises ValueError for distributed optimizers that have their master copies elsewhere."""
     for each in optimizers:
+        if not hasattr(each, "shard_fp32_from_float16_groups"):
+            raise ValueError(
+                f"{KEY}.weights with an optimizer of {type(each).__name__}; accepted: of Megatron-Core's "
+                f"DistributedOptimizer, or {KEY}.weights = null"
+            )
         settings = each.config
         refused = {
             "parameters in fp32, which have no master copy": any(map(len, each.model_fp32_groups)),
             "fp8_param_gather": each.ddp_config.fp8_param_gather,
+            "fp4_param_gather": getattr(each.ddp_config, "fp4_param_gather", False),
+            "optimizer_cuda_graph": getattr(settings, "optimizer_cuda_graph", False),
             "use_precision_aware_optimizer": settings.use_precision_aware_optimizer,
             "optimizer_cpu_offload": settings.optimizer_cpu_offload,
             "overlap_param_gather_with_optimizer_step": settings.overlap_param_gather_with_optimizer_step,

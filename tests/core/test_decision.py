@@ -1,11 +1,13 @@
 """The choice of codecs and depth, from measurements that are made up."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clapping_ds import ClappingConfig
+from clapping_ds.autotune import tuning
 from clapping_ds.autotune.decision import (
     Candidate,
     Decision,
@@ -212,3 +214,32 @@ def test_a_wrong_file_is_one_error(tmp_path):
     decide(pipeline([2.0]), config(), 16).write(str(path))
     with pytest.raises(ValueError, match="written for 2 stages; accepted: a file written for 4 stages"):
         Decision.read(str(path), 4)
+
+
+class Alone:
+    """Stands in for `Control` on one rank."""
+
+    def check(self, function):
+        return function()
+
+
+def test_what_was_found_of_replicas_is_added_to_the_file(tmp_path, monkeypatch):
+    """A run that goes on after its links were measured does not empty the file; nor does one whose trial of
+    replicas a checkpoint settled."""
+    monkeypatch.setattr(tuning, "rank", lambda: 0)
+    file = tmp_path / "links.json"
+    decision = decide(pipeline([2.0]), config(), 4)
+    decision.write(str(file))
+    endpoints = SimpleNamespace(
+        stages=[None], config=config(links={"write": str(file)}), control=Alone(), device=torch.device("cpu")
+    )
+    tuning.Tuning(endpoints, num_stages=2).note_replicas(False)
+    known = Decision.read(str(file), 2)
+    assert known == decision.model_copy(update={"compresses_replicas": False})
+    later = tuning.Tuning(endpoints, num_stages=2)
+    later.decision = decision
+    later._write()
+    assert Decision.read(str(file), 2) == known
+    file.unlink()
+    tuning.Tuning(endpoints, num_stages=2).note_replicas(True)
+    assert Decision.read(str(file), 2).compresses_replicas is True

@@ -23,6 +23,8 @@ from clapping_ds.config import DataParallelConfig
 
 NUM_VALUES = 1 << 14
 NUM_DRAWS = 8
+MOST_BITS = 2.0
+"""With fewer and error feedback a warm-up is advised: 1-bit Adam, arXiv 2102.02888."""
 WORTH_SAYING = 1.05
 """Changes by less are none."""
 
@@ -91,7 +93,16 @@ def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> s
     if plan.weights is not None:
         bits_of_weights = bits_per_value(plan.weights, torch.float32)
         lines.append(f"changes of weights: {label(plan.weights)} {bits_of_weights:.2f} bit")
-    return "\n".join([*lines, _advise(plan, legs)])
+    lines.append(_advise(plan, legs))
+    has_one_bit = any(
+        plan.feedback(codec) != "none" and of < MOST_BITS for codec, of in zip(legs, bits, strict=True)
+    )
+    if has_one_bit and plan.warmup_steps == 0:
+        lines.append(
+            "warmup_steps = 0: with Adam give those in which the learning rate rises, where its second moment "
+            "learns of the gradients"
+        )
+    return "\n".join(lines)
 
 
 def _advise(plan: DataParallelConfig, legs: list[AnyCodec]) -> str:

@@ -27,8 +27,14 @@ def test_noise_that_grows_is_told_with_what_makes_up_for_it():
 
 
 def test_feedback_keeps_the_step_size_and_shrinking_is_told():
-    assert said(scatter="sign", gather="sign").endswith("as uncompressed")
+    assert said(scatter="sign", gather="sign", warmup_steps=1).endswith("as uncompressed")
     assert said(scatter="sign", error_feedback="none").endswith("0.64 times as fast without error feedback")
+
+
+def test_a_warm_up_is_advised_with_one_bit_and_feedback():
+    assert said(scatter="sign").splitlines()[-1].startswith("warmup_steps = 0: with Adam give those")
+    for plan in ({"scatter": "sign", "error_feedback": "none"}, {"scatter": EDEN1}, {"scatter": "eden2"}):
+        assert "warmup_steps" not in said(**plan)
 
 
 def test_a_second_error_is_the_same_on_all_replicas():

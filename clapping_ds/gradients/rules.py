@@ -99,8 +99,8 @@ def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> s
     )
     if has_one_bit and plan.warmup_steps == 0:
         lines.append(
-            "warmup_steps = 0: with Adam give those in which the learning rate rises, where its second moment "
-            "learns of the gradients"
+            "warmup_steps = 0: with Adam give those in which the learning rate rises, while its second "
+            "moment learns of gradients"
         )
     return "\n".join(lines)
 

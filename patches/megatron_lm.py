@@ -85,6 +85,13 @@ class Compression:
             if reason is not None and self.is_first_rank and config.checkpoint_memory:
                 print(f"clapping: {reason}: the next step is all fresh", flush=True)
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """What this rank must save; before the first training step what it resumed from, if anything."""
+        if self.has_trained:
+            found: dict[str, Any] = self.pipeline.state_dict()
+            return found
+        return None if self.resumed is None else state_file.read(self.resumed)
+
     def of(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The replacement of a schedule."""
 

@@ -44,10 +44,12 @@ def patches(compression: "Compression") -> list[Patch]:
             if not is_ours or options.get("non_persistent_ckpt"):
                 return original(iteration, *arguments, **options)
             target = folder(training.get_args().save, iteration)
+            state = compression.state_dict()
             # No rank leaves `original` before all have entered it, so old and new files never mix.
             state_file.path_in(target).unlink(missing_ok=True)
             original(iteration, *arguments, **options)
-            state_file.write(pipeline.state_dict(), target)
+            if state is not None:
+                state_file.write(state, target)
 
         return save
 

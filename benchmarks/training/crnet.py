@@ -52,6 +52,7 @@ MODELS = {
     "CoLA": Model("CoLA"),
     "CR-Net": Model("CR-Net"),
     "CR-Net, b from 0.5": Model("CR-Net", residual=0.5),
+    "CR-Net, b from 0.1": Model("CR-Net", residual=0.1),
     "CR-Net, low-rank first layer": Model("CR-Net", first_layer="low_rank"),
     "CR-Net, 2 stages with anchors": Model("CR-Net", num_stages=2),
     "CR-Net, 4 stages with anchors": Model("CR-Net", num_stages=4),
@@ -163,11 +164,11 @@ def find_kept(config: CRNetConfig, num_stages: int) -> float:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By model: the mean over seeds, and its difference to CR-Net's with the same seed."""
-    base = {row["seed"]: float(row["loss"]) for row in rows if row["model"] == "CR-Net"}
+    base = {int(row["seed"]): float(row["loss"]) for row in rows if row["model"] == "CR-Net"}
     found = []
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
-        more = [float(row["loss"]) - base[row["seed"]] for row in mine if row["seed"] in base]
+        more = [float(row["loss"]) - base[int(row["seed"])] for row in mine if int(row["seed"]) in base]
         found.append({
             **{key: mine[0][key] for key in mine[0] if key not in ("seed", "training loss", "loss")},
             "seeds": len(mine), "loss": f"{mean(float(row['loss']) for row in mine):.4f}",

@@ -116,7 +116,9 @@ class Tuning:
         except ValueError:
             known = Decision(num_stages=self.num_stages, in_flight=0, stage_ms=0.0, choices=[])
         compresses = self.compresses_replicas
-        found = {"compresses_replicas": known.compresses_replicas if compresses is None else compresses}
+        if compresses is None and self.config.data_parallel is not None:
+            compresses = known.compresses_replicas
+        found = {"compresses_replicas": compresses}
         try:
             (self.decision or known).model_copy(update=found).write(links.write)
         except OSError as error:  # the other ranks go on

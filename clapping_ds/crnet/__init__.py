@@ -2,7 +2,7 @@
 that keeps little, and a form whose pipeline links carry one tensor.
 
     model = crnet.build(crnet.CRNetConfig(**crnet.SIZES["60M"]))                      # a torch module
-    layers = crnet.list_parts(config, num_stages=4)                                  # for pipelines
+    layers = crnet.list_parts(config, num_stages=2)                                  # for pipelines
 """
 
 from typing import Any, NamedTuple

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from clapping_ds.codecs.base import STRICT
 
 POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Of linear maps in a layer, in the order in which they run."""
+
+
+def _to_tuple(ranks: Any) -> Any:
+    return tuple(ranks) if isinstance(ranks, list) else ranks
 
 
 class CRNetConfig(BaseModel):
@@ -25,7 +29,7 @@ class CRNetConfig(BaseModel):
     num_layers: Annotated[int, Field(ge=2)] = 8
     num_heads: Annotated[int, Field(ge=1)] = 8
     """Of attention; they share the width."""
-    rank: int | tuple[int, ...] = 128
+    rank: Annotated[int | tuple[int, ...], BeforeValidator(_to_tuple)] = 128
     """Of the low-rank maps: one for all layers, or one per layer (an anchor's is not used)."""
     anchor: Literal["model", "stage"] = "model"
     """Which layers are full rank: the first of the model, or the first of each stage, so that one tensor
@@ -33,14 +37,15 @@ class CRNetConfig(BaseModel):
     first_layer: Literal["full", "low_rank"] = "full"
     """Of anchors. `low_rank`: no better (section 4 of the paper); for comparisons."""
     residual: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """What every b starts at."""
+    """What every b starts at; not 0, where it would stay."""
     recompute: Literal["forward", "inverse"] | None = None
     """How outputs are rebuilt in the backward pass: from the last kept ones on, with the same bits, or back
     from the next kept ones, which multiplies errors by 1 / |b|. None: all are kept."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 8
-    """Layers of a segment: outputs between two segments are kept."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 4
+    """Layers of a segment: a layer of a pipeline. Outputs between two segments are kept."""
     largest_growth: Annotated[float, Field(gt=0)] = 4.0
-    """With `inverse`: the product of 1 / |b| over a segment above which it is refused."""
+    """With `inverse`: the product of 1 / |b| over consecutive layers of a segment above which it is
+    refused."""
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     """Of the rotary embedding."""
 
@@ -61,6 +66,8 @@ class CRNetConfig(BaseModel):
         for rank in ranks:
             if not 1 <= rank <= largest:
                 raise ValueError(f"rank = {rank}; accepted: 1 to {largest}, the narrowest map")
+        if self.residual == 0:
+            raise ValueError("residual = 0, from which no b could go; accepted: another number")
         if self.num_layers % self.checkpoint_every:
             raise ValueError(
                 f"checkpoint_every = {self.checkpoint_every} with num_layers = {self.num_layers}; accepted: "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from clapping_ds.crnet.config import POSITIONS, CRNetConfig
 
@@ -35,6 +36,7 @@ class LowRank(torch.autograd.Function):
         return product @ b_RD, product
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
         x, a_DR, b_RD, product = ctx.saved_tensors
         a_DR, b_RD = a_DR.to(product.dtype), b_RD.to(product.dtype)
@@ -47,7 +49,7 @@ class LowRank(torch.autograd.Function):
 class CRLinear(nn.Module):
     """A linear map of full rank (rank None, or no output before), or a difference to the layer before's.
 
-    x         [..., num_in]
+    x         [..., rows, num_in]
     y_before  [..., num_out], what the same map of the layer before gave; None for an anchor
     product   x A, where it is known
     Returns y [..., num_out], and x A; None of a map of full rank.
@@ -84,7 +86,7 @@ class CRLinear(nn.Module):
         return (y if y_before is None else self.add(y_before, y)), product
 
     def add(self, y_before: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-        return self.factor.to(y_before.dtype) * y_before + difference
+        return (self.factor.float() * y_before).to(difference.dtype) + difference
 
     def rebuild(self, y_before: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         """The output again, without the input: the same bits."""
@@ -92,7 +94,7 @@ class CRLinear(nn.Module):
 
     def invert(self, y: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         """The output before, from this one: off by its rounding error divided by |b|."""
-        return (y - product @ self.b_RD) / self.factor.to(y.dtype)
+        return ((y - product @ self.b_RD) / self.factor.float()).to(y.dtype)
 
 
 class Outputs(NamedTuple):

@@ -7,14 +7,17 @@ backward pass the others are rebuilt,
     forward     Y_l     = b Y_(l-1) + (x_l A_l) B_l          the same operations: the same bits
     inverse     Y_(l-1) = (Y_l - (x_l A_l) B_l) / b          each step divides the rounding error by |b|
 
-then each layer runs again by itself, from its last to its first, for its gradients.
+then each layer runs again by itself, from its last to its first, for its gradients. `forward` rebuilds the
+outputs of a whole segment first; `inverse` those of one layer at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from clapping_ds.crnet.config import POSITIONS, CRNetConfig
 from clapping_ds.crnet.model import NUM_OUTPUTS, CRLayer, Outputs
@@ -58,7 +61,12 @@ class Segment(nn.Module):
         if not inverted:
             return
         factors = [layer.find_map(name).factor for layer in inverted for name in POSITIONS]
-        growth = (1 / torch.stack(factors).float().abs()).view(len(inverted), -1).prod(0)
+        steps = -torch.stack(factors).float().abs().log().view(len(inverted), -1)
+        run = most = steps[0]
+        for step in steps[1:]:  # of all runs of consecutive layers, the largest
+            run = step + run.clamp(min=0)
+            most = torch.maximum(most, run)
+        growth = most.exp()
         worst = int(growth.argmax())
         if not growth[worst] <= self.largest_growth:
             raise ValueError(
@@ -92,19 +100,24 @@ class Rebuilt(torch.autograd.Function):
         return (x, *outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        layers = ctx.segment.list_layers()
+        layers, saved = ctx.segment.list_layers(), ctx.saved_tensors
         size = 1 + NUM_OUTPUTS
-        kept = ctx.saved_tensors[: size * len(layers)]
+        kept = saved[: size * len(layers)]
         xs, products = kept[::size], [kept[n * size + 1 : (n + 1) * size] for n in range(len(layers))]
-        with _like(ctx.autocast), torch.no_grad():
-            before = _rebuild(ctx.segment, Outputs(*ctx.saved_tensors[size * len(layers) :]), products)
+        before = _rebuild(ctx.segment, Outputs(*saved[size * len(layers) :]), products)
         of_parameters: list[Any] = []
-        for layer, x, outputs, known in reversed(list(zip(layers, xs, before, products, strict=True))):
+        for layer, x, known in reversed(list(zip(layers, xs, products, strict=True))):
+            with _like(ctx.autocast), torch.no_grad():
+                outputs = next(before)
             with _like(ctx.autocast), torch.enable_grad():
                 given = [each.detach().requires_grad_(True) for each in (x, *(outputs or ()))]
-                result, found, _ = layer(given[0], Outputs(*given[1:]) if outputs else None, known)
-            wanted = [*given, *(each for each in layer.parameters() if each.requires_grad)]
+                # Copies of the parameters, or their hooks would run here and once more outside.
+                own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in layer.named_parameters()}
+                arguments = given[0], Outputs(*given[1:]) if outputs else None, known
+                result, found, _ = functional_call(layer, own, arguments)
+            wanted = [*given, *(each for each in own.values() if each.requires_grad)]
             pairs = [
                 (each, of_it)
                 for each, of_it in zip((result, *found), gradients, strict=True)
@@ -122,22 +135,25 @@ class Rebuilt(torch.autograd.Function):
 
 def _rebuild(
     segment: Segment, known: Outputs, products: Sequence[Sequence[torch.Tensor | None]]
-) -> list[Outputs | None]:
-    """The outputs before each layer; None before an anchor. known: before the first layer, or of that if it
-    is an anchor; with `inverse` of the last layer."""
-    layers = segment.list_layers()
-    is_anchored = layers[0].is_anchor
+) -> Iterator[Outputs | None]:
+    """The outputs before each layer, from the last to the first; None before an anchor. known: before the
+    first layer, or of that if it is an anchor; with `inverse` of the last layer."""
+    pairs = list(zip(segment.list_layers(), products, strict=True))
     if segment.recompute == "inverse":
-        found: list[Outputs | None] = []
-        for layer, of_layer in reversed(list(zip(layers, products, strict=True))):
-            known = known if layer.is_anchor else _apply("invert", layer, known, of_layer)
-            found.insert(0, None if layer.is_anchor else known)
-        return found
-    before: list[Outputs | None] = [None, known] if is_anchored else [known]
-    for layer, of_layer in list(zip(layers, products, strict=True))[len(before) - 1 : -1]:
+        for layer, of_layer in reversed(pairs):
+            if layer.is_anchor:
+                yield None
+            else:
+                known = _apply("invert", layer, known, of_layer)
+                yield known
+        return
+    before: list[Outputs | None] = [None, known] if pairs[0][0].is_anchor else [known]
+    for layer, of_layer in pairs[len(before) - 1 : -1]:
         known = _apply("rebuild", layer, known, of_layer)
         before.append(known)
-    return before[: len(layers)]
+    del before[len(pairs) :]
+    while before:
+        yield before.pop()
 
 
 def _apply(step: str, layer: CRLayer, outputs: Outputs, products: Sequence[torch.Tensor | None]) -> Outputs:

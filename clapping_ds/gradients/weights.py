@@ -6,7 +6,7 @@ The value is the owner's master copy in fp32:
     w <- w + C(master - w)        on every replica, bit for bit
 
 so that what a message loses is in the next one's difference. Parameters that other stages have too, that are
-small, or of one dimension travel as they are. A section with a master that is not finite becomes NaN on all
+small, or of one dimension travel as they are. A section with a change that is not finite becomes NaN on all
 replicas, so that the loss shows it.
 """
 
@@ -77,8 +77,9 @@ class WeightExchange:
             memory = read(section, flat)
             value = torch.cat([masters(piece) for piece in section.pieces])
             value = value.to(memory.dtype) if codec is RAW else value
+            is_finite = (value.float() - memory.float()).isfinite().all()
             codec.encode_(value, part, self._context(section, place, memory, step))
-            store(section.pieces, torch.where(value.isfinite().all(), memory, torch.nan), flat)
+            _store(codec, section, memory, is_finite, flat)
         specs = [
             Spec(section.shape, flat[section.pieces[0].number].dtype)
             for _, section in self._list_sections(bucket, place)
@@ -94,7 +95,7 @@ class WeightExchange:
             memory = read(section, flat)
             out = torch.empty_like(memory, dtype=memory.dtype if codec is RAW else torch.float32)
             codec.decode_(part, out, self._context(section, owner, memory, step))
-            store(section.pieces, torch.where(out.isfinite().all(), memory, torch.nan), flat)
+            _store(codec, section, memory, out.isfinite().all(), flat)
 
     def _context(self, section: Section, owner: int, memory: torch.Tensor, step: int) -> Context:
         first = section.pieces[0]
@@ -127,3 +128,15 @@ class WeightExchange:
         found = self._list_sections(bucket, owner)
         parts = payload.split([self._nbytes_of(*each, flat) for each in found])
         return [(codec, section, part) for (codec, section), part in zip(found, parts, strict=True)]
+
+
+def _store(
+    codec: GradientCodec,
+    section: Section,
+    memory: torch.Tensor,
+    is_finite: torch.Tensor,
+    flat: Sequence[torch.Tensor],
+) -> None:
+    """is_finite: bool scalar, whether all changes are; codecs leave the memory of others as it was."""
+    values = memory if codec is RAW else torch.where(is_finite, memory, torch.nan)
+    store(section.pieces, values, flat)

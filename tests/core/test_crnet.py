@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from clapping_ds import crnet
@@ -136,6 +137,39 @@ def test_the_inverse_is_refused_above_its_guard():
         train(model)
 
 
+def test_the_guard_sees_the_worst_run_of_layers():
+    model = make(recompute="inverse", checkpoint_every=8)
+    values = (8.0, 8.0, 8.0, 1.0, 1 / 8, 1 / 8, 1 / 8)  # 1 in all
+    for layer, value in zip(model[1].layers[1:], values, strict=True):
+        nn.init.constant_(layer.maps["up"].residual, value)
+    with pytest.raises(ValueError, match=r"1 / \|b\| of up multiplied up to 512"):
+        train(model)
+
+
+def test_what_is_kept_is_read_once_and_hooks_run_once():
+    """As checkpoints, offloading and masks by hooks need it."""
+    unpacked = []
+    plain, rebuilt = (make(recompute=how) for how in (None, "forward"))
+    tokens = torch.arange(18).view(2, 9)
+    for model in (plain, rebuilt):
+        model[1].layers[2].maps["o"].a_DR.register_hook(lambda gradient: gradient * 2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(id(t)) or t):
+            model(tokens).square().mean().backward()
+    for one, other in zip(plain.parameters(), rebuilt.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    checkpointed = torch.utils.checkpoint.checkpoint(rebuilt, tokens, use_reentrant=False)
+    checkpointed.square().mean().backward()
+
+
+def test_b_acts_in_full_precision():
+    """On average over outputs, which are rounded."""
+    linear = CRLinear(4, 100_000, rank=1, residual=1.001).bfloat16()
+    linear.residual.data = torch.tensor([1.001])
+    before = (1 + torch.rand(100_000)).bfloat16()
+    y = linear.add(before, torch.zeros_like(before))
+    assert float((y.float() / before.float()).mean()) == pytest.approx(1.001, abs=2e-4)
+
+
 # Sizes
 
 
@@ -156,7 +190,7 @@ def count_saved(model, tokens):
 
 
 @pytest.mark.parametrize("how", ["forward", "inverse"])
-@pytest.mark.parametrize("form", ["exact", "stage-anchored"])
+@pytest.mark.parametrize("form", ["exact", "stage-anchored", "low-rank first layer"])
 def test_what_segments_keep_is_what_the_formula_says(form, how):
     options = {**FORMS[form], "recompute": how}
     num_stages = options.get("num_stages", 1)
@@ -178,7 +212,9 @@ def test_what_segments_keep_is_what_the_formula_says(form, how):
 def test_costs_of_the_usual_proportions():
     """r = h / 4, f = 8h / 3: forward 0.396 of full rank, rebuild 0.215, 4.05 h values kept."""
     h = 1536
-    config = CRNetConfig(width=h, intermediate=8 * h // 3, rank=h // 4, num_layers=8, num_heads=8)
+    config = CRNetConfig(
+        width=h, intermediate=8 * h // 3, rank=h // 4, num_layers=8, num_heads=8, checkpoint_every=8
+    )
     full = 2 * (4 * h * h + 3 * h * config.intermediate)
     low = 2 * (h // 4) * (11 * h + 3 * config.intermediate)
     assert low / full == pytest.approx(0.396, abs=5e-4)
@@ -204,7 +240,7 @@ def test_models_have_the_parameters_that_the_formula_says(size, anchor):
 
 
 def test_shapes_on_the_meta_device():
-    config = CRNetConfig(**crnet.SIZES["7B"])
+    config = CRNetConfig.model_validate(crnet.SIZES["7B"])
     with torch.device("meta"):
         x, outputs, products = CRLayer(config, 3, False)(torch.empty(1, 16, 4096), None)
     assert isinstance(outputs, Outputs)
@@ -221,6 +257,7 @@ BAD_INPUT = {
     "ranks": ({"rank": (1, 2)}, r"rank = \[1, 2\] with num_layers = 8; accepted: a number, or one for each"),
     "one layer": ({"num_layers": 1}, "num_layers"),
     "interval": ({"checkpoint_every": 3}, "checkpoint_every = 3 with num_layers = 8; accepted: a divisor"),
+    "residual": ({"residual": 0.0}, "residual = 0, from which no b could go"),
     "heads": ({"num_heads": 3}, "width = 32 with num_heads = 3; accepted: a width of an even"),
 }
 
@@ -230,6 +267,10 @@ def test_bad_input_is_one_clear_error(case):
     options, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
         CRNetConfig(**{**SMALL, **options})
+
+
+def test_ranks_come_from_json_too():
+    assert CRNetConfig.model_validate({**SMALL, "rank": [6] * 8}).rank == (6,) * 8
 
 
 def test_a_stage_without_layers_is_refused():

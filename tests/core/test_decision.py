@@ -231,7 +231,10 @@ def test_what_was_found_of_replicas_is_added_to_the_file(tmp_path, monkeypatch):
     decision = decide(pipeline([2.0]), config(), 4)
     decision.write(str(file))
     endpoints = SimpleNamespace(
-        stages=[None], config=config(links={"write": str(file)}), control=Alone(), device=torch.device("cpu")
+        stages=[None],
+        config=config(links={"write": str(file)}, data_parallel={}),
+        control=Alone(),
+        device=torch.device("cpu"),
     )
     tuning.Tuning(endpoints, num_stages=2).note_replicas(False)
     known = Decision.read(str(file), 2)

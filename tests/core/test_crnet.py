@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from clapping_ds import crnet
 from clapping_ds.crnet import CRLinear, CRNetConfig, counts
@@ -221,6 +222,22 @@ def test_costs_of_the_usual_proportions():
     assert counts.count_rebuild_flops(config, 1) / full == pytest.approx(0.215, abs=5e-4)
     assert counts.count_kept(config, 0, False) / 8 / h == pytest.approx(4.05, abs=0.01)
     assert counts.count_linear_flops(config) == full + 7 * low
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_flops_are_what_is_counted(form):
+    """By torch, of all matrix products but attention's."""
+    options = {name: value for name, value in FORMS[form].items() if name != "num_stages"}
+    num_stages = FORMS[form].get("num_stages", 1)
+    config = CRNetConfig(**{**SMALL, **options})
+    tokens = torch.zeros(2, 9, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        crnet.build(config, num_stages)(tokens)
+    products = sum(
+        number for operation, number in counter.get_flop_counts()["Global"].items() if "mm" in str(operation)
+    )
+    head = 2 * config.vocabulary * config.width
+    assert products == tokens.numel() * (counts.count_linear_flops(config, num_stages) + head)
 
 
 @pytest.mark.parametrize(("size", "num_stages", "millions"), [("1B", 1, 582), ("1B", 4, 681)])

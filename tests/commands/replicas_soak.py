@@ -93,7 +93,8 @@ MODES = {
     "DDP": (with_torch, {}, ({}, SIGN)),
     **{f"Megatron-Core, {name}": (with_megatron, options, ({}, SIGN)) for name, options in MEGATRON.items()},
     **{
-        f"Megatron-Core, {name}": (with_megatron, options, (WEIGHTS,)) for name, options in OF_WEIGHTS.items()
+        f"Megatron-Core, {name}, weights": (with_megatron, options, (WEIGHTS,))
+        for name, options in OF_WEIGHTS.items()
     },
 }
 

@@ -44,6 +44,8 @@ class Model:
     """With an anchor each."""
     first_layer: str = "full"
     residual: float = 1.0
+    fits: bool = False
+    """Whether b starts from the data."""
 
 
 MODELS = {
@@ -53,6 +55,7 @@ MODELS = {
     "CR-Net": Model("CR-Net"),
     "CR-Net, b from 0.5": Model("CR-Net", residual=0.5),
     "CR-Net, b from 0.1": Model("CR-Net", residual=0.1),
+    "CR-Net, b by least squares": Model("CR-Net", fits=True),
     "CR-Net, low-rank first layer": Model("CR-Net", first_layer="low_rank"),
     "CR-Net, 2 stages with anchors": Model("CR-Net", num_stages=2),
     "CR-Net, 4 stages with anchors": Model("CR-Net", num_stages=4),
@@ -125,6 +128,9 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
     schedule = learning_rate_schedule(adam, training)
     windows = Windows(corpus, LENGTH, NUM_SAMPLES, validation=False).batches(seed)
     held_out = list(islice(Windows(corpus, LENGTH, NUM_SAMPLES, validation=True).batches(1), NUM_HELD_OUT))
+    if model.fits:
+        assert isinstance(module, nn.Sequential)
+        crnet.fit_residuals(module, next(Windows(corpus, LENGTH, 4, validation=False).batches(seed))[0])
     losses = []
     for ids, labels in islice(windows, training.steps):
         loss = find_loss(module(ids), labels)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from clapping_ds.crnet.config import POSITIONS, SIZES, CRNetConfig
+from clapping_ds.crnet.initialize import fit_residuals
 from clapping_ds.crnet.model import CRLayer, CRLinear, Embedding, Head
 from clapping_ds.crnet.recompute import Segment
 
@@ -56,5 +57,6 @@ __all__ = [
     "Part",
     "Segment",
     "build",
+    "fit_residuals",
     "list_parts",
 ]

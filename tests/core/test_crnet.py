@@ -171,6 +171,25 @@ def test_b_is_not_rounded_to_the_type_of_outputs():
     assert y[0] == before[0] and y[1] > before[1]
 
 
+def test_b_can_start_from_the_data():
+    """At the fit what the output before explains of x A B is orthogonal to the rest."""
+    model, tokens = make(num_stages=2, anchor="stage"), torch.arange(36).view(4, 9)
+    crnet.fit_residuals(model, tokens)
+    with torch.no_grad():
+        x, before = model[0](tokens), None
+        for layer in model[1].layers:
+            _, alone, _ = layer(x, None)
+            for name, y, y_before in zip(crnet.POSITIONS, alone, before or (), strict=False):
+                b = layer.maps[name].residual
+                if b.abs() > 1e-3:
+                    assert float(((y - b * y_before) * y_before).sum()) == pytest.approx(
+                        0, abs=1e-2 * float(y_before.norm() * y.norm())
+                    )
+                assert b.abs() > 0
+            x, before, _ = layer(x, before)
+    assert model[2].layers[0].maps["q"].residual is None
+
+
 # Sizes
 
 

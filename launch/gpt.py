@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D width, H heads, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -94,16 +95,28 @@ def loss(logits_BTV: torch.Tensor, label_BT: torch.Tensor) -> torch.Tensor:
 
 def pipeline(config: GPTConfig, num_stages: int, seed: int, checkpoint_interval: int = 0) -> PipelineModule:
     """The GPT cut into `num_stages` stages. The weights depend on the seed alone, not on the cut."""
+    layers = [
+        TiedLayerSpec("embedding", Embedding, config),
+        *(LayerSpec(Block, config) for _ in range(config.num_blocks)),
+        LayerSpec(LayerNorm, config.width),
+        TiedLayerSpec("embedding", Embedding, config, forward_fn=logits),
+    ]
+    return cut(layers, Block, num_stages, seed, checkpoint_interval)
+
+
+def cut(
+    layers: Sequence[LayerSpec],
+    kind: type[nn.Module],
+    num_stages: int,
+    seed: int,
+    checkpoint_interval: int = 0,
+) -> PipelineModule:
+    """Layers in stages, each with as many of one kind. A layer's weights depend on the seed and its place."""
     return PipelineModule(
-        layers=[
-            TiedLayerSpec("embedding", Embedding, config),
-            *(LayerSpec(Block, config) for _ in range(config.num_blocks)),
-            LayerSpec(LayerNorm, config.width),
-            TiedLayerSpec("embedding", Embedding, config, forward_fn=logits),
-        ],
+        layers=list(layers),
         num_stages=num_stages,
         loss_fn=loss,
-        partition_method="type:Block",
+        partition_method=f"type:{kind.__name__}",
         activation_checkpoint_interval=checkpoint_interval,
         base_seed=seed,
         seed_layers=True,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 
@@ -16,7 +15,7 @@ import clapping_ds
 from clapping_ds import crnet
 from clapping_ds.crnet import CRNetConfig
 from launch.data import tokens
-from launch.gpt import loss
+from launch.gpt import cut
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, Training, learning_rate_schedule, optimizer, train_engine
 
@@ -64,18 +63,11 @@ def configure(run: CRNetRun, vocabulary: int) -> CRNetConfig:
 
 
 def pipeline(config: CRNetConfig, num_stages: int, seed: int) -> PipelineModule:
-    """Cut into `num_stages` stages of equally many segments. The weights depend on the seed and on which
-    layers are anchors."""
+    """Cut into `num_stages` stages of equally many segments. The weights depend on the seed, on which layers
+    are anchors and on the length of segments."""
     parts = crnet.list_parts(config, num_stages)
-    return PipelineModule(
-        layers=[LayerSpec(part.kind, *part.arguments) for part in parts],
-        num_stages=num_stages,
-        loss_fn=loss,
-        partition_method="type:Segment",
-        base_seed=seed,
-        seed_layers=True,
-        seed_fn=lambda layer_seed: torch.manual_seed(int(layer_seed)),
-    )
+    layers = [LayerSpec(part.kind, *part.arguments) for part in parts]
+    return cut(layers, crnet.Segment, num_stages, seed)
 
 
 def train(run: CRNetRun, ds_config: dict[str, object]) -> RunResult:

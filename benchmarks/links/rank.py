@@ -25,7 +25,7 @@ import clapping_ds
 from benchmarks.links import tasks
 from clapping_ds.codecs import CODECS
 from launch.data import Windows, tokens
-from launch.gpt import Block, Embedding, GPTConfig, loss
+from launch.gpt import Block, Embedding, GPTConfig, cut
 from launch.pretrain_gpt import start_distributed
 
 SEED = 1
@@ -226,20 +226,13 @@ def _engine(
 
 def _pipeline(config: GPTConfig, num_stages: int) -> PipelineModule:
     """`launch.gpt` with a head of its own: a tied one adds an uncompressed all-reduce to every step."""
-    return PipelineModule(
-        layers=[
-            LayerSpec(Embedding, config),
-            *(LayerSpec(Block, config) for _ in range(config.num_blocks)),
-            LayerSpec(torch.nn.LayerNorm, config.width),
-            LayerSpec(torch.nn.Linear, config.width, config.vocabulary, bias=False),
-        ],
-        num_stages=num_stages,
-        loss_fn=loss,
-        partition_method="type:Block",
-        base_seed=SEED,
-        seed_layers=True,
-        seed_fn=lambda layer_seed: torch.manual_seed(int(layer_seed)),
-    )
+    layers = [
+        LayerSpec(Embedding, config),
+        *(LayerSpec(Block, config) for _ in range(config.num_blocks)),
+        LayerSpec(torch.nn.LayerNorm, config.width),
+        LayerSpec(torch.nn.Linear, config.width, config.vocabulary, bias=False),
+    ]
+    return cut(layers, Block, num_stages, SEED)
 
 
 def _compresses(engine: Any) -> bool:

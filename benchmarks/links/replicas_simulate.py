@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.files import RESULTS, read_csv, write_results
-from clapping_ds.codecs import AnyCodec, Context, Eden, Quantizer
-from clapping_ds.codecs.base import width_of
+from benchmarks.model.replicas import Replicas
+from clapping_ds.codecs import Context
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.equalized import Columns, Equalized, GradientCodec
-from clapping_ds.gradients.layout import BUCKET_NUMEL
+from clapping_ds.gradients.equalized import GradientCodec
+from clapping_ds.gradients.exchange import GATHER, SCATTER
+from clapping_ds.gradients.layout import BUCKET_NUMEL, Parameter, Piece, Section
 from clapping_ds.report import format_table
 
 SHAPE = torch.Size((1024, 1024))
@@ -44,15 +45,12 @@ class Coding(NamedTuple):
     decode_s: float
 
 
-UNCODED = Coding(FP32_BITS, 0.0, 0.0)
-
-
 def time_codec(codec: GradientCodec) -> Coding:
     """On this core, in fp32, compiled as users of CPU ranks have it."""
-    value = torch.randn(SHAPE)
-    payload = torch.empty(codec.nbytes(SHAPE, torch.float32), dtype=torch.uint8)
+    value = torch.randn(SHAPE.numel())
+    payload = torch.empty(codec.nbytes(value.shape, torch.float32), dtype=torch.uint8)
     out = torch.empty_like(value)
-    context = Context(state=codec.new_state(width_of(SHAPE), value.device), compiles=True)
+    context = Context(state=codec.new_state(len(value), value.device), compiles=True)
     encodes, decodes = [], []
     for number in range(2 + NUM_TIMED):
         start_s = time.perf_counter()
@@ -109,14 +107,10 @@ MEASURED = {"int8": "fp32, int8", "eden4": "fp32, eden4"}
 
 
 def make_codings(plan: DataParallelConfig) -> tuple[Coding, Coding]:
-    scatter, gather = (time_codec(_as_sent(plan, each)) for each in (plan.scatter, plan.gather))
+    legs = Replicas(plan, [Parameter("weight", SHAPE)], size=2).exchanges[0].legs
+    section = Section((Piece(0, 0, SHAPE.numel()),), torch.Size((SHAPE.numel(),)))
+    scatter, gather = (time_codec(legs[way].choose(section)[0]) for way in (SCATTER, GATHER))
     return scatter, gather
-
-
-def _as_sent(plan: DataParallelConfig, codec: AnyCodec) -> GradientCodec:
-    if plan.equalizes(codec) and isinstance(codec, Quantizer | Eden):
-        return Equalized(codec, (Columns(SHAPE.numel(), 0, SHAPE[-1]),))
-    return codec
 
 
 def check(

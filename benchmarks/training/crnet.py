@@ -50,8 +50,8 @@ class Model:
 
 MODELS = {
     "full rank": Model("full rank"),
-    "low rank": Model("low rank"),
-    "CoLA": Model("CoLA"),
+    "low rank": Model("low rank", first_layer="low_rank"),
+    "CoLA": Model("CoLA", first_layer="low_rank"),
     "CR-Net": Model("CR-Net"),
     "CR-Net, b from 0.5": Model("CR-Net", residual=0.5),
     "CR-Net, b from 0.1": Model("CR-Net", residual=0.1),
@@ -99,8 +99,7 @@ def find_rank(model: Model) -> int:
     """The largest that keeps to the budget."""
     h, f, num_layers = SIZE["width"], SIZE["intermediate"], SIZE["num_layers"]
     full, per_rank = 4 * h * h + 3 * h * f, 11 * h + 3 * f
-    is_full = model.kind == "CR-Net" and model.first_layer == "full"
-    num_full = model.num_stages if is_full else 0
+    num_full = model.num_stages if model.first_layer == "full" else 0
     return (BUDGET - num_full * full) // ((num_layers - num_full) * per_rank)
 
 
@@ -109,8 +108,7 @@ def make(model: Model, vocabulary: int) -> tuple[nn.Module, CRNetConfig]:
         **SIZE, "vocabulary": vocabulary, "residual": model.residual,
         "rank": find_rank(model) if model.kind != "full rank" else 1,
         "anchor": "stage" if model.num_stages > 1 else "model",
-        "first_layer": "full" if model.kind == "full rank" else
-                       "low_rank" if model.kind in ("low rank", "CoLA") else model.first_layer,
+        "first_layer": model.first_layer,
     })  # fmt: skip
     if model.kind == "CR-Net":
         return crnet.build(config, model.num_stages), config
@@ -142,14 +140,15 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
         losses.append(loss.item())
     with torch.no_grad():
         validation = mean(float(find_loss(module(ids), labels)) for ids, labels in held_out)
-    in_layers = sum(each.numel() for each in module.parameters() if each.dim() > 1)
+    in_maps = sum(each.numel() for each in module.parameters() if each.dim() > 1)
+    in_maps -= 2 * vocabulary * config.width
     crosses = config.width
     if model.kind == "CR-Net" and model.num_stages == 1:
         crosses = 6 * config.width + 2 * config.intermediate
     return [{
         "model": name, "seed": seed, "rank": config.rank if model.kind != "full rank" else config.width,
-        "parameters of layers": in_layers - 2 * vocabulary * config.width,
-        "linear FLOPs per token": 2 * (in_layers - 2 * vocabulary * config.width),
+        "parameters of layers": in_maps,
+        "linear FLOPs per token": 2 * in_maps,
         "values per token on a link": crosses, "steps": training.steps,
         "kept per token and layer": round(find_kept(config, model.num_stages), 1)
                                     if model.kind == "CR-Net" else "-",

@@ -27,6 +27,11 @@ def pad_nbytes(num_bytes: int) -> int:
     return ceil_div(num_bytes, SECTION_ALIGNMENT_BYTES) * SECTION_ALIGNMENT_BYTES
 
 
+def list_to_tuple(items: Any) -> Any:
+    """For pydantic: JSON has no tuples."""
+    return tuple(items) if isinstance(items, list) else items
+
+
 def power_of_two(number: int) -> int:
     """A pydantic check: `number`, or ValueError."""
     if number & (number - 1):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from clapping_ds.codecs.base import STRICT, Context, State
+from clapping_ds.codecs.base import STRICT, Context, State, list_to_tuple
 from clapping_ds.codecs.eden import Eden
 from clapping_ds.codecs.float8 import Float8
 from clapping_ds.codecs.lowrank import LowRank
@@ -40,10 +40,6 @@ Member = Annotated[
 """`none` leaves nothing to code."""
 
 
-def _to_tuple(codecs: Any) -> Any:
-    return tuple(codecs) if isinstance(codecs, list) else codecs
-
-
 def _check_number(codecs: tuple[Member, ...]) -> tuple[Member, ...]:
     if not 2 <= len(codecs) <= 4:
         raise ValueError("2 to 4 codecs in a list")
@@ -56,7 +52,7 @@ class CodecSequence(BaseModel):
     model_config = STRICT
 
     name: Literal["sequence"] = "sequence"
-    codecs: Annotated[tuple[Member, ...], BeforeValidator(_to_tuple), AfterValidator(_check_number)]
+    codecs: Annotated[tuple[Member, ...], BeforeValidator(list_to_tuple), AfterValidator(_check_number)]
     """Two to four."""
 
     @property

@@ -5,14 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from clapping_ds.codecs.base import STRICT
+from clapping_ds.codecs.base import STRICT, list_to_tuple
 
 POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Of linear maps in a layer, in the order in which they run."""
-
-
-def _to_tuple(ranks: Any) -> Any:
-    return tuple(ranks) if isinstance(ranks, list) else ranks
 
 
 class CRNetConfig(BaseModel):
@@ -29,7 +25,7 @@ class CRNetConfig(BaseModel):
     num_layers: Annotated[int, Field(ge=2)] = 8
     num_heads: Annotated[int, Field(ge=1)] = 8
     """Of attention; they share the width."""
-    rank: Annotated[int | tuple[int, ...], BeforeValidator(_to_tuple)] = 128
+    rank: Annotated[int | tuple[int, ...], BeforeValidator(list_to_tuple)] = 128
     """Of the low-rank maps: one for all layers, or one per layer (an anchor's is not used)."""
     anchor: Literal["model", "stage"] = "model"
     """Which layers are full rank: the first of the model, or the first of each stage, so that one tensor

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from clapping_ds.config import DataParallelConfig
+from clapping_ds.doctor.steps import find_error
 from clapping_ds.doctor.visit import Check, Finding, Visit, fail, ok, skip
 from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.exchange import Exchange
@@ -50,7 +51,7 @@ def check_replicas(visit: Visit) -> Finding:
         means = [mine[number].cpu() for number in mine]
         took_s = time.perf_counter() - start_s
         checksums += [checksum(mean) for mean in means]
-        error = _find_error(means, exact)
+        error = find_error(*(torch.cat([each.flatten() for each in of]) for of in (means, exact)))
     return ok("", Exchanged(tuple(checksums), error, took_s))
 
 
@@ -75,13 +76,6 @@ def _draw(step: int, replica: int) -> list[torch.Tensor]:
     shared = torch.Generator().manual_seed(step)
     own = torch.Generator().manual_seed(1000 * (step + 1) + replica)
     return [torch.randn(each, generator=shared) + torch.randn(each, generator=own) for each in SHAPES]
-
-
-def _find_error(means: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
-    """Relative; infinite where it is no number, which `max` would pass over."""
-    difference = sum(float((mine - true).square().sum()) for mine, true in zip(means, exact, strict=True))
-    error = (difference / sum(float(true.square().sum()) for true in exact)) ** 0.5
-    return error if isfinite(error) else inf
 
 
 REPLICAS = Check("replicas", check_replicas, after=("groups",), compare=compare_replicas)

@@ -116,7 +116,7 @@ def take_step(endpoints: Endpoints, visit: Visit, step: int) -> float:
         if sends in stage.channels:
             stage.send(sends, [_make_value(sends, stage.stage_id, step, slot).to(visit.device)])
     endpoints.end_step()
-    return max(_find_error(value, sent) for value, sent in arrived)
+    return max(find_error(value, sent) for value, sent in arrived)
 
 
 def _make_value(end: End, stage_id: int, step: int, slot: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _make_value(end: End, stage_id: int, step: int, slot: int) -> torch.Tensor:
     return (sample + 0.1 * step * change).to(SPEC.dtype)
 
 
-def _find_error(value: torch.Tensor, sent: torch.Tensor) -> float:
+def find_error(value: torch.Tensor, sent: torch.Tensor) -> float:
     """Relative; infinite where it is no number, which `max` would pass over."""
     error = float((value.cpu().float() - sent.float()).norm() / sent.float().norm())
     return error if isfinite(error) else inf

@@ -13,7 +13,6 @@ Wire: the largest s of each piece as fp32, one byte per column of each piece (ho
 pieces together. A piece of fewer than 32 rows, of whose bits the scales would be a fifth, has one scale.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -86,13 +85,19 @@ class Equalized:
         scaled = torch.where(scale > 0, x / scale, x * 0.0)  # what is not finite stays so
         self.codec.encode_(scaled.view(value.shape), section, context._replace(memory=None, carry=False))
         if context.memory is not None:
-            self.decode_(payload, torch.empty_like(value, dtype=torch.float32), context)
+            self._apply_(section, scale, torch.empty_like(value, dtype=torch.float32), context)
 
     def decode_(self, payload: torch.Tensor, out: torch.Tensor, context: Context) -> None:
         head, section = payload[: self.head_nbytes], payload[self.head_nbytes :]
+        self._apply_(section, self._read_scales(head), out, context)
+
+    def _apply_(
+        self, section: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, context: Context
+    ) -> None:
+        """scale: fp32, of every value."""
         seen = torch.empty_like(out, dtype=torch.float32)
         self.codec.decode_(section, seen, context._replace(memory=None, carry=False))
-        seen.view(-1).mul_(self._read_scales(head))
+        seen.view(-1).mul_(scale)
         if context.base is not None:
             seen += context.base.float().view_as(seen)
         if context.memory is not None:
@@ -105,7 +110,8 @@ class Equalized:
     def _write_scales(self, x: torch.Tensor, head: torch.Tensor) -> None:
         """Of values that are finite. x: fp32, flat."""
         x = torch.where(x.isfinite(), x, 0.0)
-        found = [_measure(part, piece) for part, piece in zip(self._split(x), self.pieces, strict=True)]
+        parts = x.split([piece.numel for piece in self.pieces])
+        found = [_measure(part, piece) for part, piece in zip(parts, self.pieces, strict=True)]
         largest = torch.stack([scale_D.amax() for scale_D in found])
         below = torch.cat([scale_D / scale_D.amax() for scale_D in found])  # NaN where all are zeros
         steps = (torch.log2(below) * -STEPS_PER_OCTAVE).round().clamp(0, ZERO - 1)
@@ -127,9 +133,6 @@ class Equalized:
                 )
             ]
         )
-
-    def _split(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(x.split([piece.numel for piece in self.pieces]))
 
 
 def _measure(x: torch.Tensor, piece: Columns) -> torch.Tensor:

@@ -85,7 +85,7 @@ def describe(plan: DataParallelConfig, num_replicas: int, has_gather: bool) -> s
     legs = [plan.scatter, plan.gather] if has_gather else [plan.scatter]
     bits = [bits_per_value(codec, torch.float32) for codec in legs]
     costs = ", ".join(
-        f"{label(codec)} {of:.2f} bit{' and a byte per column' * plan.equalizes(codec)}"
+        f"{label(codec)} {of:.2f} bit" + (" and a byte per column" if plan.equalizes(codec) else "")
         for codec, of in zip(legs, bits, strict=True)
     )
     saving = 32 * len(legs) / sum(bits)

@@ -147,19 +147,27 @@ def test_the_guard_sees_the_worst_run_of_layers():
         train(model)
 
 
-def test_what_is_kept_is_read_once_and_hooks_run_once():
-    """As checkpoints, offloading and masks by hooks need it."""
-    unpacked = []
+def test_hooks_of_parameters_run_once():
     plain, rebuilt = (make(recompute=how) for how in (None, "forward"))
-    tokens = torch.arange(18).view(2, 9)
     for model in (plain, rebuilt):
         model[1].layers[2].maps["o"].a_DR.register_hook(lambda gradient: gradient * 2)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(id(t)) or t):
-            model(tokens).square().mean().backward()
+        model(torch.arange(18).view(2, 9)).square().mean().backward()
     for one, other in zip(plain.parameters(), rebuilt.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
-    checkpointed = torch.utils.checkpoint.checkpoint(rebuilt, tokens, use_reentrant=False)
-    checkpointed.square().mean().backward()
+
+
+def test_what_is_kept_is_read_once():
+    """As offloading and checkpoints need it."""
+    kept, read = [], []
+    model, x = make(recompute="forward"), torch.randn(2, 9, 32, requires_grad=True)
+    hooks = lambda tensor: kept.append(tensor) or tensor, lambda tensor: read.append(tensor) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        told = model[1](x)
+    num_kept = len(kept)
+    sum(each.sum() for each in told).backward()
+    assert len(read) == num_kept > 0
+    tokens = torch.arange(18).view(2, 9)
+    torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False).square().mean().backward()
 
 
 def test_b_is_not_rounded_to_the_type_of_outputs():
@@ -179,7 +187,9 @@ def test_b_can_start_from_the_data():
         x, before = model[0](tokens), None
         for layer in model[1].layers:
             _, alone, _ = layer(x, None)
-            for name, y, y_before in zip(crnet.POSITIONS, alone, before or (), strict=False):
+            assert layer.is_anchor == (before is None)
+            pairs = [] if before is None else zip(crnet.POSITIONS, alone, before, strict=True)
+            for name, y, y_before in pairs:
                 b = layer.maps[name].residual
                 if b.abs() > 1e-3:
                     assert float(((y - b * y_before) * y_before).sum()) == pytest.approx(

@@ -101,10 +101,10 @@ def pipeline(config: GPTConfig, num_stages: int, seed: int, checkpoint_interval:
         LayerSpec(LayerNorm, config.width),
         TiedLayerSpec("embedding", Embedding, config, forward_fn=logits),
     ]
-    return cut(layers, Block, num_stages, seed, checkpoint_interval)
+    return cut_into_stages(layers, Block, num_stages, seed, checkpoint_interval)
 
 
-def cut(
+def cut_into_stages(
     layers: Sequence[LayerSpec],
     kind: type[nn.Module],
     num_stages: int,

@@ -15,7 +15,7 @@ import clapping_ds
 from clapping_ds import crnet
 from clapping_ds.crnet import CRNetConfig
 from launch.data import tokens
-from launch.gpt import cut
+from launch.gpt import cut_into_stages
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, Training, learning_rate_schedule, optimizer, train_engine
 
@@ -67,7 +67,7 @@ def pipeline(config: CRNetConfig, num_stages: int, seed: int) -> PipelineModule:
     are anchors and on the length of segments."""
     parts = crnet.list_parts(config, num_stages)
     layers = [LayerSpec(part.kind, *part.arguments) for part in parts]
-    return cut(layers, crnet.Segment, num_stages, seed)
+    return cut_into_stages(layers, crnet.Segment, num_stages, seed)
 
 
 def train(run: CRNetRun, ds_config: dict[str, object]) -> RunResult:

@@ -114,7 +114,7 @@ class Compression:
 
         return run
 
-    def keeping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def keeping_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The replacement of `get_megatron_optimizer`."""
 
         @wraps(original)
@@ -183,7 +183,7 @@ def apply(source: str | Mapping[str, Any]) -> Compression:
     if find_spec("megatron.training") is not None:
         from megatron.training import training
 
-        patches.append(Patch(training, "get_megatron_optimizer", compression.keeping, OPTIMIZER))
+        patches.append(Patch(training, "get_megatron_optimizer", compression.keeping_optimizer, OPTIMIZER))
         patches += megatron_lm_checkpoints.patches(compression)
     for patch in patches:
         patch.check()

@@ -25,7 +25,7 @@ import clapping_ds
 from benchmarks.links import tasks
 from clapping_ds.codecs import CODECS
 from launch.data import Windows, tokens
-from launch.gpt import Block, Embedding, GPTConfig, cut
+from launch.gpt import Block, Embedding, GPTConfig, cut_into_stages
 from launch.pretrain_gpt import start_distributed
 
 SEED = 1
@@ -232,7 +232,7 @@ def _pipeline(config: GPTConfig, num_stages: int) -> PipelineModule:
         LayerSpec(torch.nn.LayerNorm, config.width),
         LayerSpec(torch.nn.Linear, config.width, config.vocabulary, bias=False),
     ]
-    return cut(layers, Block, num_stages, SEED)
+    return cut_into_stages(layers, Block, num_stages, SEED)
 
 
 def _compresses(engine: Any) -> bool:

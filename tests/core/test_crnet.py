@@ -122,9 +122,7 @@ def invert_in_bf16(residual, num_layers=7):
 
 def test_the_inverse_is_unstable_where_b_is_small():
     errors = [invert_in_bf16(residual) for residual in (1.0, 0.5, 0.3)]
-    assert errors[0] < 0.1
-    assert errors[1] > 10 * errors[0]
-    assert errors[2] > 10 * errors[1]
+    assert errors == pytest.approx([0.0078, 0.21, 6.4], rel=0.2)
 
 
 def test_the_inverse_is_refused_above_its_guard():

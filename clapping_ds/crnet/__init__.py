@@ -41,9 +41,34 @@ def list_parts(config: CRNetConfig, num_stages: int = 1) -> list[Part]:
     return [Part(Embedding, (config,)), *segments, Part(Head, (config,))]
 
 
-def build(config: CRNetConfig, num_stages: int = 1) -> nn.Sequential:
+class Parts(nn.Sequential):
+    """Parts in a row. Takes one tensor, or a tuple, or the tensors of a tuple one by one, as
+    torch.distributed.pipelining hands them over."""
+
+    def forward(self, *given: Any) -> Any:
+        return super().forward(given if len(given) > 1 else given[0])
+
+
+def build(config: CRNetConfig, num_stages: int = 1) -> Parts:
     """The whole model as one module: tokens (int64 [batch, tokens]) to logits. As `list_parts`."""
-    return nn.Sequential(*(part.make() for part in list_parts(config, num_stages)))
+    return Parts(*(part.make() for part in list_parts(config, num_stages)))
+
+
+def build_stage(config: CRNetConfig, stage: int, num_stages: int) -> Parts:
+    """One stage of a pipeline as a module, for torch.distributed.pipelining. As `list_parts`.
+
+    stage   from 0; the first has the embedding, the last the head
+    """
+    if not 0 <= stage < num_stages:
+        raise ValueError(f"stage = {stage} of {num_stages}; accepted: 0 to {num_stages - 1}")
+    embedding, *segments, head = list_parts(config, num_stages)
+    size = len(segments) // num_stages
+    mine = segments[stage * size : (stage + 1) * size]
+    if stage == 0:
+        mine.insert(0, embedding)
+    if stage == num_stages - 1:
+        mine.append(head)
+    return Parts(*(part.make() for part in mine))
 
 
 __all__ = [
@@ -55,8 +80,10 @@ __all__ = [
     "Embedding",
     "Head",
     "Part",
+    "Parts",
     "Segment",
     "build",
+    "build_stage",
     "fit_residuals",
     "list_parts",
 ]

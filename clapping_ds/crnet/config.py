@@ -39,9 +39,9 @@ class CRNetConfig(BaseModel):
     from the next kept ones, which multiplies errors by 1 / |b|. None: all are kept."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 4
     """Layers of a segment: a layer of a pipeline. Outputs between two segments are kept."""
-    largest_growth: Annotated[float, Field(gt=0)] = 4.0
+    largest_growth: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 4.0
     """With `inverse`: the product of 1 / |b| over consecutive layers of a segment above which it is
-    refused."""
+    refused. inf: it never is."""
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     """Of the rotary embedding."""
 

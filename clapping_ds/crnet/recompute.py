@@ -11,7 +11,9 @@ then each layer runs again by itself, from its last to its first, for its gradie
 outputs of a whole segment first; `inverse` those of one layer at a time.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,9 +22,11 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from clapping_ds.crnet.config import POSITIONS, CRNetConfig
-from clapping_ds.crnet.model import NUM_OUTPUTS, CRLayer, Outputs
+from clapping_ds.crnet.model import NUM_OUTPUTS, CRLayer, Outputs, Products
 
 Kept = list[torch.Tensor | None]
+Autocast = tuple[str, bool, torch.dtype]
+"""Of a device: its kind, whether it is on, and to what it casts."""
 
 
 class Segment(nn.Module):
@@ -42,17 +46,27 @@ class Segment(nn.Module):
 
     def forward(self, given: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
         x, *before = given if isinstance(given, tuple) else (given,)
+        expected = 0 if self.list_layers()[0].is_anchor else NUM_OUTPUTS
+        if len(before) != expected:
+            raise ValueError(
+                f"a segment was given {1 + len(before)} tensors; accepted: {1 + expected}, x"
+                f"{' and the seven outputs of the layer before' if expected else ', as it begins anew'}"
+            )
         if self.recompute is None or not torch.is_grad_enabled():
             outputs = Outputs(*before) if before else None
             for layer in self.list_layers():
                 x, outputs, _ = layer(x, outputs)
             assert outputs is not None
             return (x, *outputs) if self.gives_outputs else x
-        if self.recompute == "inverse":
+        if self.recompute == "inverse" and self.largest_growth < math.inf:
             self._check_growth()
-        parameters = list(self.parameters())
-        result = Rebuilt.apply(self, len(before), x, *before, *parameters)
+        result = self._run_rebuilt(x, before)
         return result if self.gives_outputs else result[0]
+
+    @torch.compiler.disable
+    def _run_rebuilt(self, x: torch.Tensor, before: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Not compiled: the backward pass repeats these very operations."""
+        return Rebuilt.apply(self, len(before), x, *before, *self.parameters())
 
     @torch.no_grad()
     def _check_growth(self) -> None:
@@ -111,26 +125,31 @@ class Rebuilt(torch.autograd.Function):
         for layer, x, known in reversed(list(zip(layers, xs, products, strict=True))):
             with _like(ctx.autocast), torch.no_grad():
                 outputs = next(before)
-            with _like(ctx.autocast), torch.enable_grad():
-                given = [each.detach().requires_grad_(True) for each in (x, *(outputs or ()))]
-                # Copies of the parameters, or their hooks would run here and once more outside.
-                own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in layer.named_parameters()}
-                arguments = given[0], Outputs(*given[1:]) if outputs else None, known
-                result, found, _ = functional_call(layer, own, arguments)
-            wanted = [*given, *(each for each in own.values() if each.requires_grad)]
-            pairs = [
-                (each, of_it)
-                for each, of_it in zip((result, *found), gradients, strict=True)
-                if of_it is not None
-            ]
-            roots, of_roots = zip(*pairs, strict=True)
-            told = torch.autograd.grad(roots, wanted, of_roots, allow_unused=True)
-            rest = iter(told[len(given) :])
-            of_parameters = [
-                next(rest) if each.requires_grad else None for each in layer.parameters()
-            ] + of_parameters
-            gradients = told[: len(given)] if outputs else (told[0], *(None,) * NUM_OUTPUTS)
+            gradients, of_layer = _find_gradients(layer, x, outputs, known, gradients, ctx.autocast)
+            of_parameters = of_layer + of_parameters
         return None, None, *gradients[: 1 + ctx.num_before], *of_parameters
+
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def _find_gradients(
+    layer: CRLayer, x: torch.Tensor, before: Outputs | None, known: Products, of_results: Gradients,
+    autocast: Autocast | None,
+) -> tuple[Gradients, list[torch.Tensor | None]]:  # fmt: skip
+    """Runs a layer again. Returns the gradients of x and the outputs before (None for an anchor), and of
+    the parameters."""
+    given = [each.detach().requires_grad_(True) for each in (x, *(before or ()))]
+    # Copies of the parameters, or their hooks would run here and once more outside.
+    own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
+    with _like(autocast), torch.enable_grad():
+        arguments = given[0], Outputs(*given[1:]) if before else None, known
+        result, found, _ = functional_call(layer, own, arguments)
+    pairs = zip((result, *found), of_results, strict=True)
+    roots, of_roots = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
+    torch.autograd.backward(roots, of_roots)  # all leaves are copies; `grad` would forbid hooks
+    of_given = tuple(each.grad for each in given) + (None,) * (1 + NUM_OUTPUTS - len(given))
+    return of_given, [each.grad for each in own.values()]
 
 
 def _rebuild(
@@ -163,10 +182,14 @@ def _apply(step: str, layer: CRLayer, outputs: Outputs, products: Sequence[torch
     ))  # fmt: skip
 
 
-def _find_autocast(device: str) -> tuple[str, bool, torch.dtype]:
+def _find_autocast(device: str) -> Autocast | None:
+    if not torch.amp.is_autocast_available(device):
+        return None
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _like(found: tuple[str, bool, torch.dtype]) -> Any:
+def _like(found: Autocast | None) -> Any:
+    if found is None:
+        return nullcontext()
     device, is_enabled, dtype = found
     return torch.autocast(device, dtype=dtype, enabled=is_enabled)

@@ -131,6 +131,9 @@ def test_the_inverse_is_refused_above_its_guard():
         nn.init.constant_(parameter, 0.5)
     with pytest.raises(ValueError, match=r"recompute = 'inverse' with 1 / \|b\| of gate multiplied up to 8"):
         train(model)
+    unguarded = make(recompute="inverse", largest_growth=float("inf"))
+    unguarded.load_state_dict(model.state_dict())
+    train(unguarded)
     nn.init.zeros_(model[1].layers[1].maps["k"].residual)
     with pytest.raises(ValueError, match=r"1 / \|b\| of k multiplied up to .* accepted: at most"):
         train(model)
@@ -152,6 +155,44 @@ def test_hooks_of_parameters_run_once():
         model(torch.arange(18).view(2, 9)).square().mean().backward()
     for one, other in zip(plain.parameters(), rebuilt.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+def test_segments_may_be_traced_and_tracked():
+    """Hooks on several gradients at once, as torch's trackers and sharded wrappers set them."""
+    plain, rebuilt = (make(recompute=how) for how in (None, "forward"))
+    _, gradients = train(plain)
+    called = []
+
+    def track(_, given):
+        if given[0].requires_grad:
+            torch.autograd.graph.register_multi_grad_hook([given[0]], called.append)
+
+    for layer in rebuilt[1].layers:
+        layer.register_forward_pre_hook(track)
+    _, others = train(rebuilt)
+    assert called
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+
+
+def test_what_is_rebuilt_is_not_compiled():
+    """Fused operations would round in another way than the backward pass, which is not compiled."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    for how, is_compiled in ((None, True), ("forward", False)):
+        graphs.clear()
+        torch._dynamo.reset()
+        plain = make(recompute=how)
+        loss, gradients = train(plain)
+        other, others = train(torch.compile(make(recompute=how), backend=compiler))
+        assert any("silu" in graph for graph in graphs) == is_compiled
+        assert torch.equal(loss, other)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, others["_orig_mod." + name]), name
 
 
 def test_what_is_kept_is_read_once():
@@ -291,6 +332,8 @@ def test_shapes_on_the_meta_device():
     assert x.shape == (1, 16, 4096)
     assert [each.shape[-1] for each in outputs] == [4096] * 4 + [11008] * 2 + [4096]
     assert {product.shape[-1] for product in products} == {512}
+    with torch.device("meta"):
+        make(recompute="forward")(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
 
 
 # Bad input
@@ -315,6 +358,31 @@ def test_bad_input_is_one_clear_error(case):
 
 def test_ranks_come_from_json_too():
     assert CRNetConfig.model_validate({**SMALL, "rank": [6] * 8}).rank == (6,) * 8
+
+
+def test_a_segment_gets_what_it_needs():
+    model = make()
+    x = torch.randn(2, 9, 32)
+    with pytest.raises(ValueError, match="a segment was given 1 tensors; accepted: 8, x and the seven out"):
+        model[2](x)
+    with pytest.raises(ValueError, match="a segment was given 2 tensors; accepted: 1, x, as it begins anew"):
+        model[1]((x, x))
+
+
+@pytest.mark.parametrize("anchor", ["model", "stage"])
+def test_stages_in_a_row_are_the_model(anchor):
+    config = CRNetConfig(**SMALL, anchor=anchor)
+    torch.manual_seed(0)
+    whole = crnet.build(config, 2)
+    torch.manual_seed(0)
+    stages = [crnet.build_stage(config, number, 2) for number in range(2)]
+    tokens = torch.arange(18).view(2, 9)
+    between = stages[0](tokens)
+    assert isinstance(between, tuple) == (anchor == "model")
+    told = stages[1](*between) if anchor == "model" else stages[1](between)
+    assert torch.equal(told, whole(tokens))
+    with pytest.raises(ValueError, match="stage = 2 of 2; accepted: 0 to 1"):
+        crnet.build_stage(config, 2, 2)
 
 
 def test_a_stage_without_layers_is_refused():

@@ -3,13 +3,13 @@
     python -m benchmarks.training.crnet [--seeds 1 2 3] [--only NAME ...]
 
 Eight layers of width 128 on the Python standard library's sources. All but `full rank` have the same number
-of parameters in their layers, as near as whole ranks allow. `CoLA` (arXiv 2502.10940) is written here from
+of parameters in their layers, as near as whole ranks and heads allow. `CoLA` (arXiv 2502.10940) is written here from
 its paper: B silu(A x) in place of every linear map. What `crnet.csv` has is not measured again.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -44,18 +44,23 @@ class Model:
     """With an anchor each."""
     first_layer: str = "full"
     residual: float = 1.0
+    gain: float | None = None
+    """Of B at the start."""
     fits: bool = False
     """Whether b starts from the data."""
+    size: Mapping[str, int] = field(default_factory=lambda: SIZE)
 
 
 MODELS = {
     "full rank": Model("full rank"),
+    "full rank, narrower": Model("full rank", size={**SIZE, "width": 104, "intermediate": 256}),
     "low rank": Model("low rank", first_layer="low_rank"),
     "CoLA": Model("CoLA", first_layer="low_rank"),
     "CR-Net": Model("CR-Net"),
     "CR-Net, b from 0.5": Model("CR-Net", residual=0.5),
-    "CR-Net, b from 0.1": Model("CR-Net", residual=0.1),
-    "CR-Net, b by least squares": Model("CR-Net", fits=True),
+    "CR-Net, b by least squares": Model("CR-Net", gain=1.0, fits=True),
+    "CR-Net, B as CoLA's": Model("CR-Net", gain=1.0),
+    "CR-Net, B by 1 / sqrt(L)": Model("CR-Net", gain=SIZE["num_layers"] ** -0.5),
     "CR-Net, low-rank first layer": Model("CR-Net", first_layer="low_rank"),
     "CR-Net, 2 stages with anchors": Model("CR-Net", num_stages=2),
     "CR-Net, 4 stages with anchors": Model("CR-Net", num_stages=4),
@@ -97,7 +102,7 @@ class Plain(nn.Module):
 
 def find_rank(model: Model) -> int:
     """The largest that keeps to the budget."""
-    h, f, num_layers = SIZE["width"], SIZE["intermediate"], SIZE["num_layers"]
+    h, f, num_layers = (model.size[key] for key in ("width", "intermediate", "num_layers"))
     full, per_rank = 4 * h * h + 3 * h * f, 11 * h + 3 * f
     num_full = model.num_stages if model.first_layer == "full" else 0
     return (BUDGET - num_full * full) // ((num_layers - num_full) * per_rank)
@@ -105,7 +110,7 @@ def find_rank(model: Model) -> int:
 
 def make(model: Model, vocabulary: int) -> tuple[nn.Module, CRNetConfig]:
     config = CRNetConfig.model_validate({
-        **SIZE, "vocabulary": vocabulary, "residual": model.residual,
+        **model.size, "vocabulary": vocabulary, "residual": model.residual, "low_rank_gain": model.gain,
         "rank": find_rank(model) if model.kind != "full rank" else 1,
         "anchor": "stage" if model.num_stages > 1 else "model",
         "first_layer": model.first_layer,

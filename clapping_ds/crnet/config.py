@@ -34,6 +34,10 @@ class CRNetConfig(BaseModel):
     """Of anchors. `low_rank`: no better (section 4 of the paper); for comparisons."""
     residual: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """What every b starts at; not 0, where it would stay."""
+    low_rank_gain: Annotated[float, Field(gt=0)] | None = None
+    """What the first values of every B are multiplied with where a layer adds to the one before. None: 1 /
+    num_layers, so that all layers start as the first one. 1: as CoLA starts its maps; the outputs grow with
+    depth then, and attention starts one-hot."""
     recompute: Literal["forward", "inverse"] | None = None
     """How outputs are rebuilt in the backward pass: from the last kept ones on, with the same bits, or back
     from the next kept ones, which multiplies errors by 1 / |b|. None: all are kept."""
@@ -73,6 +77,11 @@ class CRNetConfig(BaseModel):
 
     def rank_of(self, layer: int) -> int:
         return self.rank[layer] if isinstance(self.rank, tuple) else self.rank
+
+    @property
+    def gain(self) -> float:
+        """Of B where a layer adds to the one before."""
+        return 1 / self.num_layers if self.low_rank_gain is None else self.low_rank_gain
 
     def sides(self, position: str) -> tuple[int, int]:
         """Values that a linear map takes, and gives, per token."""

@@ -55,7 +55,9 @@ class CRLinear(nn.Module):
     Returns y [..., num_out], and x A; None of a map of full rank.
     """
 
-    def __init__(self, num_in: int, num_out: int, rank: int | None, residual: float | None = 1.0) -> None:
+    def __init__(
+        self, num_in: int, num_out: int, rank: int | None, residual: float | None = 1.0, gain: float = 1.0
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.residual = None if residual is None else nn.Parameter(torch.tensor([residual]))
@@ -69,7 +71,7 @@ class CRLinear(nn.Module):
         self.a_DR = nn.Parameter(torch.empty(num_in, rank))
         self.b_RD = nn.Parameter(torch.empty(rank, num_out))
         nn.init.normal_(self.a_DR, std=std)
-        nn.init.normal_(self.b_RD, std=std)
+        nn.init.normal_(self.b_RD, std=gain * std)
 
     @property
     def factor(self) -> torch.Tensor:
@@ -125,11 +127,11 @@ class CRLayer(nn.Module):
         self.rope_base = config.rope_base
         self.is_anchor = is_anchor
         rank = None if is_anchor and config.first_layer == "full" else config.rank_of(number)
-        residual = None if is_anchor else config.residual
+        residual, gain = (None, 1.0) if is_anchor else (config.residual, config.gain)
         self.norm_attention = nn.RMSNorm(config.width, eps=1e-6)
         self.norm_mlp = nn.RMSNorm(config.width, eps=1e-6)
         self.maps = nn.ModuleDict({
-            name: CRLinear(*config.sides(name), rank, residual) for name in POSITIONS
+            name: CRLinear(*config.sides(name), rank, residual, gain) for name in POSITIONS
         })  # fmt: skip
 
     def find_map(self, name: str) -> CRLinear:

@@ -36,3 +36,17 @@ def four_ranks():
     cluster = Cluster(4)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def fresh_ranks():
+    """Clusters of so many ranks, for tests that end or stop them."""
+    started = []
+
+    def start(world_size):
+        started.append(Cluster(world_size))
+        return started[-1]
+
+    yield start
+    for cluster in started:
+        cluster.close()

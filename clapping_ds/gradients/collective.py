@@ -21,10 +21,17 @@ class Transfer:
     """A collective on its way."""
 
     def __init__(
-        self, collective: "Collective", works: Sequence[Any], kept: Any, take: Callable[[], Any]
+        self,
+        collective: "Collective",
+        works: Sequence[Any],
+        kept: Any,
+        take: Callable[[], Any],
+        peers: Sequence[int] = (),
     ) -> None:
         self._collective = collective
         self._works = works
+        self._peers = peers if len(peers) == len(works) else [None] * len(works)
+        """Global ranks at the other ends; None where a work is of several, as NCCL's are."""
         self._kept = kept
         """What the process group reads until it is done."""
         self._take = take
@@ -36,8 +43,8 @@ class Transfer:
         """
         if self._collective.carrier.type != "cpu":
             self._poll()
-        with self._collective.naming():
-            for work in self._works:
+        for work, peer in zip(self._works, self._peers, strict=True):
+            with self._collective.naming(peer):
                 work.wait()
         self._kept = None
         return self._take()
@@ -57,10 +64,14 @@ class Collective:
 
     group    their process group
     device   where payloads are written and read
+    what     is exchanged, for errors
     """
 
-    def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, group: Any, device: torch.device, timeout_s: float, what: str = "exchange of gradients"
+    ) -> None:
         # Configuration
+        self.what = what
         self.group = group
         self.device = device
         self.timeout_s = timeout_s
@@ -74,17 +85,18 @@ class Collective:
 
         sizes   bytes for each rank, this one included; the same everywhere
         """
-        return self._swap(payload.split(list(sizes)), [sizes[self.place]] * self.size)
+        return self.swap(payload.split(list(sizes)), [sizes[self.place]] * self.size)
 
     def gather(self, payload: torch.Tensor, sizes: Sequence[int]) -> Transfer:
         """Sends the payload to all ranks. Arrives: all payloads, in the order of ranks.
 
         sizes   bytes of each rank's payload; the same everywhere
         """
-        return self._swap([payload.to(self.carrier)] * self.size, sizes)
+        return self.swap([payload.to(self.carrier)] * self.size, sizes)
 
-    def _swap(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> Transfer:
-        """Sends a part to each rank, and receives so many bytes from each.
+    def swap(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> Transfer:
+        """Sends a part to each rank, and receives so many bytes from each; of no bytes, nothing is sent.
+        Arrives: what each rank sent here, in their order.
 
         Point to point, as an all-gather over gloo takes half as long again on a slow link. Receives come
         first: a gloo peer sends once it is told of one, and that would wait behind what is sent to it.
@@ -94,18 +106,15 @@ class Collective:
         received[self.place].copy_(carried[self.place])
         sources = [(self.place - offset) % self.size for offset in range(1, self.size)]
         targets = [(self.place + offset) % self.size for offset in range(1, self.size)]
+        sources = [source for source in sources if sizes[source]]
+        targets = [target for target in targets if carried[target].numel()]
         operations = [
-            dist.P2POp(dist.irecv, received[source], self.ranks[source], self.group)
-            for source in sources
-            if sizes[source]
-        ] + [
-            dist.P2POp(dist.isend, carried[target], self.ranks[target], self.group)
-            for target in targets
-            if carried[target].numel()
-        ]
+            dist.P2POp(dist.irecv, received[source], self.ranks[source], self.group) for source in sources
+        ] + [dist.P2POp(dist.isend, carried[target], self.ranks[target], self.group) for target in targets]
         with self.naming():
             works = dist.batch_isend_irecv(operations) if operations else []
-        return Transfer(self, works, carried, lambda: [each.to(self.device) for each in received])
+        peers = [self.ranks[place] for place in (*sources, *targets)]
+        return Transfer(self, works, carried, lambda: [each.to(self.device) for each in received], peers)
 
     def sum(self, values: torch.Tensor) -> Transfer:
         """Arrives: the sum over all ranks, the same bits on each. values: fp32, or what the process group can
@@ -116,17 +125,21 @@ class Collective:
         return Transfer(self, [work], None, lambda: total.to(self.device))
 
     @contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self, peer: int | None = None) -> Iterator[None]:
         """Errors of the process group say whose it is."""
         try:
             yield
         except RuntimeError as error:
-            raise ConnectionError(self.describe(f"ended or silent for too long ({error})")) from error
+            text = f"ended or was silent for too long ({error})"
+            raise ConnectionError(self.describe(text, peer)) from error
 
-    def describe(self, what: str) -> str:
-        return f"exchange of gradients: one of the ranks {self.ranks} {what}"
+    def describe(self, what: str, peer: int | None = None) -> str:
+        who = f"one of the ranks {self.ranks}" if peer is None else f"rank {peer}"
+        return f"{self.what}: {who} {what}"
 
 
-def make_collective(sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float) -> Collective:
+def make_collective(
+    sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float, what: str = "exchange of gradients"
+) -> Collective:
     """Of the set of global ranks that this rank is in. A collective of all ranks, with the same sets."""
-    return Collective(make_own_group(sets, device, timeout_s), device, timeout_s)
+    return Collective(make_own_group(sets, device, timeout_s), device, timeout_s, what)

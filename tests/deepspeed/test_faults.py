@@ -11,7 +11,7 @@ import torch
 
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS
 from tests import models
-from tests.cluster import Cluster, RankError, assert_same_error
+from tests.cluster import RankError, assert_same_error
 from tests.models import INT2, NONE
 
 TIMEOUT_S = 4.0
@@ -136,19 +136,6 @@ def assert_the_last_checkpoint_is_whole(folder, num_ranks):
     assert (folder / "latest").read_text() == "global_step2"
     assert len(list((folder / "global_step2").glob("clapping_rank_*.pt"))) == num_ranks
     assert not list(folder.rglob("*unfinished*"))
-
-
-@pytest.fixture
-def fresh_ranks():
-    started = []
-
-    def start(world_size):
-        started.append(Cluster(world_size))
-        return started[-1]
-
-    yield start
-    for cluster in started:
-        cluster.close()
 
 
 def test_memories_that_differ_are_found_by_verification(fresh_ranks, tmp_path):

@@ -1,0 +1,1 @@
+"""Decentralized bilevel optimization: problems whose solution is known, and uses."""

@@ -1,0 +1,31 @@
+"""Decentralized bilevel optimization over sites that talk to neighbours only: SPARKLE (arXiv 2411.14166) and
+D-SOBA (2402.03167), with compressed messages."""
+
+from clapping_ds.bilevel.curvature import Autograd, CentralDifference, Curvature, Directions, Penalty
+from clapping_ds.bilevel.gossip import Gossip, LocalGossip, RankGossip
+from clapping_ds.bilevel.solver import Losses, Plan, Sparkle
+from clapping_ds.bilevel.strategies import NAMED, General
+from clapping_ds.bilevel.topology import Topology, exponential, from_edges, full, make_lazy, ring, torus
+
+__all__ = [
+    "NAMED",
+    "Autograd",
+    "CentralDifference",
+    "Curvature",
+    "Directions",
+    "General",
+    "Gossip",
+    "LocalGossip",
+    "Losses",
+    "Penalty",
+    "Plan",
+    "RankGossip",
+    "Sparkle",
+    "Topology",
+    "exponential",
+    "from_edges",
+    "full",
+    "make_lazy",
+    "ring",
+    "torus",
+]

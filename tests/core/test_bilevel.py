@@ -1,0 +1,315 @@
+"""Bilevel optimization over sites in one process: topologies, strategies, curvature, compressed gossip."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.bilevel.quadratic import Quadratic, Run, make_plan
+from clapping_ds import bilevel
+from clapping_ds.bilevel import (
+    Autograd,
+    CentralDifference,
+    General,
+    LocalGossip,
+    Losses,
+    Penalty,
+    Plan,
+    Sparkle,
+    Topology,
+)
+from clapping_ds.codecs import Eden, Quantizer
+from clapping_ds.link.verification import VerificationError
+
+STRATEGIES = ["dsgd", "extra", "ed", "atc-gt", "semi-atc-gt", "gt"]
+RING = bilevel.ring(8)
+
+
+# Topologies
+
+
+@pytest.mark.parametrize(
+    ("topology", "neighbours"),
+    [
+        (bilevel.ring(8), [1, 7]),
+        (bilevel.ring(2), [1]),
+        (bilevel.torus(3, 4), [1, 3, 4, 8]),
+        (bilevel.torus(2, 2), [1, 2]),
+        (bilevel.exponential(8), [1, 2, 4, 6, 7]),
+        (bilevel.full(5), [1, 2, 3, 4]),
+        (bilevel.full(1), []),
+    ],
+)
+def test_topologies(topology, neighbours):
+    assert topology.neighbours(0) == neighbours
+    weights = topology.weights
+    torch.testing.assert_close(weights.sum(0), torch.ones(topology.num_sites, dtype=torch.float64))
+    assert 0 <= topology.rho < 1
+    assert topology.smallest_eigenvalue >= -1e-9
+
+
+def test_rho_is_what_is_left_of_a_difference():
+    values = torch.cos(2 * math.pi * torch.arange(8, dtype=torch.float64) / 8)
+    torch.testing.assert_close(RING.weights @ values, RING.rho * values)
+    assert RING.rho == pytest.approx(0.5 + 0.5 * math.cos(2 * math.pi / 8))
+    assert bilevel.full(6).rho == pytest.approx(0, abs=1e-12)
+
+
+W = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+BAD_MATRICES = {
+    "not square": (torch.ones(2, 3), r"of shape \(2, 3\); accepted: a square one"),
+    "below zero": (torch.tensor([[1.5, -0.5], [-0.5, 1.5]]), "an entry below zero"),
+    "not symmetric": (torch.tensor([[0.5, 0.5], [0.4, 0.6]]), "not symmetric"),
+    "rows": (0.9 * W, "row 0 sums to 0.9; accepted: 1"),
+    "not connected": (torch.eye(3), "sites that are not connected"),
+    "eigenvalue": (torch.tensor([[0.0, 1.0], [1.0, 0.0]]), r"the eigenvalue -1; .* as of \(I \+ W\) / 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MATRICES)
+def test_bad_matrices(case):
+    weights, message = BAD_MATRICES[case]
+    with pytest.raises(ValueError, match=message):
+        Topology(weights)
+
+
+def test_edges():
+    with pytest.raises(ValueError, match=r"edge \(0, 3\) of 3 sites"):
+        bilevel.from_edges(3, [(0, 3)])
+    lazy = bilevel.make_lazy(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+    assert lazy.weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+# Strategies
+
+
+def path(plan, steps=40, noise=0.3):
+    """x, y and z of all sites after each step; steps shrink."""
+    problem = Quadratic()
+    run, found = Run(problem, RING, plan, noise=noise), []
+    for number in range(steps):
+        run.train(1)
+        run.solver.steps = {name: size / (1 + 0.01 * number) for name, size in run.solver.steps.items()}
+        found.append(torch.stack([run.solver.value(level, n)[:5] for n in range(8) for level in "xyz"]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "local"])
+def test_two_step_forms_are_the_general_form(name):
+    plan = make_plan([name] * 3)
+    general = plan.model_copy(update=dict.fromkeys("xyz", General.named(name)))
+    torch.testing.assert_close(path(plan), path(general), rtol=1e-12, atol=1e-12)
+
+
+def test_dsgd_is_d_soba():
+    """Written out, with the matrix: s <- W (s - step d), d at the values before; x's is a moving average."""
+    problem = Quadratic()
+    run = Run(problem, RING, make_plan(["dsgd"] * 3))
+    x, y, z = (torch.zeros(8, size, dtype=torch.float64) for size in (5, 10, 10))
+    average = torch.zeros(8, 5, dtype=torch.float64)
+    for _ in range(30):
+        run.train(1)
+        v = (
+            torch.einsum("sij,sj->si", problem.h, y)
+            - torch.einsum("sij,sj->si", problem.b_of_x, x)
+            - problem.b
+        )
+        p = torch.einsum("sij,sj->si", problem.h, z) - (y - problem.t)
+        u = x - problem.c + torch.einsum("sji,sj->si", problem.b_of_x, z)
+        average = 0.7 * average + 0.3 * u
+        x, y, z = (RING.weights @ s for s in (x - 0.05 * average, y - 0.2 * v, z - 0.2 * p))
+    for name, expected in (("x", x), ("y", y), ("z", z)):
+        found = torch.stack([run.solver.value(name, site) for site in range(8)])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_corrections_reach_the_solution_and_d_soba_does_not():
+    """And the correction of the lower level matters more."""
+    problem = Quadratic()
+    for name, below in (("extra", 2e-5), ("ed", 2e-5), ("atc-gt", 0.01), ("semi-atc-gt", 0.01), ("gt", 0.02)):
+        assert Run(problem, RING, make_plan([name] * 3)).train(150) < below, name
+    floors = [
+        Run(problem, RING, make_plan(["dsgd"] * 3, scale)).train(int(150 / scale)) for scale in (1, 0.5, 0.25)
+    ]
+    assert floors == pytest.approx([0.349, 0.237, 0.145], abs=0.001)
+    lower = Run(problem, RING, make_plan(["dsgd", "ed", "ed"])).train(150)
+    upper = Run(problem, RING, make_plan(["ed", "dsgd", "dsgd"])).train(150)
+    assert lower < 0.7 * upper < upper < floors[0]
+
+
+def test_a_lower_level_of_each_site():
+    """x is common; each site's y solves its own problem."""
+    problem = Quadratic(num_sites=4)
+    run = Run(problem, bilevel.ring(4), Plan(y="local", z="local", x_step=0.01, y_step=0.3, z_step=0.3))
+    run.train(500)
+    x = run.solver.value("x", 3)
+    own = torch.linalg.solve(problem.h[3], problem.b_of_x[3] @ x + problem.b[3])
+    torch.testing.assert_close(run.solver.value("y", 3), own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.solver.value("x", 0), x, rtol=1e-3, atol=1e-3)
+
+
+# Curvature
+
+
+def bend(x, y):
+    """A lower loss with third derivatives."""
+    weights = torch.linspace(0.5, 1.5, len(y), dtype=y.dtype)
+    return (x[0].exp() * weights * y).exp().sum() + (x[1] * y).sin().sum() + y.square().sum()
+
+
+def upper(x, y):
+    return (y - 1).square().sum() + x.square().sum() * y[0]
+
+
+def draw(generator_seed=0):
+    generator = torch.Generator().manual_seed(generator_seed)
+    return [0.5 * torch.randn(size, generator=generator, dtype=torch.float64) for size in (2, 6, 6)]
+
+
+def test_autograd_is_the_formula():
+    x, y, z = draw()
+    found = Autograd().find(upper, bend, x, y, z)
+    hessian = torch.func.hessian(bend, argnums=1)(x, y)
+    mixed = torch.func.jacfwd(torch.func.grad(bend, argnums=1), argnums=0)(x, y)
+    of_x, of_y = torch.func.grad(upper, argnums=(0, 1))(x, y)
+    torch.testing.assert_close(found.y, torch.func.grad(bend, argnums=1)(x, y))
+    torch.testing.assert_close(found.z, hessian @ z - of_y)
+    torch.testing.assert_close(found.x, of_x - mixed.T @ z)
+
+
+def test_central_differences_are_off_by_the_square_of_the_radius():
+    x, y, z = draw()
+    exact = Autograd().find(upper, bend, x, y, z)
+    for part in ("x", "z"):
+        errors = [
+            float(
+                (
+                    getattr(CentralDifference(radius).find(upper, bend, x, y, z), part) - getattr(exact, part)
+                ).norm()
+            )
+            for radius in (0.04, 0.02, 0.01)
+        ]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
+        assert errors[1] / errors[2] == pytest.approx(4, rel=0.01)
+    near = CentralDifference().find(upper, bend, x, y, z)
+    for found, expected in zip(near, exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    at_zero = CentralDifference().find(upper, bend, x, y, torch.zeros_like(z))
+    torch.testing.assert_close(at_zero.z, Autograd().find(upper, bend, x, y, torch.zeros_like(z)).z)
+
+
+def test_losses_that_do_not_depend_on_a_level():
+    x, y, z = draw()
+    for curvature in (Autograd(), CentralDifference(), Penalty(2.0)):
+        found = curvature.find(lambda x, y: y.sum(), lambda x, y: y.sum(), x, y, z)
+        assert torch.equal(found.x, torch.zeros(2, dtype=torch.float64))
+        with pytest.raises(ValueError, match="depends on neither x nor y; accepted: a scalar of x and y"):
+            curvature.find(lambda x, y: torch.ones(()), lambda x, y: y.sum(), x, y, z)
+        with pytest.raises(ValueError, match=r"a loss of shape \(6,\)"):
+            curvature.find(lambda x, y: y, lambda x, y: y.sum(), x, y, z)
+
+
+def test_penalty_is_off_by_one_over_its_factor():
+    """Where y and z are solved."""
+    problem, (f, g) = Quadratic(num_sites=1), Quadratic(num_sites=1).losses(0)
+    h, b_of_x, b, t = (each[0] for each in (problem.h, problem.b_of_x, problem.b, problem.t))
+    x, identity = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
+    y = torch.linalg.solve(h, b_of_x @ x + b)
+    exact = Autograd().find(f, g, x, y, torch.linalg.solve(h, y - t))
+    errors = []
+    for factor in (50.0, 100.0):
+        z = torch.linalg.solve(identity + factor * h, t + factor * (b_of_x @ x + b))
+        found = Penalty(factor).find(f, g, x, y, z)
+        torch.testing.assert_close(found.z, torch.zeros(10, dtype=torch.float64), atol=1e-10, rtol=0)
+        errors.append(float((found.x - exact.x).norm()))
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[0] < 0.1 * exact.x.norm()
+    assert torch.equal(Penalty(2.0).start(y), y)
+
+
+# Compressed gossip
+
+
+def test_with_difference_memory_compression_costs_nothing():
+    problem, codec = Quadratic(num_sites=3, num_x=64, num_y=64, coupling=0.2), Eden(name="eden4")
+    ring = bilevel.ring(3)
+    runs = {
+        name: Run(problem, ring, make_plan(["ed"] * 3), **options)
+        for name, options in (
+            ("raw", {}),
+            ("memory", {"codec": codec}),
+            ("without", {"codec": codec, "memory": False}),
+        )
+    }
+    errors = {name: run.train(160) for name, run in runs.items()}
+    assert errors["memory"] == pytest.approx(errors["raw"], rel=0.1)
+    assert errors["without"] > 100 * errors["raw"]
+    assert runs["memory"].bytes_sent < 0.31 * runs["raw"].bytes_sent
+
+
+def test_the_mean_stays_whatever_the_codec():
+    torch.manual_seed(0)
+    gossip = LocalGossip(RING, Quantizer(name="sign"), memory=False)
+    values = [torch.randn(300, dtype=torch.float64) for _ in range(8)]
+    mixed = [each["s"] for each in gossip.start([{"s": value} for value in values]).wait()]
+    assert not torch.equal(mixed[0], values[0])
+    torch.testing.assert_close(sum(mixed), sum(values))
+
+
+# State, and what goes wrong
+
+
+@pytest.mark.parametrize("strategies", [["ed", "gt", "extra"], [General.named("atc-gt")] * 3])
+def test_a_resumed_run_is_the_uninterrupted_one(strategies):
+    problem, codec = Quadratic(num_sites=4, num_x=64, num_y=128), Eden(name="eden4")
+    runs = [Run(problem, bilevel.ring(4), make_plan(strategies), codec) for _ in range(2)]
+    for run in runs:
+        run.train(7)
+    saved = runs[0].solver.state_dict()
+    for run in runs:
+        run.train(3)
+    runs[1].train(2)
+    runs[1].solver.load_state_dict(saved)
+    runs[1].train(3)
+    for level in "xyz":
+        for site in range(4):
+            assert torch.equal(runs[0].solver.value(level, site), runs[1].solver.value(level, site))
+    assert runs[0].bytes_sent == runs[1].bytes_sent
+    with pytest.raises(ValueError, match="a state of the plan"):
+        Run(problem, bilevel.ring(4), make_plan(["gt"] * 3)).solver.load_state_dict(saved)
+
+
+def test_what_is_not_finite_is_named():
+    problem = Quadratic()
+    run = Run(problem, RING, make_plan(["ed"] * 3))
+    losses = [problem.losses(site) for site in range(8)]
+    losses[5] = Losses(losses[5].upper, lambda x, y: y.sum() / 0)
+    with pytest.raises(ArithmeticError, match=r"gossip, round 1: what site 5 has of y\.s is not finite"):
+        run.solver.step(*losses)
+
+
+def test_sites_out_of_step_are_found():
+    gossip = LocalGossip(bilevel.ring(3))
+    values = [{"s": torch.ones(4)}] * 3
+    gossip.sites[1].encode(values[1])
+    with pytest.raises(VerificationError, match="site 0, round 1, from site 1: step: expected 1, found 2"):
+        gossip.start(values).wait()
+
+
+def test_bad_input_is_one_clear_error():
+    zeros = torch.zeros(3)
+    gossip = LocalGossip(bilevel.ring(3))
+    with pytest.raises(ValueError, match=r"y is torch.float32 of shape \(3, 1\); accepted: floating-point"):
+        Sparkle(gossip, zeros, torch.zeros(3, 1), Plan())
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        Sparkle(gossip, torch.zeros(3, dtype=torch.long), zeros, Plan())
+    with pytest.raises(ValueError, match="losses of 1 sites; accepted: of 3"):
+        Sparkle(gossip, zeros, zeros, Plan()).step(Losses(upper, bend))
+    with pytest.raises(ValueError, match=r"'dsgd', 'extra', 'ed', 'atc-gt'"):
+        Plan(x="adam")
+    with pytest.raises(ValueError, match="x_step"):
+        Plan(x_step=0)
+    with pytest.raises(ValueError, match=r"radius = 0\.0; accepted: a number above zero"):
+        CentralDifference(0.0)
+    with pytest.raises(ValueError, match=r"factor = -1\.0"):
+        Penalty(-1.0)

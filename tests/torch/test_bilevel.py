@@ -1,0 +1,139 @@
+"""Bilevel optimization with one site on each rank: what one process simulates, bit for bit."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.bilevel.quadratic import Quadratic, make_plan
+from clapping_ds import bilevel
+from clapping_ds.bilevel import CentralDifference, LocalGossip, Plan, RankGossip, Sparkle
+from clapping_ds.codecs import Eden, Raw
+from tests.cluster import assert_same_error
+
+TIMEOUT_S = 4.0
+EDEN4 = Eden(name="eden4")
+STRATEGIES = {
+    "all of ed": ["ed"] * 3,
+    "one each": ["gt", "extra", "semi-atc-gt"],
+    "d-soba": ["dsgd"] * 3,
+    "tracking": ["atc-gt", "ed", "gt"],
+}
+SIZE = {"num_x": 6, "num_y": 64}
+
+
+def solver_of(gossip, strategies, num_sites):
+    problem = Quadratic(num_sites, **SIZE)
+    zeros = [torch.zeros(size, dtype=torch.float64) for size in SIZE.values()]
+    return problem, Sparkle(gossip, *zeros, make_plan(strategies), CentralDifference())
+
+
+def train(problem, solver, steps):
+    for _ in range(steps):
+        solver.step(*(problem.losses(site.number) for site in solver.gossip.sites))
+
+
+def found(solver):
+    """By site of this process, and the bytes that it sent."""
+    return [
+        ([solver.value(level, number) for level in "xyz"], site.bytes_sent)
+        for number, site in enumerate(solver.gossip.sites)
+    ]
+
+
+def on_ranks(codec, steps, resumes):
+    topology = bilevel.ring(dist.get_world_size())
+    by_strategies = {}
+    for name, strategies in STRATEGIES.items():
+        problem, solver = solver_of(RankGossip(topology, codec), strategies, topology.num_sites)
+        train(problem, solver, steps)
+        if resumes:
+            saved = solver.state_dict()
+            problem, solver = solver_of(RankGossip(topology, codec), strategies, topology.num_sites)
+            solver.load_state_dict(saved)
+        train(problem, solver, steps)
+        by_strategies[name] = found(solver)
+    return by_strategies
+
+
+@pytest.mark.parametrize("codec", [Raw(), EDEN4], ids=["raw", "eden4"])
+def test_ranks_are_the_simulation(four_ranks, codec):
+    steps = 5
+    for resumes in (False, True):
+        of_ranks = four_ranks.run(on_ranks, codec, steps, resumes)
+        for name, strategies in STRATEGIES.items():
+            problem, simulated = solver_of(LocalGossip(bilevel.ring(4), codec), strategies, 4)
+            train(problem, simulated, 2 * steps)
+            for (values, num_bytes), of_rank in zip(found(simulated), of_ranks, strict=True):
+                ((on_rank, bytes_there),) = of_rank[name]
+                assert all(map(torch.equal, values, on_rank))
+                assert num_bytes == bytes_there
+
+
+def differing(what):
+    number = dist.get_rank()
+    topology = bilevel.full(4) if what == "mixing matrix" and number == 2 else bilevel.ring(4)
+    gossip = RankGossip(topology, EDEN4 if what == "codec" and number == 1 else Raw())
+    plan = Plan(x_step=0.1 if what == "plan" and number == 3 else 0.01)
+    x = torch.zeros(3 if what == "x" and number == 0 else 2)
+    y = torch.zeros((2, 1) if what == "shape" and number == 1 else 2)
+    Sparkle(gossip, x, y, plan)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("mixing matrix", "the ranks differ; accepted: the same everywhere\nmixing matrix: "),
+        ("codec", "the ranks differ; accepted: the same everywhere\ncodec: "),
+        ("plan", "the ranks differ; accepted: the same everywhere\nplan: "),
+        ("x", "the ranks differ; accepted: the same everywhere\nx: "),
+        (
+            "shape",
+            "y is torch.float32 of shape (2, 1); accepted: floating-point values of one dimension (rank 1)",
+        ),
+    ],
+)
+def test_ranks_that_differ_are_one_error(four_ranks, what, message):
+    assert_same_error(four_ranks.outcomes(differing, what), "ValueError", message)
+
+
+def too_few(num_sites):
+    RankGossip(bilevel.ring(num_sites))
+
+
+def test_as_many_sites_as_ranks(four_ranks):
+    message = "a topology of 3 sites on 4 ranks; accepted: one rank per site"
+    assert_same_error(four_ranks.outcomes(too_few, 3), "ValueError", message)
+
+
+def spoiled(breaks):
+    """What a rank ends with when one of them dies, or stalls, in the third step; and after what time."""
+    gossip = RankGossip(bilevel.ring(4), timeout_s=TIMEOUT_S)
+    problem, solver = solver_of(gossip, ["ed"] * 3, 4)
+    train(problem, solver, 2)
+    if dist.get_rank() == 1:
+        if breaks == "dies":
+            os._exit(1)
+        time.sleep(2 * TIMEOUT_S)
+    start_s = time.monotonic()
+    try:
+        train(problem, solver, 2)
+    except ConnectionError as error:
+        return str(error), time.monotonic() - start_s, solver.num_steps
+    return None
+
+
+@pytest.mark.parametrize("breaks", ["dies", "stalls"])
+def test_a_neighbour_that_is_gone_is_named(fresh_ranks, breaks):
+    outcomes = fresh_ranks(4).outcomes(spoiled, breaks)
+    for number in (0, 2):  # its neighbours
+        message, took_s, num_steps = outcomes[number]
+        assert message.startswith("gossip: rank 1 ended or was silent for too long")
+        assert took_s < 2 * TIMEOUT_S
+        assert num_steps == 2
+    if breaks == "dies":
+        message, took_s, _ = outcomes[3]
+        assert message.startswith("gossip: rank ")
+        assert took_s < 3 * TIMEOUT_S

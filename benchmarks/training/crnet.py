@@ -3,8 +3,8 @@
     python -m benchmarks.training.crnet [--seeds 1 2 3] [--only NAME ...]
 
 Eight layers of width 128 on the Python standard library's sources. All but `full rank` have the same number
-of parameters in their layers, as near as whole ranks and heads allow. `CoLA` (arXiv 2502.10940) is written here from
-its paper: B silu(A x) in place of every linear map. What `crnet.csv` has is not measured again.
+of parameters in their layers, as near as whole ranks and heads allow. `CoLA` (arXiv 2502.10940) is written
+here from its paper: B silu(A x) in place of every linear map. What `crnet.csv` has is not measured again.
 """
 
 import argparse

@@ -3,6 +3,7 @@ D-SOBA (2402.03167), with compressed messages."""
 
 from clapping_ds.bilevel.curvature import Autograd, CentralDifference, Curvature, Directions, Penalty
 from clapping_ds.bilevel.gossip import Gossip, LocalGossip, RankGossip
+from clapping_ds.bilevel.modules import flatten
 from clapping_ds.bilevel.solver import Losses, Plan, Sparkle
 from clapping_ds.bilevel.strategies import NAMED, General
 from clapping_ds.bilevel.topology import Topology, exponential, from_edges, full, make_lazy, ring, torus
@@ -23,6 +24,7 @@ __all__ = [
     "Sparkle",
     "Topology",
     "exponential",
+    "flatten",
     "from_edges",
     "full",
     "make_lazy",

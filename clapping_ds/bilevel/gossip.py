@@ -151,7 +151,8 @@ class Mixing(Protocol):
 class Gossip(Protocol):
     """Between the sites of this process and their neighbours."""
 
-    sites: Sequence[Site]
+    @property
+    def sites(self) -> Sequence[Site]: ...
 
     def check(self, check: Callable[[], None]) -> None:
         """Calls it. Raises ValueError on every rank if it does on one."""

@@ -9,15 +9,16 @@ Sites do not share data. Each takes its own directions, all at the values before
 z with its neighbours by a strategy for each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
 
 from clapping_ds.bilevel.curvature import Autograd, Curvature, Loss
-from clapping_ds.bilevel.gossip import Gossip, Mixing, Streams
-from clapping_ds.bilevel.strategies import General, Level, Run
+from clapping_ds.bilevel.gossip import Gossip
+from clapping_ds.bilevel.levels import Level, advance
+from clapping_ds.bilevel.strategies import General
 from clapping_ds.codecs.base import STRICT
 from clapping_ds.link.verification import checksum
 
@@ -100,35 +101,21 @@ class Sparkle:
         """
         if len(losses) != len(self.levels):
             raise ValueError(f"losses of {len(losses)} sites; accepted: of {len(self.levels)}")
-        runs = [{name: _Step(level.run()) for name, level in of_site.items()} for of_site in self.levels]
-        on_its_way = self._start(runs)  # what is known before the directions are
-        directions = [self._find(site, *of_site) for site, of_site in enumerate(losses)]
-        while True:
-            if on_its_way is not None:
-                for of_site, mixed in zip(runs, on_its_way.wait(), strict=True):
-                    _hand_out(of_site, mixed)
-            for of_site, direction in zip(runs, directions, strict=True):
-                for name, run in of_site.items():
-                    if run.wants_direction:
-                        run.answer(self.steps[name] * direction[name])
-            if all(run.is_done for of_site in runs for run in of_site.values()):
-                break
-            on_its_way = self._start(runs)
+        advance(
+            self.gossip,
+            self.levels,
+            lambda: [self._find(site, *of_site) for site, of_site in enumerate(losses)],
+        )
         self.num_steps += 1
 
-    def _start(self, runs: Sequence[Mapping[str, "_Step"]]) -> Mixing | None:
-        streams = [
-            {f"{name}.{key}": value for name, run in of_site.items() for key, value in run.messages.items()}
-            for of_site in runs
-        ]
-        return self.gossip.start(streams) if streams[0] else None
-
     def _find(self, site: int, upper: Loss, lower: Loss) -> Mapping[str, torch.Tensor]:
+        """Directions times step sizes."""
         x, y, z = (self.value(name, site) for name in LEVELS)
         found = self.curvature.find(upper, lower, x, y, z)
         share = self.plan.momentum
         self.averages[site] = (1 - share) * self.averages[site] + share * found.x
-        return {"x": self.averages[site], "y": found.y, "z": found.z}
+        followed = {"x": self.averages[site], "y": found.y, "z": found.z}
+        return {name: self.steps[name] * direction for name, direction in followed.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Of the sites of this process."""
@@ -164,42 +151,6 @@ class Sparkle:
             size, mine = len(saved["levels"][0][name]["value"]), len(self.value(name))
             if size != mine:
                 raise ValueError(f"a state with {size} values of {name}; accepted: {mine}")
-
-
-class _Step:
-    """One level's step at one site, under way."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._asks: Streams | None = None
-        self.is_done = False
-        self._advance(None)
-
-    @property
-    def wants_direction(self) -> bool:
-        return not self.is_done and self._asks is None
-
-    @property
-    def messages(self) -> Streams:
-        """To be mixed."""
-        return {} if self.is_done or self._asks is None else self._asks
-
-    def answer(self, answer: Any) -> None:
-        self._advance(answer)
-
-    def _advance(self, answer: Any) -> None:
-        try:
-            self._asks = self._run.send(answer)
-        except StopIteration:
-            self.is_done = True
-
-
-def _hand_out(runs: Mapping[str, _Step], mixed: Streams) -> None:
-    """To each level what its messages became."""
-    for name, run in runs.items():
-        mine = {key: mixed[f"{name}.{key}"] for key in run.messages}
-        if mine:
-            run.answer(mine)
 
 
 def _check_values(values: Mapping[str, torch.Tensor]) -> None:

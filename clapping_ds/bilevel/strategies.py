@@ -132,32 +132,3 @@ class General(BaseModel):
 
 def _at(coefficients: tuple[float, ...], power: int) -> float:
     return coefficients[power] if power < len(coefficients) else 0.0
-
-
-Strategy = str | General
-
-
-class Level:
-    """One level's values at one site."""
-
-    def __init__(self, value: torch.Tensor, strategy: Strategy) -> None:
-        if isinstance(strategy, str) and strategy not in NAMED:
-            raise ValueError(f"strategy {strategy!r}; accepted: {', '.join(NAMED)}, or General matrices")
-        # Configuration
-        self.strategy = strategy
-        # State
-        self.value = value
-        self.held: Held = {}
-
-    def run(self) -> Run:
-        """One step."""
-        run = NAMED[self.strategy] if isinstance(self.strategy, str) else self.strategy.run
-        self.value = yield from run(self.value, self.held)
-        return self.value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "held": dict(self.held)}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.value = saved["value"].to(self.value, copy=True)
-        self.held = {name: values.to(self.value, copy=True) for name, values in saved["held"].items()}

@@ -122,3 +122,16 @@ def cut_into_stages(
         seed_layers=True,
         seed_fn=lambda layer_seed: torch.manual_seed(int(layer_seed)),
     )
+
+
+class GPT(nn.Module):
+    """The same layers as one module: tokens (int64 [B, T]) to logits."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embedding = Embedding(config)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_blocks)))
+        self.norm = LayerNorm(config.width)
+
+    def forward(self, token_BT: torch.Tensor) -> torch.Tensor:
+        return logits(self.embedding, self.norm(self.blocks(self.embedding(token_BT))))

@@ -85,7 +85,7 @@ def start_gpt(seed: int) -> Trainee:
     held_out = list(islice(scratch.draw_batches(corpus, config, True, 1), NUM_HELD_OUT))
     adam = optimizer(model, Training(learning_rate=1e-3))
     return Trainee(
-        model, list(model.blocks), adam, scratch.draw_batches(corpus, config, False, seed), held_out
+        model, list(model.gpt.blocks), adam, scratch.draw_batches(corpus, config, False, seed), held_out
     )
 
 

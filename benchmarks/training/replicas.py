@@ -203,7 +203,9 @@ def start_gpt(seed: int, method: Method) -> Trainee:
         chosen = torch.optim.SGD(groups, lr=SGD_RATE * method.rate, momentum=0.9)
     schedule = learning_rate_schedule(chosen, training)
     batches = scratch.draw_batches(corpus, config, False, seed)
-    return Trainee(model, list(model.blocks), chosen, schedule, batches, held_out, training.steps, WARM_UP)
+    return Trainee(
+        model, list(model.gpt.blocks), chosen, schedule, batches, held_out, training.steps, WARM_UP
+    )
 
 
 SGD_RATE = 0.1

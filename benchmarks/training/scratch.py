@@ -25,7 +25,7 @@ from benchmarks.training.compare import block
 from benchmarks.training.finetune import add_rows, read_rows, summarize, train, validate
 from clapping_ds.report import format_table
 from launch.data import Windows, tokens
-from launch.gpt import Block, Embedding, GPTConfig, logits
+from launch.gpt import GPT, GPTConfig
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
 NUM_SAMPLES = 4
@@ -100,17 +100,14 @@ def list_runs() -> list[Run]:
 
 
 class Model(nn.Module):
-    """All layers of the pipeline, called as a Hugging Face model is."""
+    """A GPT, called as a Hugging Face model is."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.embedding = Embedding(config)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_blocks)))
-        self.norm = nn.LayerNorm(config.width)
+        self.gpt = GPT(config)
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
-        hidden = self.norm(self.blocks(self.embedding(ids)))
-        return SimpleNamespace(logits=logits(self.embedding, hidden))
+        return SimpleNamespace(logits=self.gpt(ids))
 
 
 def measure(run: Run, seed: int) -> list[dict[str, Any]]:
@@ -126,7 +123,7 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     adam = optimizer(model, training)
     links = Links(*[run.block] * run.num_links)
     schedule = learning_rate_schedule(adam, training)
-    blocks = list(model.blocks)[:-1]
+    blocks = list(model.gpt.blocks)[:-1]
     losses = list(train(model, blocks, links, adam, schedule, partial(next, batches), training.steps))
     return [
         {

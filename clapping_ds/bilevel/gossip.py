@@ -160,6 +160,9 @@ class Gossip(Protocol):
     def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Raises ValueError on every rank if they differ in a fact."""
 
+    def gather(self, item: Any) -> list[Any]:
+        """What every process passed, in their order."""
+
     def start(self, streams: Sequence[Streams]) -> Mixing:
         """Sends what the sites of this process have. All sites start the same streams in the same order."""
 
@@ -194,6 +197,9 @@ class LocalGossip:
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
         pass
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
 
     def start(self, streams: Sequence[Streams]) -> Mixing:
         return Arrived(self.sites, streams)
@@ -253,6 +259,9 @@ class RankGossip:
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
         self.control.check_equal(facts)
+
+    def gather(self, item: Any) -> list[Any]:
+        return self.control.gather(item)
 
     def start(self, streams: Sequence[Streams]) -> Mixing:
         (mine,) = streams

@@ -1,0 +1,151 @@
+"""The shares of corpora in what sites train on, learned for a target: bilevel optimization whose upper level
+has as many values as there are domains.
+
+    min over x of f(y*(x)),     y*(x) = argmin over y of the sum over d of p_d l_d(y),     p = softmax(x)
+
+l_d is the loss on domain d, f that on the target. Two models are trained beside each other, in any way and by
+any optimizer: one on the mixture, and one on (f + factor times the mixture's loss) / (1 + factor). What the
+second loses or gains on a domain says whether the target wants more of it (the penalty form, arXiv
+2309.01753):
+
+    grad_x = factor J (l(second) - l(first)),     J = diag(p) - p p'
+
+Both losses are those of the same batches before a step, so that no pass is made for them. Sites gossip x, and
+nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clapping_ds.bilevel.gossip import Gossip
+from clapping_ds.bilevel.levels import Level, Strategy, advance
+
+
+class Mixture:
+    """gossip    the sites of this process, and their neighbours
+    domains   names, the same at all sites
+    held      by site of this process: the domains that it has data of
+    factor    of the penalty: what follows from more of a domain is seen the better the larger it is, and the
+              second model is nearer to the first
+    step      of x, which starts at zero, with equal shares
+    momentum  share of the newest direction in the moving average that x follows
+    Raises ValueError on every rank of a domain that no site has, or that is not known.
+    """
+
+    def __init__(
+        self,
+        gossip: Gossip,
+        domains: Sequence[str],
+        held: Sequence[Sequence[str]],
+        factor: float = 1.0,
+        step: float = 1.0,
+        momentum: float = 0.1,
+        strategy: Strategy = "ed",
+    ) -> None:
+        # Configuration
+        self.gossip = gossip
+        self.domains = list(domains)
+        self.factor = factor
+        self.step_size = step
+        self.momentum = momentum
+        gossip.check(lambda: self._check(held))
+        gossip.check_equal({
+            "domains": self.domains, "factor": factor, "step": step, "momentum": momentum,
+            "strategy": strategy,
+        })  # fmt: skip
+        self.held = [list(names) for names in held]
+        by_site = [names for of_rank in gossip.gather(self.held) for names in of_rank]
+        self.num_sites = len(by_site)
+        self.holders = {name: sum(name in names for names in by_site) for name in self.domains}
+        """Of each domain, how many sites have it."""
+        gossip.check(self._check_holders)
+        # State
+        self.levels = [{"x": Level(torch.zeros(len(self.domains)), strategy)} for _ in gossip.sites]
+        self.averages = [torch.zeros(len(self.domains)) for _ in gossip.sites]
+
+    def shares(self, site: int = 0) -> torch.Tensor:
+        """fp32 [domains]: p, as a site of this process has it."""
+        return self.levels[site]["x"].value.softmax(0)
+
+    def weight(self, domain: str, site: int = 0) -> float:
+        """What a site multiplies its loss on a domain with, so that the mean over all sites is the mixture's
+        loss."""
+        share = float(self.shares(site)[self.domains.index(domain)])
+        return self.num_sites * share / self.holders[domain]
+
+    def update(
+        self, mixture_losses: Sequence[Mapping[str, float]], target_losses: Sequence[Mapping[str, float]]
+    ) -> None:
+        """A step of x.
+
+        mixture_losses   by site of this process: losses on the domains that it has, of the model that is
+                         trained on the mixture
+        target_losses    on the same batches, of the model that is trained on the target as well
+        """
+        for site, (first, second) in enumerate(zip(mixture_losses, target_losses, strict=True)):
+            if set(first) != set(self.held[site]) or set(second) != set(self.held[site]):
+                raise ValueError(
+                    f"losses on {sorted(first)} and {sorted(second)}; accepted: on {sorted(self.held[site])}"
+                )
+        advance(
+            self.gossip,
+            self.levels,
+            lambda: [
+                {"x": self.step_size * self._find(site, first, second)}
+                for site, (first, second) in enumerate(zip(mixture_losses, target_losses, strict=True))
+            ],
+        )
+
+    def _find(self, site: int, first: Mapping[str, float], second: Mapping[str, float]) -> torch.Tensor:
+        shares = self.shares(site)
+        gains = torch.zeros(len(self.domains))
+        for name in first:
+            scale = self.num_sites / self.holders[name]
+            gains[self.domains.index(name)] = scale * (second[name] - first[name])
+        direction = self.factor * shares * (gains - shares @ gains)
+        self.averages[site] = (1 - self.momentum) * self.averages[site] + self.momentum * direction
+        return self.averages[site]
+
+    def _check(self, held: Sequence[Sequence[str]]) -> None:
+        if len(set(self.domains)) != len(self.domains) or len(self.domains) < 2:
+            raise ValueError(f"domains {self.domains}; accepted: two or more different names")
+        if len(held) != len(self.gossip.sites):
+            raise ValueError(f"domains of {len(held)} sites; accepted: of {len(self.gossip.sites)}")
+        for name in (name for names in held for name in names):
+            if name not in self.domains:
+                raise ValueError(f"domain {name!r}; accepted: {', '.join(self.domains)}")
+        for name, value in (("factor", self.factor), ("step", self.step_size)):
+            if not value > 0:
+                raise ValueError(f"{name} = {value}; accepted: a number above zero")
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum = {self.momentum}; accepted: above 0, to 1")
+
+    def _check_holders(self) -> None:
+        for name, number in self.holders.items():
+            if not number:
+                raise ValueError(f"domain {name!r} that no site has; accepted: domains with data")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the sites of this process."""
+        return {
+            "domains": list(self.domains),
+            "levels": [each["x"].state_dict() for each in self.levels],
+            "averages": list(self.averages),
+            "gossip": [site.state_dict() for site in self.gossip.sites],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` of the same sites gave. A collective of all ranks."""
+
+        def check() -> None:
+            if saved["domains"] != self.domains:
+                raise ValueError(f"a state of the domains {saved['domains']}; accepted: {self.domains}")
+
+        self.gossip.check(check)
+        for of_site, known in zip(self.levels, saved["levels"], strict=True):
+            of_site["x"].load_state_dict(known)
+        self.averages = [values.clone() for values in saved["averages"]]
+        for site, known in zip(self.gossip.sites, saved["gossip"], strict=True):
+            site.load_state_dict(known)

@@ -1,0 +1,208 @@
+"""Learns the mixture of four sites' corpora for a target, by replicas of a byte-level GPT.
+
+deepspeed --num_accelerators 4 --module launch.mixture --deepspeed_config launch/mixture.json
+
+Each rank is a site with a corpus of its own, which it does not share. Gradients are averaged as the block's
+"data_parallel" has it; between neighbours on a ring go as many numbers as there are corpora. The target is
+documentation, of which every site has a little.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from sysconfig import get_paths
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import clapping_ds
+from clapping_ds import bilevel
+from clapping_ds.bilevel import Gossip, Mixture
+from launch.data import Windows, text_files
+from launch.gpt import GPT, GPTConfig, loss
+from launch.pretrain_gpt import parse, start_distributed
+from launch.trainer import Training, learning_rate_schedule, optimizer
+
+TARGET = "documentation"
+MOST_BYTES = 3_000_000
+"""Of a corpus."""
+
+
+@dataclass(frozen=True)
+class MixtureRun(Training):
+    """Two GPTs, trained from scratch on a mixture of corpora: one for use, one to learn the mixture."""
+
+    corpora: tuple[Path, ...] = ()
+    """Folders or files of text, one for each site; none: Python, C++ headers, licences, data files that are
+    on this machine."""
+    target: Path | None = None
+    """Folder or file of text; None: the descriptions of installed Python packages."""
+    batch_size: int = 4
+    """Samples of a site in a step, and of the target."""
+    factor: float = 1.0
+    """Of the penalty, see `clapping_ds.bilevel.mixture`."""
+    share_step: float = 1.0
+    """Step size of the shares' logits."""
+    fixed_shares: tuple[float, ...] = ()
+    """Of the corpora, in place of learned ones."""
+    gpt: GPTConfig = field(default_factory=GPTConfig)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the script is started with."""
+
+    deepspeed_config: Path
+    """JSON with the "clapping" block, of which "data_parallel" is used."""
+    run: MixtureRun = field(default_factory=MixtureRun)
+    local_rank: int = 0
+    """Passed by the launcher, and not used."""
+
+
+def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
+    """Bytes of each corpus by name, and of the target."""
+    packages = Path(get_paths()["purelib"])
+    if run.corpora:
+        files = {path.name: text_files(path) for path in run.corpora}
+    else:
+        files = {
+            "python": text_files(None),
+            "headers": sorted(packages.glob("torch/include/**/*.h")),
+            "licences": sorted(path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name)),
+            "data": sorted(path for name in ("*.json", "*.csv") for path in packages.rglob(name)),
+        }
+    files[TARGET] = sorted(packages.glob("*/METADATA")) if run.target is None else text_files(run.target)
+    return {name: _read(name, paths) for name, paths in files.items()}
+
+
+def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
+    content = b"".join(path.read_bytes()[:MOST_BYTES] for path in paths if path.is_file())[:MOST_BYTES]
+    if not content:
+        raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
+    return np.frombuffer(content, np.uint8)
+
+
+class Trainer:
+    """The models, and the sites of this process. Replicas elsewhere have the other sites.
+
+    sites   by site of this process, the name of its corpus
+    """
+
+    def __init__(
+        self, run: MixtureRun, corpora: Mapping[str, np.ndarray], gossip: Gossip, sites: Sequence[str]
+    ) -> None:
+        # Configuration
+        self.run = run
+        self.sites = list(sites)
+        self.domains = [name for name in corpora if name != TARGET]
+        self.num_sites = len(self.domains)
+        self.held_out = Windows(corpora[TARGET], run.gpt.length, 4 * run.batch_size, validation=True)
+        # State
+        self.mixture: Mixture | None = None
+        if not run.fixed_shares:
+            held = [[name] for name in sites]
+            self.mixture = Mixture(gossip, self.domains, held, run.factor, run.share_step)
+        elif len(run.fixed_shares) != len(self.domains):
+            raise ValueError(f"--fixed-shares {run.fixed_shares}; accepted: one for each of {self.domains}")
+        self.models: list[nn.Module] = []
+        for _ in range(1 if self.mixture is None else 2):
+            torch.manual_seed(run.seed)
+            self.models.append(GPT(run.gpt))
+        self.optimizers = [optimizer(model, run) for model in self.models]
+        self.schedules = [learning_rate_schedule(each, run) for each in self.optimizers]
+        self.batches = [self._batches(corpora[name], self.domains.index(name)) for name in sites]
+        self.target = [self._batches(corpora[TARGET], 100 + self.domains.index(name)) for name in sites]
+
+    def _batches(self, corpus: np.ndarray, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        windows = Windows(corpus, self.run.gpt.length, self.run.batch_size, validation=False)
+        return windows.batches(1000 * self.run.seed + number)
+
+    def weight(self, site: int) -> float:
+        if self.mixture is not None:
+            return self.mixture.weight(self.sites[site], site)
+        return self.num_sites * self.run.fixed_shares[self.domains.index(self.sites[site])]
+
+    def shares(self) -> list[float]:
+        shares = self.run.fixed_shares if self.mixture is None else self.mixture.shares().tolist()
+        return [round(share, 4) for share in shares]
+
+    def step(self) -> float:
+        """Returns the loss on the mixture, of this process's sites."""
+        batches = [next(each) for each in self.batches]
+        weights = torch.tensor([self.weight(site) for site in range(len(self.sites))])
+        first = self._losses(self.models[0], batches)
+        on_mixture = (weights * first).mean()
+        on_mixture.backward()
+        if self.mixture is not None:
+            second = self._losses(self.models[1], batches)
+            on_target = self._losses(self.models[1], [next(each) for each in self.target]).mean()
+            factor = self.run.factor
+            ((on_target + factor * (weights * second).mean()) / (1 + factor)).backward()
+            self.mixture.update(*(
+                [{name: float(each)} for name, each in zip(self.sites, losses.tolist(), strict=True)]
+                for losses in (first, second)
+            ))  # fmt: skip
+        for model, adam, schedule in zip(self.models, self.optimizers, self.schedules, strict=True):
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            adam.zero_grad()
+            schedule.step()
+        return float(on_mixture.detach())
+
+    def _losses(self, model: nn.Module, batches: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        """[sites]"""
+        tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        told = model(tokens).chunk(len(batches))
+        return torch.stack(
+            [loss(each, of_it) for each, of_it in zip(told, labels.chunk(len(batches)), strict=True)]
+        )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The first model's loss on held-out text of the target."""
+        batches = islice(self.held_out.batches(1), self.run.eval_batches)
+        return mean(float(loss(self.models[0](tokens), labels)) for tokens, labels in batches)
+
+
+def train_replica(run: MixtureRun, ds_config: dict[str, Any]) -> Trainer:
+    """On each rank: its site."""
+    corpora = find_corpora(run)
+    if len(corpora) - 1 != dist.get_world_size():
+        raise ValueError(f"{len(corpora) - 1} corpora on {dist.get_world_size()} ranks; accepted: one each")
+    gossip = bilevel.RankGossip(bilevel.ring(dist.get_world_size()))
+    trainer = Trainer(run, corpora, gossip, [list(corpora)[dist.get_rank()]])
+    replicas = [DistributedDataParallel(model) for model in trainer.models]
+    for model in replicas:
+        clapping_ds.compress_gradients(model, ds_config)
+    trainer.models = list(replicas)
+    bar = tqdm(range(run.steps), disable=dist.get_rank() != 0, mininterval=1.0)
+    for step in bar:
+        bar.set_postfix(loss=f"{trainer.step():.3f}", refresh=False)
+        if (step + 1) % run.eval_interval == 0 and dist.get_rank() == 0:
+            shares = ", ".join(
+                f"{name} {share:.3f}" for name, share in zip(trainer.domains, trainer.shares(), strict=True)
+            )
+            tqdm.write(f"step {step + 1}: loss on the target {trainer.validate():.4f}; shares: {shares}")
+    return trainer
+
+
+def main() -> None:
+    options = parse(Options, __doc__)
+    start_distributed()
+    trainer = train_replica(options.run, json.loads(options.deepspeed_config.read_text()))
+    if dist.get_rank() == 0 and trainer.mixture is not None:
+        num_bytes = trainer.mixture.gossip.sites[0].bytes_sent
+        print(f"gossip: {num_bytes} bytes sent by a site in {options.run.steps} steps")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from clapping_ds.bilevel import (
     General,
     LocalGossip,
     Losses,
+    Mixture,
     Penalty,
     Plan,
     Sparkle,
@@ -313,3 +314,85 @@ def test_bad_input_is_one_clear_error():
         CentralDifference(0.0)
     with pytest.raises(ValueError, match=r"factor = -1\.0"):
         Penalty(-1.0)
+
+
+# Mixtures
+
+DOMAINS = ["a", "b", "c"]
+
+
+def test_a_mixture_follows_the_gradient_of_its_shares():
+    """J (l(second) - l(first)), of domains of which one lies at two sites, and one site has two."""
+    held = [["a"], ["b", "c"], ["a"]]
+    mixture = Mixture(LocalGossip(bilevel.full(3)), DOMAINS, held, factor=2.0, step=0.1, momentum=1.0)
+    first = {"a": 3.0, "b": 2.0, "c": 1.0}
+    second = {"a": 2.5, "b": 2.2, "c": 1.1}
+    x = torch.zeros(3)
+    for _ in range(4):
+        weighted = [
+            mixture.weight(name, site) * first[name] for site, names in enumerate(held) for name in names
+        ]
+        expected = float(x.softmax(0) @ torch.tensor(list(first.values())))
+        assert sum(weighted) / 3 == pytest.approx(expected, rel=1e-6)
+        mixture.update(
+            *([{name: each[name] for name in names} for names in held] for each in (first, second))
+        )
+        p = x.softmax(0)
+        x = x - 0.1 * 2.0 * (torch.diag(p) - torch.outer(p, p)) @ torch.tensor([-0.5, 0.2, 0.1])
+        for site in range(3):
+            torch.testing.assert_close(mixture.shares(site), x.softmax(0))
+    assert mixture.shares()[0] > 1 / 3
+
+
+def test_a_resumed_mixture_is_the_uninterrupted_one():
+    losses = [[{name: float(number)} for number, name in enumerate(DOMAINS, start)] for start in (1, 2)]
+    runs = [Mixture(LocalGossip(RING3), DOMAINS, [["a"], ["b"], ["c"]], step=5.0) for _ in range(2)]
+    runs[0].update(losses[0], losses[1])
+    runs[1].load_state_dict(runs[0].state_dict())
+    for run in runs:
+        run.update(losses[0], [{"a": 0.0}, {"b": 5.0}, {"c": 1.0}])
+    assert all(torch.equal(runs[0].shares(site), runs[1].shares(site)) for site in range(3))
+    assert not torch.equal(runs[0].shares(), torch.full((3,), 1 / 3))
+    with pytest.raises(ValueError, match=r"a state of the domains \['a', 'b', 'c'\]"):
+        Mixture(LocalGossip(RING3), DOMAINS[:2], [["a"], ["b"], ["a"]]).load_state_dict(runs[0].state_dict())
+
+
+RING3 = bilevel.ring(3)
+BAD_MIXTURES = {
+    "one": ((["a"], [["a"]] * 3), {}, r"domains \['a'\]; accepted: two or more different names"),
+    "twice": ((["a", "a"], [["a"]] * 3), {}, "two or more different names"),
+    "unknown": ((DOMAINS, [["a"], ["b"], ["d"]]), {}, "domain 'd'; accepted: a, b, c"),
+    "nowhere": ((DOMAINS, [["a"], ["b"], ["a"]]), {}, "domain 'c' that no site has"),
+    "sites": ((DOMAINS, [["a"]]), {}, "domains of 1 sites; accepted: of 3"),
+    "factor": ((DOMAINS, [["a"], ["b"], ["c"]]), {"factor": 0.0}, r"factor = 0\.0; accepted: a number above"),
+    "momentum": ((DOMAINS, [["a"], ["b"], ["c"]]), {"momentum": 2.0}, r"momentum = 2\.0; accepted: above 0"),
+    "strategy": ((DOMAINS, [["a"], ["b"], ["c"]]), {"strategy": "adam"}, "strategy 'adam'; accepted: dsgd, "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MIXTURES)
+def test_bad_mixtures(case):
+    arguments, options, message = BAD_MIXTURES[case]
+    with pytest.raises(ValueError, match=message):
+        Mixture(LocalGossip(RING3), *arguments, **options)
+
+
+def test_a_mixture_wants_the_losses_of_its_domains():
+    mixture = Mixture(LocalGossip(RING3), DOMAINS, [["a"], ["b"], ["c"]])
+    losses = [{"a": 1.0}, {"b": 1.0}, {"a": 1.0}]
+    with pytest.raises(ValueError, match=r"losses on \['a'\] and \['a'\]; accepted: on \['c'\]"):
+        mixture.update(losses, losses)
+
+
+def test_a_module_as_a_vector():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    vector, call = bilevel.flatten(module)
+    x = torch.randn(5, 3)
+    assert torch.equal(call(vector, x), module(x))
+    leaf = vector.clone().requires_grad_(True)
+    call(leaf, x).sum().backward()
+    module(x).sum().backward()
+    assert torch.equal(leaf.grad, torch.cat([each.grad.flatten() for each in module.parameters()]))
+    with pytest.raises(ValueError, match="accepted: one dtype on one device"):
+        bilevel.flatten(torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()]))

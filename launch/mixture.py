@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from sysconfig import get_paths
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
 TARGET = "documentation"
-MOST_BYTES = 3_000_000
-"""Of a corpus."""
+MOST_BYTES, MOST_OF_A_FILE = 3_000_000, 50_000
+"""Of a corpus, and of a file in it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
 
 
 def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
-    content = b"".join(path.read_bytes()[:MOST_BYTES] for path in paths if path.is_file())[:MOST_BYTES]
+    """In an order that has nothing to do with names, as the last files are held out."""
+    shuffled = sorted(paths, key=lambda path: crc32(str(path).encode()))
+    parts = (path.read_bytes()[:MOST_OF_A_FILE] for path in shuffled if path.is_file())
+    content = b"".join(parts)[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
     return np.frombuffer(content, np.uint8)

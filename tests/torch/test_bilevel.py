@@ -11,6 +11,9 @@ from benchmarks.bilevel.quadratic import Quadratic, make_plan
 from clapping_ds import bilevel
 from clapping_ds.bilevel import CentralDifference, LocalGossip, Plan, RankGossip, Sparkle
 from clapping_ds.codecs import Eden, Raw
+from clapping_ds.link.verification import checksum
+from launch.gpt import GPTConfig
+from launch.mixture import MixtureRun, train_replica
 from tests.cluster import assert_same_error
 
 TIMEOUT_S = 4.0
@@ -137,3 +140,24 @@ def test_a_neighbour_that_is_gone_is_named(fresh_ranks, breaks):
         message, took_s, _ = outcomes[3]
         assert message.startswith("gossip: rank ")
         assert took_s < 3 * TIMEOUT_S
+
+
+def mixed(steps):
+    run = MixtureRun(
+        steps=steps, gpt=GPTConfig(length=32, width=32, num_heads=2, num_blocks=1), share_step=20.0
+    )
+    trainer = train_replica(run, {"clapping": {"data_parallel": {"min_numel": 512}}})
+    weights = [[checksum(each.detach()) for each in model.parameters()] for model in trainer.models]
+    return trainer.shares(), weights, trainer.mixture.gossip.sites[0].bytes_sent, trainer.validate()
+
+
+def test_replicas_learn_a_mixture(four_ranks):
+    shares, weights, num_bytes, losses = zip(*four_ranks.run(mixed, 5), strict=True)
+    assert all(each == weights[0] for each in weights), "replicas drift"
+    assert weights[0][0] != weights[0][1]
+    for each in shares:
+        assert each == pytest.approx(shares[0], abs=0.01)
+        assert max(each) > 0.25
+    header_and_values, neighbours = 48 + 16, 2
+    assert set(num_bytes) == {5 * neighbours * header_and_values}
+    assert losses[0] < 5.6

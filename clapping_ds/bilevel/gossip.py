@@ -220,8 +220,9 @@ class Travelling:
 
 
 class RankGossip:
-    """One site on each rank of torch.distributed, in the order of ranks. Making one is a collective of all.
+    """Sites on ranks of torch.distributed. Making one is a collective of all ranks, as are `check` to `gather`.
 
+    ranks       global ranks of the sites, in their order; None: every rank is one. Others have no site
     device      where values are
     timeout_s   how long a neighbour's message is waited for
     Raises ValueError on every rank, with the same text, where ranks differ in what they were given;
@@ -234,25 +235,32 @@ class RankGossip:
         codec: AnyCodec = RAW,
         memory: bool = True,
         seed: int = 0,
+        ranks: Sequence[int] | None = None,
         device: torch.device | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
+        everyone = range(get_world_size())
+        self.ranks = list(everyone if ranks is None else ranks)
         # Configuration
         self.control = Control(timeout_s)
         self.control.check_equal({
             "mixing matrix": topology.weights.tolist(), "codec": codec, "memory": memory, "seed": seed,
-            "sites": topology.num_sites,
+            "sites": topology.num_sites, "ranks": self.ranks,
         })  # fmt: skip
-        if topology.num_sites != get_world_size():
+        if topology.num_sites != len(self.ranks) or not set(self.ranks) <= set(everyone):
             raise ValueError(
-                f"a topology of {topology.num_sites} sites on {get_world_size()} ranks; accepted: one rank "
-                "per site"
+                f"a topology of {topology.num_sites} sites on the ranks {self.ranks} of {len(everyone)}; "
+                "accepted: one rank per site"
             )
+        others = [[each] for each in everyone if each not in self.ranks]
         self.collective = make_collective(
-            [range(topology.num_sites)], device or torch.device("cpu"), timeout_s, "gossip"
+            [self.ranks, *others], device or torch.device("cpu"), timeout_s, "gossip"
         )
-        self.site = Site(topology, rank(), codec, memory, seed)
-        self.sites = [self.site]
+        self.sites = [
+            Site(topology, number, codec, memory, seed)
+            for number, each in enumerate(self.ranks)
+            if each == rank()
+        ]
 
     def check(self, check: Callable[[], None]) -> None:
         self.control.check(check)
@@ -264,10 +272,10 @@ class RankGossip:
         return self.control.gather(item)
 
     def start(self, streams: Sequence[Streams]) -> Mixing:
-        (mine,) = streams
-        payload = self.site.encode(mine)
+        (mine,), (site,) = streams, self.sites
+        payload = site.encode(mine)
         empty = payload[:0]
-        reached = {self.site.number, *self.site.near}
+        reached = {site.number, *site.near}
         parts = [payload if place in reached else empty for place in range(self.collective.size)]
         sizes = [part.numel() for part in parts]  # all sites send the same streams
-        return Travelling(self.site, mine, self.collective.swap(parts, sizes))
+        return Travelling(site, mine, self.collective.swap(parts, sizes))

@@ -68,7 +68,7 @@ def _start(gossip: Gossip, runs: Sequence[Mapping[str, "_Step"]]) -> Mixing | No
         {f"{name}.{key}": value for name, run in of_site.items() for key, value in run.messages.items()}
         for of_site in runs
     ]
-    return gossip.start(streams) if streams[0] else None
+    return gossip.start(streams) if any(streams) else None
 
 
 class _Step:

@@ -14,13 +14,51 @@ Both losses are those of the same batches before a step, so that no pass is made
 nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from clapping_ds.bilevel.gossip import Gossip
 from clapping_ds.bilevel.levels import Level, Strategy, advance
+
+
+class DomainLoss:
+    """A loss function for one of the two models, that weighs a site's micro-batches as the mixture has it, and
+    notes what their losses were. For pipelines: the last stage's.
+
+    loss      of a module's outputs and labels, a scalar
+    domains   of a step's micro-batches, in their order; None: of the target, which only the second model sees
+    """
+
+    def __init__(
+        self, mixture: "Mixture", loss: Callable[..., torch.Tensor], domains: Sequence[str | None]
+    ) -> None:
+        # Configuration
+        self.mixture = mixture
+        self.loss = loss
+        self.domains = list(domains)
+        num_target = self.domains.count(None)
+        share = 1 / (1 + mixture.factor) if num_target else 0.0
+        self.of_target = share * len(self.domains) / max(1, num_target)
+        self.of_mixture = (1 - share) * len(self.domains) / max(1, len(self.domains) - num_target)
+        # State
+        self._seen: dict[str, list[torch.Tensor]] = {}
+        self._num_calls = 0
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        found = self.loss(*arguments)
+        domain = self.domains[self._num_calls % len(self.domains)]
+        self._num_calls += 1
+        if domain is None:
+            return self.of_target * found
+        self._seen.setdefault(domain, []).append(found.detach())
+        return self.of_mixture * self.mixture.weight(domain) * found
+
+    def take(self) -> dict[str, float]:
+        """By domain: the mean loss since the last call, not weighed."""
+        seen, self._seen, self._num_calls = self._seen, {}, 0
+        return {name: float(torch.stack(losses).mean()) for name, losses in seen.items()}
 
 
 class Mixture:

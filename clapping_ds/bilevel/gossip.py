@@ -15,8 +15,8 @@ import torch
 from clapping_ds.bilevel.topology import Topology
 from clapping_ds.codecs import AnyCodec, Context, Raw
 from clapping_ds.codecs.base import pad_nbytes
-from clapping_ds.gradients.collective import Transfer, make_collective
 from clapping_ds.link import verification
+from clapping_ds.link.collective import Transfer, make_collective
 from clapping_ds.link.groups import Control, get_world_size, rank
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.verification import Header, VerificationError
@@ -220,7 +220,8 @@ class Travelling:
 
 
 class RankGossip:
-    """Sites on ranks of torch.distributed. Making one is a collective of all ranks, as are `check` to `gather`.
+    """Sites on ranks of torch.distributed. Making one is a collective of all ranks, as are `check`,
+    `check_equal` and `gather`.
 
     ranks       global ranks of the sites, in their order; None: every rank is one. Others have no site
     device      where values are

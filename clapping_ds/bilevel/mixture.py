@@ -24,8 +24,8 @@ from clapping_ds.bilevel.levels import Level, Strategy, advance
 
 
 class DomainLoss:
-    """A loss function for one of the two models, that weighs a site's micro-batches as the mixture has it, and
-    notes what their losses were. For pipelines: the last stage's.
+    """A loss function for one of the two models, that weighs a site's micro-batches as the mixture has it,
+    and notes what their losses were. For pipelines: the last stage's.
 
     loss      of a module's outputs and labels, a scalar
     domains   of a step's micro-batches, in their order; None: of the target, which only the second model sees

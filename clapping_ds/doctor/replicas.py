@@ -10,9 +10,9 @@ import torch
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.doctor.steps import find_error
 from clapping_ds.doctor.visit import Check, Finding, Visit, fail, ok, skip
-from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.exchange import Exchange
 from clapping_ds.gradients.layout import Parameter
+from clapping_ds.link.collective import make_collective
 from clapping_ds.link.verification import checksum
 
 SHAPES = (torch.Size((512, 256)), torch.Size((64, 4, 128)), torch.Size((256,)))
@@ -36,7 +36,7 @@ def check_replicas(visit: Visit) -> Finding:
     given = None if visit.config is None else visit.config.data_parallel
     plan = (given or DataParallelConfig()).model_copy(update={"node_size": None})
     everyone = tuple(range(visit.launch.world_size))
-    collective = make_collective([everyone], visit.device, max(1.0, visit.timeout_s))
+    collective = make_collective([everyone], visit.device, max(1.0, visit.timeout_s), "replicas")
     parameters = [Parameter(f"weight {number}", shape) for number, shape in enumerate(SHAPES)]
     exchange = Exchange(plan, parameters, collective)
     checksums, error, took_s = [], inf, 0.0

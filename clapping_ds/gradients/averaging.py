@@ -17,18 +17,19 @@ from clapping_ds.codecs import Raw
 from clapping_ds.codecs.sequence import label
 from clapping_ds.config import BLOCK_NAME, ClappingConfig, DataParallelConfig
 from clapping_ds.gradients import rules
-from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.delay import DelayedExchange
 from clapping_ds.gradients.exchange import Exchange, Leg, Round, compare
 from clapping_ds.gradients.layout import Cut, Parameter, works_on_matrices
 from clapping_ds.gradients.node import NodeExchange
 from clapping_ds.gradients.trial import Trial
 from clapping_ds.gradients.weights import Masters, WeightExchange
+from clapping_ds.link.collective import make_collective
 from clapping_ds.link.groups import Control, rank
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.streams import wait_for_device
 
 KEY = f"{BLOCK_NAME}.data_parallel"
+WHAT = "exchange of gradients"
 SEED = 0x67726164  # "grad": no link has this number
 MISSING = "no state of data_parallel for every rank"
 DIFFERENT = "data_parallel, the parameters or the number of replicas are not those of the checkpoint"
@@ -99,12 +100,14 @@ class Averaging:
         seed = draw_word(config.seed, SEED, sets.index(tuple(ranks)))
         options = {"joins": joins, "verifies": config.verify, "compiles": config.compile}
         if plan.node_size is None:
-            collective = make_collective(sets, self.device, config.timeout_s)
+            collective = make_collective(sets, self.device, config.timeout_s, WHAT)
             return Exchange(plan, self.parameters, collective, seed, cut, **options)
         size = plan.node_size
         nodes = [of[first : first + size] for of in sets for first in range(0, len(of), size)]
         crossings = [of[place::size] for of in sets for place in range(size)]
-        node, others = (make_collective(each, self.device, config.timeout_s) for each in (nodes, crossings))
+        node, others = (
+            make_collective(each, self.device, config.timeout_s, WHAT) for each in (nodes, crossings)
+        )
         return NodeExchange(plan, self.parameters, node, others, seed, **options)
 
     def _check(self, told: Sequence[Any], plan: DataParallelConfig, is_split: bool) -> None:

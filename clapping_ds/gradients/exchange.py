@@ -21,7 +21,6 @@ import torch
 from clapping_ds.codecs import COMPRESSIBLE_DTYPES, AnyCodec, Context, Eden, Quantizer, Raw, State
 from clapping_ds.codecs.base import width_of
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.collective import Collective, Transfer
 from clapping_ds.gradients.equalized import Equalized, GradientCodec, cut_columns
 from clapping_ds.gradients.feedback import NoFeedback, commit, make_feedback
 from clapping_ds.gradients.layout import (
@@ -40,6 +39,7 @@ from clapping_ds.gradients.layout import (
     works_on_matrices,
 )
 from clapping_ds.link import verification
+from clapping_ds.link.collective import Collective, Transfer
 from clapping_ds.link.message import Spec
 from clapping_ds.link.seeds import draw_word
 from clapping_ds.link.traffic import Traffic

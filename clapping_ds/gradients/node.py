@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.collective import Collective
 from clapping_ds.gradients.exchange import Exchange, Round
 from clapping_ds.gradients.layout import Parameter, Piece, cut_rows, find_sides, flatten, put_back, store
+from clapping_ds.link.collective import Collective
 
 
 class NodeExchange(Exchange):

@@ -16,10 +16,10 @@ import torch
 
 from clapping_ds.codecs import Context, Raw
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.collective import Collective, Transfer
 from clapping_ds.gradients.equalized import GradientCodec
 from clapping_ds.gradients.exchange import RAW, Leg
 from clapping_ds.gradients.layout import Bucket, Cut, Parameter, Piece, Section, make_buckets, read, store
+from clapping_ds.link.collective import Collective, Transfer
 from clapping_ds.link.message import Spec
 from clapping_ds.link.seeds import draw_word
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from clapping_ds.codecs import CODECS
 from clapping_ds.config import DataParallelConfig
-from clapping_ds.gradients.collective import make_collective
 from clapping_ds.gradients.exchange import Exchange
 from clapping_ds.gradients.layout import Parameter
+from clapping_ds.link.collective import make_collective
 from clapping_ds.link.verification import checksum
 from tests import models
 from tests.cluster import Cluster, free_groups
@@ -39,7 +39,7 @@ def exchanged(plan, dtype, steps):
     """The checksum of all means."""
     config = DataParallelConfig.model_validate({"min_numel": 512, **plan})
     ranks = tuple(range(dist.get_world_size()))
-    collective = make_collective([ranks], torch.device("cpu"), 60.0)
+    collective = make_collective([ranks], torch.device("cpu"), 60.0, "soak")
     parameters = [Parameter(f"weight {n}", torch.Size(shape)) for n, shape in enumerate(SHAPES)]
     exchange = Exchange(config, parameters, collective, seed=5)
     generator = torch.Generator().manual_seed(dist.get_rank())

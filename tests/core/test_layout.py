@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     *("version", "streams", "codecs/base", "codecs/reference", "codecs/kernels", "codecs", "config", "crnet"),
-    *("link", "report", "gradients", "stage", "autotune", "hosts", "__init__", "run", "doctor"),
+    *("link", "bilevel", "report", "gradients", "stage", "autotune", "hosts", "__init__", "run", "doctor"),
 )
 """From the bottom to the top: each may import itself and those before it. A tensor goes the other way, from
 the host through stage and channel to codec and wire."""
@@ -22,7 +22,7 @@ OPTIONAL = {"triton": "codecs/kernels", "deepspeed": "hosts/deepspeed", "megatro
 HOST_OF_TORCH = tuple(
     f"torch.distributed.{part}" for part in ("pipelining", "algorithms.ddp_comm_hooks", "GradBucket")
 )
-TORCH_DISTRIBUTED = ("link/wire", "link/groups", "gradients/collective")
+TORCH_DISTRIBUTED = ("link/wire", "link/groups", "link/collective")
 
 
 def name_of(path):

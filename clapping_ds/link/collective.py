@@ -1,4 +1,4 @@
-"""Bytes and sums among the replicas that hold the same parameters, in a process group of their own.
+"""Bytes and sums among ranks that all have something alike, in a process group of their own: replicas, sites.
 
 It knows no codec: payloads are contiguous uint8 tensors, and every rank knows the size of each. All calls
 return at once; `Transfer.wait` gives what arrived.
@@ -39,7 +39,7 @@ class Transfer:
     def wait(self) -> Any:
         """What arrived. What compute queues from now on comes after it.
 
-        Raises ConnectionError where a replica is gone or silent for too long.
+        Raises ConnectionError where a rank is gone or silent for too long.
         """
         if self._collective.carrier.type != "cpu":
             self._poll()
@@ -67,9 +67,7 @@ class Collective:
     what     is exchanged, for errors
     """
 
-    def __init__(
-        self, group: Any, device: torch.device, timeout_s: float, what: str = "exchange of gradients"
-    ) -> None:
+    def __init__(self, group: Any, device: torch.device, timeout_s: float, what: str) -> None:
         # Configuration
         self.what = what
         self.group = group
@@ -139,7 +137,7 @@ class Collective:
 
 
 def make_collective(
-    sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float, what: str = "exchange of gradients"
+    sets: Sequence[Sequence[int]], device: torch.device, timeout_s: float, what: str
 ) -> Collective:
     """Of the set of global ranks that this rank is in. A collective of all ranks, with the same sets."""
     return Collective(make_own_group(sets, device, timeout_s), device, timeout_s, what)

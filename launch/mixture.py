@@ -3,8 +3,8 @@
 deepspeed --num_accelerators 4 --module launch.mixture --deepspeed_config launch/mixture.json
 
 Each rank is a site with a corpus of its own, which it does not share. Gradients are averaged as the block's
-"data_parallel" has it; between neighbours on a ring go as many numbers as there are corpora. The target is
-documentation, of which every site has a little.
+"data_parallel" has it; between neighbours on a ring go as many numbers as there are corpora. Every site has a
+little of the target.
 """
 
 import json
@@ -32,7 +32,7 @@ from launch.gpt import GPT, GPTConfig, loss
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
-TARGET = "documentation"
+TARGET = "target"
 MOST_BYTES, MOST_OF_A_FILE = 3_000_000, 50_000
 """Of a corpus, and of a file in it."""
 
@@ -45,7 +45,7 @@ class MixtureRun(Training):
     """Folders or files of text, one for each site; none: Python, C++ headers, licences, data files that are
     on this machine."""
     target: Path | None = None
-    """Folder or file of text; None: the descriptions of installed Python packages."""
+    """Folder or file of text; None: as many sources of installed Python packages as licences that no site has."""
     batch_size: int = 4
     """Samples of a site in a step, and of the target."""
     factor: float = 1.0
@@ -71,27 +71,35 @@ class Options:
 def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
     """Bytes of each corpus by name, and of the target."""
     packages = Path(get_paths()["purelib"])
+    licences = [path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name) if path.is_file()]
+    kept = [path for path in licences if _hash(path) % 5]
     if run.corpora:
         files = {path.name: text_files(path) for path in run.corpora}
     else:
         files = {
             "python": text_files(None),
-            "headers": sorted(packages.glob("torch/include/**/*.h")),
-            "licences": sorted(path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name)),
-            "data": sorted(path for name in ("*.json", "*.csv") for path in packages.rglob(name)),
+            "headers": list(packages.glob("torch/include/**/*.h")),
+            "licences": kept,
+            "data": [path for name in ("*.json", "*.csv") for path in packages.rglob(name)],
         }
-    files[TARGET] = sorted(packages.glob("*/METADATA")) if run.target is None else text_files(run.target)
-    return {name: _read(name, paths) for name, paths in files.items()}
+    found = {name: _read(name, paths) for name, paths in files.items()}
+    if run.target is None:
+        others = [path for path in licences if path not in set(kept)]
+        sources = sorted(packages.rglob("*.py"), key=_hash)[: len(others)]
+        return {**found, TARGET: _read(TARGET, [*others, *sources], most=10_000)}
+    return {**found, TARGET: _read(TARGET, text_files(run.target))}
 
 
-def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
-    """In an order that has nothing to do with names, as the last files are held out."""
-    shuffled = sorted(paths, key=lambda path: crc32(str(path).encode()))
-    parts = (path.read_bytes()[:MOST_OF_A_FILE] for path in shuffled if path.is_file())
-    content = b"".join(parts)[:MOST_BYTES]
+def _read(name: str, paths: Sequence[Path], most: int = MOST_OF_A_FILE) -> np.ndarray:
+    """In an order that has nothing to do with names, as the last files are held out. most: bytes of a file."""
+    content = b"".join(path.read_bytes()[:most] for path in sorted(paths, key=_hash))[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
     return np.frombuffer(content, np.uint8)
+
+
+def _hash(path: Path) -> int:
+    return crc32(str(path).encode())
 
 
 class Trainer:

@@ -1,0 +1,92 @@
+"""Learned shares of four corpora against fixed ones: the loss of a byte-level GPT on a target.
+
+    python -m benchmarks.bilevel.mixture [--seeds 1 2 3] [--only NAME ...]
+
+What `launch.mixture` trains on four ranks, in one process, with gradients that are not compressed. The target
+is half Python of installed packages and half licences; of the four corpora two are like it. A corpus alone has
+as many samples in a step as all four together. What `bilevel_mixture.csv` has is not measured again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks.files import RESULTS, provenance, read_csv, write_json
+from benchmarks.training.finetune import add_rows
+from clapping_ds import bilevel
+from clapping_ds.bilevel import LocalGossip
+from clapping_ds.report import format_table
+from launch.mixture import TARGET, MixtureRun, Trainer, find_corpora
+
+NAMES = ("python", "headers", "licences", "data")
+FIXED = {"uniform": (0.25, 0.25, 0.25, 0.25), "as the target": (0.5, 0.0, 0.5, 0.0)}
+RUNS = ("uniform", "learned", *(f"{name} alone" for name in NAMES), "as the target")
+
+
+def measure(name: str, seed: int) -> list[dict[str, Any]]:
+    """One line of the table."""
+    torch.set_num_threads(1)
+    run = MixtureRun(seed=seed, eval_batches=20)
+    corpora = find_corpora(run)
+    if name.endswith(" alone"):
+        own = corpora[name.removesuffix(" alone")]
+        corpora = {f"{name} {number}": own for number in range(len(NAMES))} | {TARGET: corpora[TARGET]}
+    shares = () if name == "learned" else FIXED.get(name, FIXED["uniform"])
+    run = MixtureRun(seed=seed, eval_batches=20, fixed_shares=shares)
+    gossip = LocalGossip(bilevel.ring(len(NAMES)))
+    trainer = Trainer(run, corpora, gossip, [each for each in corpora if each != TARGET])
+    for _ in range(run.steps):
+        trainer.step()
+    found = trainer.shares()
+    return [{
+        "shares": name, "seed": seed, "steps": run.steps,
+        **dict(zip(NAMES, found if name in ("learned", *FIXED) else ["-"] * len(NAMES), strict=True)),
+        "bytes of gossip per site": gossip.sites[0].bytes_sent, "loss on the target": round(trainer.validate(), 4),
+    }]  # fmt: skip
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By run: means over seeds, and the difference to uniform shares with the same seed."""
+    base = {int(row["seed"]): float(row["loss on the target"]) for row in rows if row["shares"] == "uniform"}
+    found = []
+    for name in dict.fromkeys(row["shares"] for row in rows):
+        mine = [row for row in rows if row["shares"] == name]
+        losses = [float(row["loss on the target"]) for row in mine]
+        more = [
+            loss - base[int(row["seed"])]
+            for row, loss in zip(mine, losses, strict=True)
+            if int(row["seed"]) in base
+        ]
+        found.append({
+            "shares": name, "seeds": len(mine),
+            **{each: "-" if mine[0][each] == "-" else round(mean(float(row[each]) for row in mine), 3) for each in NAMES},
+            "bytes of gossip per site": mine[0]["bytes of gossip per site"],
+            "loss on the target": f"{mean(losses):.4f}", "against uniform": f"{mean(more):+.4f}" if more else "-",
+            "spread": f"{stdev(more):.4f}" if len(more) > 1 else "-",
+        })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    target = options.results / "bilevel_mixture.csv"
+    rows: list[dict[str, Any]] = list(read_csv(target)) if target.exists() else []
+    known = {(row["shares"], int(row["seed"])) for row in rows}
+    wanted = [(name, seed) for seed in options.seeds for name in options.only if (name, seed) not in known]
+    add_rows([partial(measure, *each) for each in wanted], rows, target, options.processes)
+    write_json(target.with_suffix(".json"), provenance())
+    print(format_table(summarize(rows)))
+
+
+if __name__ == "__main__":
+    main()

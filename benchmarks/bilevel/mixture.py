@@ -2,9 +2,10 @@
 
     python -m benchmarks.bilevel.mixture [--seeds 1 2 3] [--only NAME ...]
 
-What `launch.mixture` trains on four ranks, in one process, with gradients that are not compressed. The target
-is half Python of installed packages and half licences; of the four corpora two are like it. A corpus alone has
-as many samples in a step as all four together. What `bilevel_mixture.csv` has is not measured again.
+What `launch.mixture` trains on four ranks, in one process, with gradients that are not compressed. The
+target is half Python of installed packages and half licences; of the four corpora two are like it. A corpus
+alone has as many samples in a step as all four together. What `bilevel_mixture.csv` has is not measured
+again.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
     return [{
         "shares": name, "seed": seed, "steps": run.steps,
         **dict(zip(NAMES, found if name in ("learned", *FIXED) else ["-"] * len(NAMES), strict=True)),
-        "bytes of gossip per site": gossip.sites[0].bytes_sent, "loss on the target": round(trainer.validate(), 4),
+        "bytes of gossip per site": gossip.sites[0].bytes_sent,
+        "loss on the target": round(trainer.validate(), 4),
     }]  # fmt: skip
 
 
@@ -57,14 +59,12 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(row["shares"] for row in rows):
         mine = [row for row in rows if row["shares"] == name]
         losses = [float(row["loss on the target"]) for row in mine]
-        more = [
-            loss - base[int(row["seed"])]
-            for row, loss in zip(mine, losses, strict=True)
-            if int(row["seed"]) in base
-        ]
+        seeds = [int(row["seed"]) for row in mine]
+        more = [loss - base[seed] for loss, seed in zip(losses, seeds, strict=True) if seed in base]
+        shares = {each: [float(row[each]) for row in mine if row[each] != "-"] for each in NAMES}
         found.append({
             "shares": name, "seeds": len(mine),
-            **{each: "-" if mine[0][each] == "-" else round(mean(float(row[each]) for row in mine), 3) for each in NAMES},
+            **{each: round(mean(values), 3) if values else "-" for each, values in shares.items()},
             "bytes of gossip per site": mine[0]["bytes of gossip per site"],
             "loss on the target": f"{mean(losses):.4f}", "against uniform": f"{mean(more):+.4f}" if more else "-",
             "spread": f"{stdev(more):.4f}" if len(more) > 1 else "-",

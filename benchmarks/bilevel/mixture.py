@@ -66,7 +66,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "shares": name, "seeds": len(mine),
             **{each: round(mean(values), 3) if values else "-" for each, values in shares.items()},
             "bytes of gossip per site": mine[0]["bytes of gossip per site"],
-            "loss on the target": f"{mean(losses):.4f}", "against uniform": f"{mean(more):+.4f}" if more else "-",
+            "loss on the target": f"{mean(losses):.4f}",
+            "against uniform": f"{mean(more):+.4f}" if more else "-",
             "spread": f"{stdev(more):.4f}" if len(more) > 1 else "-",
         })  # fmt: skip
     return found

@@ -33,8 +33,8 @@ from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
 TARGET = "target"
-MOST_BYTES, MOST_OF_A_FILE = 3_000_000, 50_000
-"""Of a corpus, and of a file in it."""
+MOST_BYTES, MOST_OF_A_FILE, MOST_OF_TARGET = 3_000_000, 50_000, 500_000
+"""Of a corpus, of a file in it, of the target that is on this machine."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class MixtureRun(Training):
     """Folders or files of text, one for each site; none: Python, C++ headers, licences, data files that are
     on this machine."""
     target: Path | None = None
-    """Folder or file of text; None: as many sources of installed Python packages as licences that no site has."""
+    """Folder or file of text; None: sources of installed Python packages, and as many C++ headers that no
+    site has."""
     batch_size: int = 4
     """Samples of a site in a step, and of the target."""
     factor: float = 1.0
@@ -71,28 +72,29 @@ class Options:
 def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
     """Bytes of each corpus by name, and of the target."""
     packages = Path(get_paths()["purelib"])
-    licences = [path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name) if path.is_file()]
-    kept = [path for path in licences if _hash(path) % 5]
+    headers = list(packages.glob("torch/include/**/*.h"))
+    kept = [path for path in headers if _hash(path) % 5]
     if run.corpora:
         files = {path.name: text_files(path) for path in run.corpora}
     else:
         files = {
             "python": text_files(None),
-            "headers": list(packages.glob("torch/include/**/*.h")),
-            "licences": kept,
+            "headers": kept,
+            "licences": [path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name)],
             "data": [path for name in ("*.json", "*.csv") for path in packages.rglob(name)],
         }
     found = {name: _read(name, paths) for name, paths in files.items()}
     if run.target is None:
-        others = [path for path in licences if path not in set(kept)]
+        others = [path for path in headers if path not in set(kept)]
         sources = sorted(packages.rglob("*.py"), key=_hash)[: len(others)]
-        return {**found, TARGET: _read(TARGET, [*others, *sources], most=10_000)}
+        return {**found, TARGET: _read(TARGET, [*others, *sources], most=10_000)[:MOST_OF_TARGET]}
     return {**found, TARGET: _read(TARGET, text_files(run.target))}
 
 
 def _read(name: str, paths: Sequence[Path], most: int = MOST_OF_A_FILE) -> np.ndarray:
-    """In an order that has nothing to do with names, as the last files are held out. most: bytes of a file."""
-    content = b"".join(path.read_bytes()[:most] for path in sorted(paths, key=_hash))[:MOST_BYTES]
+    """In an order that has nothing to do with names, as the last are held out. most: bytes of a file."""
+    parts = (path.read_bytes()[:most] for path in sorted(paths, key=_hash) if path.is_file())
+    content = b"".join(parts)[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
     return np.frombuffer(content, np.uint8)
@@ -122,8 +124,10 @@ class Trainer:
         if not run.fixed_shares:
             held = [[name] for name in sites]
             self.mixture = Mixture(gossip, self.domains, held, run.factor, run.share_step)
-        elif len(run.fixed_shares) != len(self.domains):
-            raise ValueError(f"--fixed-shares {run.fixed_shares}; accepted: one for each of {self.domains}")
+        elif len(run.fixed_shares) != len(self.domains) or abs(sum(run.fixed_shares) - 1) > 1e-6:
+            raise ValueError(
+                f"--fixed-shares {run.fixed_shares}; accepted: one for each of {self.domains}, of sum 1"
+            )
         self.models: list[nn.Module] = []
         for _ in range(1 if self.mixture is None else 2):
             torch.manual_seed(run.seed)
@@ -198,7 +202,8 @@ def train_replica(run: MixtureRun, ds_config: dict[str, Any]) -> Trainer:
     bar = tqdm(range(run.steps), disable=dist.get_rank() != 0, mininterval=1.0)
     for step in bar:
         bar.set_postfix(loss=f"{trainer.step():.3f}", refresh=False)
-        if (step + 1) % run.eval_interval == 0 and dist.get_rank() == 0:
+        is_due = (step + 1) % run.eval_interval == 0 or step + 1 == run.steps
+        if is_due and dist.get_rank() == 0:
             shares = ", ".join(
                 f"{name} {share:.3f}" for name, share in zip(trainer.domains, trainer.shares(), strict=True)
             )

@@ -3,9 +3,9 @@
     python -m benchmarks.bilevel.mixture [--seeds 1 2 3] [--only NAME ...]
 
 What `launch.mixture` trains on four ranks, in one process, with gradients that are not compressed. The
-target is half Python of installed packages and half licences; of the four corpora two are like it. A corpus
-alone has as many samples in a step as all four together. What `bilevel_mixture.csv` has is not measured
-again.
+target is half Python of installed packages and half C++ headers; of the four corpora two are like it. A
+corpus alone has as many samples in a step as all four together. What `bilevel_mixture.csv` has is not
+measured again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from clapping_ds.report import format_table
 from launch.mixture import TARGET, MixtureRun, Trainer, find_corpora
 
 NAMES = ("python", "headers", "licences", "data")
-FIXED = {"uniform": (0.25, 0.25, 0.25, 0.25), "as the target": (0.5, 0.0, 0.5, 0.0)}
+FIXED = {"uniform": (0.25, 0.25, 0.25, 0.25), "as the target": (0.5, 0.5, 0.0, 0.0)}
 RUNS = ("uniform", "learned", *(f"{name} alone" for name in NAMES), "as the target")
 
 

@@ -10,6 +10,7 @@ Shapes: all of one dimension. `f` and `g` are a site's losses on a mini-batch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,6 +36,7 @@ class Curvature(Protocol):
     def find(self, f: Loss, g: Loss, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Directions: ...
 
 
+@dataclass(frozen=True)
 class Autograd:
     """Exact, by differentiating gradients. Not with operations that torch can only differentiate once, as
     its fused attention."""
@@ -53,18 +55,19 @@ class Autograd:
         return Directions(f_x - _or_zero(mixed, x), g_y.detach(), _or_zero(product, y) - f_y)
 
 
+@dataclass(frozen=True)
 class CentralDifference:
-    """First derivatives alone: H z from the gradients at y + delta z and y - delta z, delta = radius / |z|.
-    Exact but for delta^2 |z|^3 / 6 times the third derivative, and rounding errors over delta. Three
+    """First derivatives alone: H z from the gradients at y + radius z / |z| and y - radius z / |z|. Off by
+    radius^2 |z| / 6 times the third derivative along z / |z|, and by rounding errors over the radius. Three
     backward passes of g, and one of f, on the same mini-batch.
-
-    radius   how far from y; None: |y| times the cube root of the dtype's rounding error
     """
 
-    def __init__(self, radius: float | None = None) -> None:
-        if radius is not None and not radius > 0:
-            raise ValueError(f"radius = {radius}; accepted: a number above zero, or None")
-        self.radius = radius
+    radius: float | None = None
+    """How far from y; None: |y|, or 1 if that is more, times the cube root of the dtype's rounding error."""
+
+    def __post_init__(self) -> None:
+        if self.radius is not None and not self.radius > 0:
+            raise ValueError(f"radius = {self.radius}; accepted: a number above zero, or None")
 
     def start(self, y: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(y)
@@ -72,18 +75,20 @@ class CentralDifference:
     def find(self, f: Loss, g: Loss, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Directions:
         f_x, f_y = _gradients(f, x, y)
         _, g_y = _gradients(g, x, y)
-        length = z.norm()
+        wide = z.double() if z.dtype == torch.float64 else z.float()
+        length = float(wide.norm())
         if not length > 0:
             return Directions(f_x, g_y, -f_y)
-        radius = self.radius or float(y.norm().clamp(min=1)) * torch.finfo(y.dtype).eps ** (1 / 3)
-        delta = radius / length
-        ahead_x, ahead_y = _gradients(g, x, y + delta * z)
-        behind_x, behind_y = _gradients(g, x, y - delta * z)
-        return Directions(
-            f_x - (ahead_x - behind_x) / (2 * delta), g_y, (ahead_y - behind_y) / (2 * delta) - f_y
-        )
+        reach = max(1.0, float(y.to(wide.dtype).norm()))
+        radius = self.radius or reach * torch.finfo(y.dtype).eps ** (1 / 3)
+        offset = (wide * (radius / length)).to(y.dtype)
+        ahead_x, ahead_y = _gradients(g, x, y + offset)
+        behind_x, behind_y = _gradients(g, x, y - offset)
+        scale = length / (2 * radius)
+        return Directions(f_x - scale * (ahead_x - behind_x), g_y, scale * (ahead_y - behind_y) - f_y)
 
 
+@dataclass(frozen=True)
 class Penalty:
     """First derivatives alone, and no products: z is a second solution, of f + factor g, and
 
@@ -92,10 +97,11 @@ class Penalty:
     off by the order of 1 / factor. The step size of z must be below 1 / factor. (arXiv 2309.01753)
     """
 
-    def __init__(self, factor: float) -> None:
-        if not factor > 0:
-            raise ValueError(f"factor = {factor}; accepted: a number above zero")
-        self.factor = factor
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"factor = {self.factor}; accepted: a number above zero")
 
     def start(self, y: torch.Tensor) -> torch.Tensor:
         return y.clone()

@@ -41,14 +41,35 @@ def advance(
     gossip: Gossip,
     levels: Sequence[Mapping[str, Level]],
     find: Callable[[], Sequence[Mapping[str, torch.Tensor]]],
+    note: Any = None,
 ) -> None:
-    """One step of all levels. What is known before the directions travels while they are found.
+    """One step of all levels. What is known before the directions travels while they are found. Where it
+    fails, all is as it was before.
 
     levels   by site of this process and name
     find     gives the directions times step sizes, of the same
+    note     what must be the same at all sites
     """
+    sites = [site.state_dict() for site in gossip.sites]
+    before = [{name: level.state_dict() for name, level in of_site.items()} for of_site in levels]
+    try:
+        _advance(gossip, levels, find, note)
+    except BaseException:
+        gossip.roll_back(sites)
+        for of_site, saved in zip(levels, before, strict=True):
+            for name, level in of_site.items():
+                level.value, level.held = saved[name]["value"], saved[name]["held"]
+        raise
+
+
+def _advance(
+    gossip: Gossip,
+    levels: Sequence[Mapping[str, Level]],
+    find: Callable[[], Sequence[Mapping[str, torch.Tensor]]],
+    note: Any,
+) -> None:
     runs = [{name: _Step(level.run()) for name, level in of_site.items()} for of_site in levels]
-    on_its_way = _start(gossip, runs)
+    on_its_way = _start(gossip, runs, note)
     directions = find()
     while True:
         if on_its_way is not None:
@@ -59,16 +80,40 @@ def advance(
                 if run.wants_direction:
                     run.answer(direction[name])
         if all(run.is_done for of_site in runs for run in of_site.values()):
-            return
-        on_its_way = _start(gossip, runs)
+            break
+        on_its_way = _start(gossip, runs, note)
+    for site, of_site in zip(gossip.sites, levels, strict=True):
+        for name, level in of_site.items():
+            if not level.value.isfinite().all():
+                raise ArithmeticError(f"{name} of site {site.number} would not be finite after this step")
 
 
-def _start(gossip: Gossip, runs: Sequence[Mapping[str, "_Step"]]) -> Mixing | None:
+def _start(gossip: Gossip, runs: Sequence[Mapping[str, "_Step"]], note: Any) -> Mixing | None:
     streams = [
         {f"{name}.{key}": value for name, run in of_site.items() for key, value in run.messages.items()}
         for of_site in runs
     ]
-    return gossip.start(streams) if any(streams) else None
+    return gossip.start(streams, note) if any(streams) else None
+
+
+def check_saved(gossip: Gossip, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError on every rank where a state was written by something else, or where ranks have states
+    of different steps. A collective of all ranks.
+
+    expected   what the state must say under "written by"
+    """
+
+    def check() -> None:
+        found = saved.get("written by", {})
+        for name, mine in expected.items():
+            if found.get(name) != mine:
+                raise ValueError(f"a state of {name} = {found.get(name)}; accepted: of {mine}")
+
+    gossip.check(check)
+    rounds = [site["num_rounds"] for site in saved["gossip"]]
+    by_rank = [each for each in gossip.gather((saved["num_steps"], rounds)) if each[1]]
+    if len({(steps, *map(int, set(rounds))) for steps, rounds in by_rank}) > 1:
+        raise ValueError(f"states after {by_rank} steps and rounds of messages; accepted: of one step")
 
 
 class _Step:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from clapping_ds.bilevel.gossip import Gossip
-from clapping_ds.bilevel.levels import Level, Strategy, advance
+from clapping_ds.bilevel.levels import Level, Strategy, advance, check_saved
+
+NAME = "shares"
 
 
 class DomainLoss:
@@ -40,23 +42,33 @@ class DomainLoss:
         self.domains = list(domains)
         num_target = self.domains.count(None)
         share = 1 / (1 + mixture.factor) if num_target else 0.0
-        self.of_target = share * len(self.domains) / max(1, num_target)
-        self.of_mixture = (1 - share) * len(self.domains) / max(1, len(self.domains) - num_target)
+        self.scales = {
+            name: (share if name is None else 1 - share) * len(self.domains) / self.domains.count(name)
+            for name in self.domains
+        }
+        """By domain: of a micro-batch, so that their mean is the sum over domains."""
         # State
         self._seen: dict[str, list[torch.Tensor]] = {}
         self._num_calls = 0
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
         found = self.loss(*arguments)
+        if not torch.is_grad_enabled():  # an evaluation
+            return found
         domain = self.domains[self._num_calls % len(self.domains)]
         self._num_calls += 1
-        if domain is None:
-            return self.of_target * found
-        self._seen.setdefault(domain, []).append(found.detach())
-        return self.of_mixture * self.mixture.weight(domain) * found
+        weight = 1.0
+        if domain is not None:
+            self._seen.setdefault(domain, []).append(found.detach())
+            weight = self.mixture.weight(domain)
+        return self.scales[domain] * weight * found
 
     def take(self) -> dict[str, float]:
         """By domain: the mean loss since the last call, not weighed."""
+        if self._num_calls % len(self.domains):
+            raise ValueError(
+                f"losses of {self._num_calls} micro-batches; accepted: {len(self.domains)} a step"
+            )
         seen, self._seen, self._num_calls = self._seen, {}, 0
         return {name: float(torch.stack(losses).mean()) for name, losses in seen.items()}
 
@@ -88,6 +100,7 @@ class Mixture:
         self.factor = factor
         self.step_size = step
         self.momentum = momentum
+        self.strategy = strategy
         gossip.check(lambda: self._check(held))
         gossip.check_equal({
             "domains": self.domains, "factor": factor, "step": step, "momentum": momentum,
@@ -100,12 +113,14 @@ class Mixture:
         """Of each domain, how many sites have it."""
         gossip.check(self._check_holders)
         # State
-        self.levels = [{"x": Level(torch.zeros(len(self.domains)), strategy)} for _ in gossip.sites]
-        self.averages = [torch.zeros(len(self.domains)) for _ in gossip.sites]
+        zeros = torch.zeros(len(self.domains), device=gossip.device)
+        self.levels = [{NAME: Level(zeros.clone(), strategy)} for _ in gossip.sites]
+        self.averages = [zeros.clone() for _ in gossip.sites]
+        self.num_steps = 0
 
     def shares(self, site: int = 0) -> torch.Tensor:
         """fp32 [domains]: p, as a site of this process has it."""
-        return self.levels[site]["x"].value.softmax(0)
+        return self.levels[site][NAME].value.softmax(0)
 
     def weight(self, domain: str, site: int = 0) -> float:
         """What a site multiplies its loss on a domain with, so that the mean over all sites is the mixture's
@@ -127,24 +142,26 @@ class Mixture:
                 raise ValueError(
                     f"losses on {sorted(first)} and {sorted(second)}; accepted: on {sorted(self.held[site])}"
                 )
-        advance(
-            self.gossip,
-            self.levels,
-            lambda: [
-                {"x": self.step_size * self._find(site, first, second)}
-                for site, (first, second) in enumerate(zip(mixture_losses, target_losses, strict=True))
-            ],
-        )
+        averages: list[torch.Tensor] = []
+
+        def find() -> list[dict[str, torch.Tensor]]:
+            pairs = enumerate(zip(mixture_losses, target_losses, strict=True))
+            averages.extend(self._find(site, *losses) for site, losses in pairs)
+            return [{NAME: self.step_size * average} for average in averages]
+
+        advance(self.gossip, self.levels, find)
+        self.averages = averages
+        self.num_steps += 1
 
     def _find(self, site: int, first: Mapping[str, float], second: Mapping[str, float]) -> torch.Tensor:
+        """The new moving average."""
         shares = self.shares(site)
-        gains = torch.zeros(len(self.domains))
+        gains = torch.zeros_like(shares)
         for name in first:
             scale = self.num_sites / self.holders[name]
             gains[self.domains.index(name)] = scale * (second[name] - first[name])
         direction = self.factor * shares * (gains - shares @ gains)
-        self.averages[site] = (1 - self.momentum) * self.averages[site] + self.momentum * direction
-        return self.averages[site]
+        return (1 - self.momentum) * self.averages[site] + self.momentum * direction
 
     def _check(self, held: Sequence[Sequence[str]]) -> None:
         if len(set(self.domains)) != len(self.domains) or len(self.domains) < 2:
@@ -166,24 +183,30 @@ class Mixture:
                 raise ValueError(f"domain {name!r} that no site has; accepted: domains with data")
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the sites of this process."""
+        """Of the sites of this process, after the last step that was made."""
         return {
-            "domains": list(self.domains),
-            "levels": [each["x"].state_dict() for each in self.levels],
+            "written by": self._describe(),
+            "num_steps": self.num_steps,
+            "levels": [each[NAME].state_dict() for each in self.levels],
             "averages": list(self.averages),
             "gossip": [site.state_dict() for site in self.gossip.sites],
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` of the same sites gave. A collective of all ranks."""
-
-        def check() -> None:
-            if saved["domains"] != self.domains:
-                raise ValueError(f"a state of the domains {saved['domains']}; accepted: {self.domains}")
-
-        self.gossip.check(check)
+        """Takes what `state_dict` of the same sites gave. A collective of all ranks. Raises ValueError on
+        every rank of a state of other sites, domains or another step."""
+        check_saved(self.gossip, saved, self._describe())
+        self.num_steps = saved["num_steps"]
         for of_site, known in zip(self.levels, saved["levels"], strict=True):
-            of_site["x"].load_state_dict(known)
-        self.averages = [values.clone() for values in saved["averages"]]
+            of_site[NAME].load_state_dict(known)
+        self.averages = [values.to(self.gossip.device, copy=True) for values in saved["averages"]]
         for site, known in zip(self.gossip.sites, saved["gossip"], strict=True):
-            site.load_state_dict(known)
+            site.load_state_dict(known, self.gossip.device)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "domains": self.domains,
+            "held": self.held,
+            "options": [self.factor, self.step_size, self.momentum, self.strategy],
+            "sites": [site.describe() for site in self.gossip.sites],
+        }

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from clapping_ds.bilevel.curvature import Autograd, Curvature, Loss
 from clapping_ds.bilevel.gossip import Gossip
-from clapping_ds.bilevel.levels import Level, advance
+from clapping_ds.bilevel.levels import Level, advance, check_saved
 from clapping_ds.bilevel.strategies import General
 from clapping_ds.codecs.base import STRICT
 from clapping_ds.link.verification import checksum
@@ -68,15 +68,19 @@ class Sparkle:
         plan: Plan,
         curvature: Curvature | None = None,
     ) -> None:
-        gossip.check(lambda: _check_values({"x": x, "y": y}))
+        curvature = Autograd() if curvature is None else curvature
+        gossip.check(lambda: _check_values({"x": x, "y": y}, gossip.device))
         gossip.check_equal({
-            "plan": plan.model_dump(), "x": (x.dtype, len(x), checksum(x.detach())),
-            "y": (y.dtype, len(y), checksum(y.detach())),
+            "plan": plan.model_dump(), "curvature": repr(curvature),
+            **{
+                name: (value.dtype, len(value), checksum(value.detach().contiguous()))
+                for name, value in (("x", x), ("y", y))
+            },
         })  # fmt: skip
         # Configuration
         self.gossip = gossip
         self.plan = plan
-        self.curvature = Autograd() if curvature is None else curvature
+        self.curvature = curvature
         self.steps = {"x": plan.x_step, "y": plan.y_step, "z": plan.z_step}
         """Step sizes by level; may be changed between two steps, alike at all sites."""
         # State
@@ -101,26 +105,30 @@ class Sparkle:
         """
         if len(losses) != len(self.levels):
             raise ValueError(f"losses of {len(losses)} sites; accepted: of {len(self.levels)}")
-        advance(
-            self.gossip,
-            self.levels,
-            lambda: [self._find(site, *of_site) for site, of_site in enumerate(losses)],
-        )
+        averages: list[torch.Tensor] = []
+
+        def find() -> list[dict[str, torch.Tensor]]:
+            found = [self._find(site, *of_site) for site, of_site in enumerate(losses)]
+            averages.extend(average for average, _ in found)
+            return [steps for _, steps in found]
+
+        advance(self.gossip, self.levels, find, note=self.steps)
+        self.averages = averages
         self.num_steps += 1
 
-    def _find(self, site: int, upper: Loss, lower: Loss) -> Mapping[str, torch.Tensor]:
-        """Directions times step sizes."""
+    def _find(self, site: int, upper: Loss, lower: Loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The new moving average; directions times step sizes."""
         x, y, z = (self.value(name, site) for name in LEVELS)
         found = self.curvature.find(upper, lower, x, y, z)
         share = self.plan.momentum
-        self.averages[site] = (1 - share) * self.averages[site] + share * found.x
-        followed = {"x": self.averages[site], "y": found.y, "z": found.z}
-        return {name: self.steps[name] * direction for name, direction in followed.items()}
+        average = (1 - share) * self.averages[site] + share * found.x
+        followed = {"x": average, "y": found.y, "z": found.z}
+        return average, {name: self.steps[name] * direction for name, direction in followed.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the sites of this process."""
+        """Of the sites of this process, after the last step that was made."""
         return {
-            "plan": self.plan.model_dump(),
+            "written by": self._describe(),
             "num_steps": self.num_steps,
             "steps": dict(self.steps),
             "levels": [{name: level.state_dict() for name, level in each.items()} for each in self.levels],
@@ -129,32 +137,30 @@ class Sparkle:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` of the same sites gave. A collective of all ranks. Raises ValueError of
-        another plan."""
-        self.gossip.check(lambda: self._check_saved(saved))
+        """Takes what `state_dict` of the same sites gave. A collective of all ranks. Raises ValueError on
+        every rank of a state of other sites, another plan or another step."""
+        check_saved(self.gossip, saved, self._describe())
         self.num_steps, self.steps = saved["num_steps"], dict(saved["steps"])
-        self.averages = [values.to(self.averages[0], copy=True) for values in saved["averages"]]
+        self.averages = [values.to(self.gossip.device, copy=True) for values in saved["averages"]]
         for of_site, levels in zip(self.levels, saved["levels"], strict=True):
             for name, level in of_site.items():
                 level.load_state_dict(levels[name])
         for site, known in zip(self.gossip.sites, saved["gossip"], strict=True):
-            site.load_state_dict(known)
+            site.load_state_dict(known, self.gossip.device)
 
-    def _check_saved(self, saved: Mapping[str, Any]) -> None:
-        if saved["plan"] != self.plan.model_dump():
-            raise ValueError(f"a state of the plan {saved['plan']}; accepted: of {self.plan.model_dump()}")
-        if len(saved["levels"]) != len(self.levels):
-            raise ValueError(
-                f"a state of {len(saved['levels'])} sites in a process; accepted: of {len(self.levels)}"
-            )
-        for name in LEVELS:
-            size, mine = len(saved["levels"][0][name]["value"]), len(self.value(name))
-            if size != mine:
-                raise ValueError(f"a state with {size} values of {name}; accepted: {mine}")
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.model_dump(),
+            "curvature": repr(self.curvature),
+            "values": [{name: len(level.value) for name, level in each.items()} for each in self.levels],
+            "sites": [site.describe() for site in self.gossip.sites],
+        }
 
 
-def _check_values(values: Mapping[str, torch.Tensor]) -> None:
+def _check_values(values: Mapping[str, torch.Tensor], device: torch.device) -> None:
     for name, value in values.items():
+        if value.device.type != device.type:
+            raise ValueError(f"{name} on {value.device}; accepted: on {device}, the device of the gossip")
         if value.dim() != 1 or not value.is_floating_point() or not value.numel():
             raise ValueError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)}; accepted: floating-point values of "

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-6
+"""Of what counts as equal: a matrix may come from single precision."""
 
 
 class Topology:
-    """weights   float64 [sites, sites]: symmetric, rows of sum 1, connected, no eigenvalue below zero
+    """weights   [sites, sites]: symmetric, rows of sum 1, connected, no eigenvalue below zero; entries below
+              1e-6 are none
 
     Raises ValueError of a matrix that is not.
     """
@@ -25,11 +27,14 @@ class Topology:
         worst = int((sums - 1).abs().argmax())
         if abs(float(sums[worst]) - 1) > TOLERANCE:
             raise ValueError(f"mixing matrix whose row {worst} sums to {float(sums[worst]):g}; accepted: 1")
+        weights = (weights + weights.T) / 2
+        weights = torch.where(weights < TOLERANCE, 0.0, weights)  # or one site would wait for a message
+        weights.fill_diagonal_(0).diagonal().copy_(1 - weights.sum(1))
         self.weights = weights
         self.num_sites = len(weights)
         eigenvalues = torch.linalg.eigvalsh(weights)
         self.smallest_eigenvalue = float(eigenvalues[0])
-        self.rho = float(eigenvalues[-2]) if self.num_sites > 1 else 0.0
+        self.rho = max(0.0, float(eigenvalues[-2])) if self.num_sites > 1 else 0.0
         """The second largest eigenvalue: what is left of a difference between sites after mixing once."""
         if self.rho > 1 - TOLERANCE:
             raise ValueError(

@@ -10,6 +10,7 @@ from clapping_ds import bilevel
 from clapping_ds.bilevel import (
     Autograd,
     CentralDifference,
+    DomainLoss,
     General,
     LocalGossip,
     Losses,
@@ -19,11 +20,12 @@ from clapping_ds.bilevel import (
     Sparkle,
     Topology,
 )
-from clapping_ds.codecs import Eden, Quantizer
+from clapping_ds.bilevel.levels import Level, advance
+from clapping_ds.codecs import CODECS, Eden, LowRank, Quantizer, RandK, TopK
 from clapping_ds.link.verification import VerificationError
 
 STRATEGIES = ["dsgd", "extra", "ed", "atc-gt", "semi-atc-gt", "gt"]
-RING = bilevel.ring(8)
+RING, RING3 = bilevel.ring(8), bilevel.ring(3)
 
 
 # Topologies
@@ -276,7 +278,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(strategies):
         for site in range(4):
             assert torch.equal(runs[0].solver.value(level, site), runs[1].solver.value(level, site))
     assert runs[0].bytes_sent == runs[1].bytes_sent
-    with pytest.raises(ValueError, match="a state of the plan"):
+    with pytest.raises(ValueError, match="a state of plan = "):
         Run(problem, bilevel.ring(4), make_plan(["gt"] * 3)).solver.load_state_dict(saved)
 
 
@@ -353,11 +355,12 @@ def test_a_resumed_mixture_is_the_uninterrupted_one():
         run.update(losses[0], [{"a": 0.0}, {"b": 5.0}, {"c": 1.0}])
     assert all(torch.equal(runs[0].shares(site), runs[1].shares(site)) for site in range(3))
     assert not torch.equal(runs[0].shares(), torch.full((3,), 1 / 3))
-    with pytest.raises(ValueError, match=r"a state of the domains \['a', 'b', 'c'\]"):
+    with pytest.raises(
+        ValueError, match=r"a state of domains = \['a', 'b', 'c'\]; accepted: of \['a', 'b'\]"
+    ):
         Mixture(LocalGossip(RING3), DOMAINS[:2], [["a"], ["b"], ["a"]]).load_state_dict(runs[0].state_dict())
 
 
-RING3 = bilevel.ring(3)
 BAD_MIXTURES = {
     "one": ((["a"], [["a"]] * 3), {}, r"domains \['a'\]; accepted: two or more different names"),
     "twice": ((["a", "a"], [["a"]] * 3), {}, "two or more different names"),
@@ -396,3 +399,122 @@ def test_a_module_as_a_vector():
     assert torch.equal(leaf.grad, torch.cat([each.grad.flatten() for each in module.parameters()]))
     with pytest.raises(ValueError, match="accepted: one dtype on one device"):
         bilevel.flatten(torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()]))
+
+
+# What a reading found
+
+
+def test_a_step_that_fails_leaves_all_as_it_was():
+    """A loss that raises, or is not finite, at the last site, after messages of the others left."""
+    problem = Quadratic(num_sites=3, num_x=6, num_y=64)
+    for strategy in ("ed", "extra", "gt"):
+        plain, failing = (
+            Run(problem, RING3, make_plan([strategy] * 3), Eden(name="eden4")) for _ in range(2)
+        )
+        for run in (plain, failing):
+            run.train(4)
+        losses = [problem.losses(site) for site in range(3)]
+
+        def fail(x, y):
+            raise MemoryError("no room")
+
+        with pytest.raises(MemoryError):
+            failing.solver.step(*losses[:2], Losses(losses[2].upper, fail))
+        with pytest.raises(ArithmeticError):
+            failing.solver.step(*losses[:2], Losses(losses[2].upper, lambda x, y: y.sum() / 0))
+        for run in (plain, failing):
+            run.train(4)
+        for level in "xyz":
+            assert torch.equal(plain.solver.value(level, 1), failing.solver.value(level, 1))
+        assert plain.bytes_sent == failing.bytes_sent
+
+
+@pytest.mark.parametrize("name", ["eden4", "eden2", "eden1", "int8", "int4", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("strategy", ["ed", "extra"])
+def test_codecs_that_are_accepted_converge(name, strategy):
+    """Of sites that minimise h (y - t)^2 / 2, 64 values each."""
+    codec = CODECS[name].model_validate({"name": name})
+    generator = torch.Generator().manual_seed(3)
+    h, t = (torch.rand(5, 64, generator=generator, dtype=torch.float64) + offset for offset in (1.0, 0.0))
+    solution = (h * t).sum(0) / h.sum(0)
+    gossip = LocalGossip(bilevel.ring(5), codec)
+    levels = [{"y": Level(torch.zeros(64, dtype=torch.float64), strategy)} for _ in range(5)]
+    for _ in range(100):
+        advance(
+            gossip,
+            levels,
+            lambda: [{"y": 0.2 * h[n] * (each["y"].value - t[n])} for n, each in enumerate(levels)],
+        )
+    assert max(float((each["y"].value - solution).norm()) for each in levels) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        (Quantizer(name="int2"), "codec int2 with memory, whose errors grow"),
+        (Quantizer(name="sign"), "codec sign with memory"),
+        (TopK(name="topk"), "codec topk with memory"),
+        (RandK(name="randk"), "codec randk with memory"),
+        (Eden(name="eden1", scale="unbiased"), "codec eden1 scale=unbiased with memory"),
+        (LowRank(name="lowrank"), "codec lowrank, which learns from messages"),
+    ],
+)
+def test_codecs_that_are_not(codec, message):
+    with pytest.raises(ValueError, match=message):
+        LocalGossip(RING, codec)
+    with pytest.raises(ValueError, match=r"step = 2 of gossip; accepted: above 0, to 1"):
+        LocalGossip(RING, step=2)
+
+
+def test_a_state_is_of_its_site_topology_and_curvature():
+    problem, codec = Quadratic(num_sites=4), Eden(name="eden4")
+    saved = Run(problem, bilevel.ring(4), make_plan(["ed"] * 3), codec).solver.state_dict()
+    with pytest.raises(ValueError, match="a state of sites = "):
+        Run(problem, bilevel.full(4), make_plan(["ed"] * 3), codec).solver.load_state_dict(saved)
+    with pytest.raises(ValueError, match="a state of sites = "):
+        Run(problem, bilevel.ring(4), make_plan(["ed"] * 3)).solver.load_state_dict(saved)
+    zeros = [torch.zeros(size, dtype=torch.float64) for size in (5, 10)]
+    other = Sparkle(LocalGossip(bilevel.ring(4), codec), *zeros, make_plan(["ed"] * 3), Penalty(2.0))
+    with pytest.raises(ValueError, match=r"a state of curvature = Autograd\(\); accepted: of Penalty"):
+        other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="a state of plan = None"):
+        other.load_state_dict({})
+
+
+def test_matrices_from_single_precision():
+    near = bilevel.ring(4).weights.clone()
+    near[0, 2] = 1e-12
+    assert Topology(near).neighbours(0) == [1, 3]
+    assert Topology(torch.full((3, 3), 1 / 3)).weights.sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-15)
+
+
+def test_central_differences_in_half_precision():
+    x, y = torch.zeros(2, dtype=torch.float16), torch.full((64,), 50.0, dtype=torch.float16)
+    for size in (1e-6, 1.0):
+        z = torch.full_like(y, size)
+        found = CentralDifference().find(lambda x, y: y.sum(), lambda x, y: 0.01 * (y * y).sum(), x, y, z)
+        assert found.z.isfinite().all()
+    assert (found.z + 1).float().mean() == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_domain_loss_of_several_domains():
+    """The mean over micro-batches is the sum over the site's domains; evaluations are left alone."""
+    mixture = Mixture(LocalGossip(bilevel.full(2)), DOMAINS, [["a", "b"], ["c"]], factor=3.0)
+    losses = {"a": 1.0, "b": 2.0, None: 5.0}
+    weighted = 2 / 3 * (losses["a"] + losses["b"])  # two sites, shares of a third
+    for domains, expected in (
+        (["a", "b"], weighted),
+        (["a", "b", "b", "b"], weighted),
+        (["a", None, "b", None], (losses[None] + 3 * weighted) / 4),
+    ):
+        values = iter([losses[name] for name in domains] + [9.0])
+        of_domain = DomainLoss(mixture, lambda: torch.tensor(next(values), requires_grad=True), domains)
+        found = [float(of_domain().detach()) for _ in domains]
+        assert sum(found) / len(found) == pytest.approx(expected, rel=1e-6)
+        with torch.no_grad():
+            assert float(of_domain()) == 9.0
+        assert of_domain.take() == {"a": 1.0, "b": 2.0}
+    of_domain = DomainLoss(mixture, lambda: torch.ones(()), ["a", "b"])
+    of_domain()
+    with pytest.raises(ValueError, match="losses of 1 micro-batches; accepted: 2 a step"):
+        of_domain.take()

@@ -1,0 +1,69 @@
+"""The benchmarks of CR-Net and of bilevel optimization, a few steps of each."""
+
+from functools import partial
+
+import pytest
+
+from benchmarks.bilevel import cleaning, mixture, quadratic
+from benchmarks.training import crnet, crnet_costs
+from clapping_ds.crnet import SIZES, CRNetConfig, counts
+from launch.mixture import MixtureRun
+from launch.trainer import Training
+
+
+def test_models_keep_to_the_budget():
+    for name, model in crnet.MODELS.items():
+        module, config = crnet.make(model, 40)
+        in_layers = sum(each.numel() for each in module.parameters() if each.dim() > 1) - 80 * config.width
+        if name not in ("full rank", "full rank, std 0.02"):
+            assert 0.97 * crnet.BUDGET < in_layers <= crnet.BUDGET, name
+
+
+def test_a_model_is_measured(monkeypatch):
+    monkeypatch.setattr(crnet, "Training", partial(Training, steps=2, warmup_steps=1))
+    rows = [crnet.measure(name, seed)[0] for name in ("CR-Net", "CoLA") for seed in (1, 2)]
+    assert all(4 < row["loss"] < 7 for row in rows)
+    summary = {row["model"]: row for row in crnet.summarize(rows)}
+    assert summary["CR-Net"]["against CR-Net"] == "+0.0000"
+    assert summary["CoLA"]["seeds"] == 2
+
+
+def test_costs_are_counted(monkeypatch):
+    size = {"width": 64, "intermediate": 96, "num_layers": 8, "num_heads": 4, "rank": 16}
+    monkeypatch.setitem(SIZES, "60M", size)
+    rows = {form: crnet_costs.measure("60M", form) for form in crnet_costs.FORMS}
+    forward, none = rows["CR-Net", "forward"], rows["CR-Net", "none"]
+    config = CRNetConfig(**size, checkpoint_every=8)
+    kept = counts.count_kept(config, 0, True) / 8 / 64
+    # And x, which goes on, and outputs that are nobody's.
+    assert forward["kept values per token and layer / width"] == pytest.approx(kept, abs=0.3)
+    assert none["kept values per token and layer / width"] > 5 * kept
+    assert (
+        none["TFLOPs of a step"]
+        < forward["TFLOPs of a step"]
+        <= rows["full rank", "none"]["TFLOPs of a step"]
+    )
+
+
+def test_cleaning_finds_wrong_labels(monkeypatch):
+    monkeypatch.setattr(cleaning, "NUM_STEPS", 60)
+    case = cleaning.Case("ed")
+    rows = [cleaning.measure(each, 1) for each in (case, cleaning.Case("ed", x_step=0.0))]
+    assert rows[0]["AUC"] > 0.9 and rows[1]["AUC"] == 0.5
+    assert rows[0]["upper loss"] < rows[1]["upper loss"]
+    assert len(cleaning.summarize(rows)) == 2
+
+
+def test_mixtures_are_compared(monkeypatch):
+    monkeypatch.setattr(mixture, "MixtureRun", partial(MixtureRun, steps=2))
+    rows = [mixture.measure(name, 1)[0] for name in ("uniform", "learned", "data alone")]
+    assert [row["bytes of gossip per site"] for row in rows] == [0, 2 * 2 * (48 + 16), 0]
+    assert [row["shares"] for row in mixture.summarize(rows)] == ["uniform", "learned", "data alone"]
+
+
+def test_runs_of_the_quadratic():
+    runs = quadratic.list_runs()
+    run, steps = runs["ed, 64 values, eden4"]
+    assert steps == 1000
+    assert 0 < run.train(2) < float(run.solution.norm()) + 1
+    assert run.bytes_sent > 0

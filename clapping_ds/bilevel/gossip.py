@@ -344,6 +344,7 @@ class RankGossip:
         ]
         # State
         self.is_broken = False
+        """Whether a step failed here after messages of it had left."""
 
     def _check(self, num_sites: int) -> None:
         everyone = set(range(get_world_size()))
@@ -382,6 +383,6 @@ class RankGossip:
         return Travelling(site, mine, note, self.collective.swap(parts, sizes), self.places)
 
     def roll_back(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        self.is_broken = True
         for site, state in zip(self.sites, saved, strict=True):
+            self.is_broken |= site.num_rounds != state["num_rounds"]
             site.load_state_dict(state)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clapping_ds.bilevel.gossip import Gossip, Mixing, Streams
+from clapping_ds.bilevel.gossip import Gossip, Mixing, Site, Streams
 from clapping_ds.bilevel.strategies import NAMED, General, Held, Run
 
 Strategy = str | General
@@ -76,16 +76,18 @@ def _advance(
             for of_site, mixed in zip(runs, on_its_way.wait(), strict=True):
                 _hand_out(of_site, mixed)
         for of_site, direction in zip(runs, directions, strict=True):
-            for name, run in of_site.items():
-                if run.wants_direction:
-                    run.answer(direction[name])
+            _direct(of_site, direction)
         if all(run.is_done for of_site in runs for run in of_site.values()):
             break
         on_its_way = _start(gossip, runs, note)
-    for site, of_site in zip(gossip.sites, levels, strict=True):
-        for name, level in of_site.items():
-            if not level.value.isfinite().all():
-                raise ArithmeticError(f"{name} of site {site.number} would not be finite after this step")
+    for site, its_levels in zip(gossip.sites, levels, strict=True):
+        _check_finite(site, its_levels)
+
+
+def _check_finite(site: Site, levels: Mapping[str, Level]) -> None:
+    for name, level in levels.items():
+        if not level.value.isfinite().all():
+            raise ArithmeticError(f"{name} of site {site.number} would not be finite after this step")
 
 
 def _start(gossip: Gossip, runs: Sequence[Mapping[str, "_Step"]], note: Any) -> Mixing | None:
@@ -150,3 +152,10 @@ def _hand_out(runs: Mapping[str, _Step], mixed: Streams) -> None:
         mine = {key: mixed[f"{name}.{key}"] for key in run.messages}
         if mine:
             run.answer(mine)
+
+
+def _direct(runs: Mapping[str, _Step], directions: Mapping[str, torch.Tensor]) -> None:
+    """To each level that waits for it, its direction."""
+    for name, run in runs.items():
+        if run.wants_direction:
+            run.answer(directions[name])

@@ -109,10 +109,20 @@ class Collective:
         operations = [
             dist.P2POp(dist.irecv, received[source], self.ranks[source], self.group) for source in sources
         ] + [dist.P2POp(dist.isend, carried[target], self.ranks[target], self.group) for target in targets]
-        with self.naming():
-            works = dist.batch_isend_irecv(operations) if operations else []
+        works = self._start(operations)
         peers = [self.ranks[place] for place in (*sources, *targets)]
         return Transfer(self, works, carried, lambda: [each.to(self.device) for each in received], peers)
+
+    def _start(self, operations: Sequence[Any]) -> list[Any]:
+        """One work for each, but for NCCL's, which are one."""
+        if self.carrier.type == "cpu":
+            works = []
+            for each in operations:
+                with self.naming(each.peer):
+                    works.append(each.op(each.tensor, each.peer, each.group))
+            return works
+        with self.naming():
+            return dist.batch_isend_irecv(list(operations)) if operations else []
 
     def sum(self, values: torch.Tensor) -> Transfer:
         """Arrives: the sum over all ranks, the same bits on each. values: fp32, or what the process group can

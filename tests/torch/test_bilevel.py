@@ -9,7 +9,15 @@ import torch.distributed as dist
 
 from benchmarks.bilevel.quadratic import Quadratic, make_plan
 from clapping_ds import bilevel
-from clapping_ds.bilevel import CentralDifference, LocalGossip, Plan, RankGossip, Sparkle
+from clapping_ds.bilevel import (
+    Autograd,
+    CentralDifference,
+    LocalGossip,
+    Penalty,
+    Plan,
+    RankGossip,
+    Sparkle,
+)
 from clapping_ds.codecs import Eden, Raw
 from clapping_ds.link.verification import checksum
 from launch.gpt import GPTConfig
@@ -75,14 +83,44 @@ def test_ranks_are_the_simulation(four_ranks, codec):
                 assert num_bytes == bytes_there
 
 
+def on_some_ranks(ranks, steps):
+    """Sites in another order than ranks, and a rank without one; saved and resumed."""
+    states = None
+    for _ in range(2):
+        gossip = RankGossip(bilevel.ring(3), EDEN4, ranks=ranks)
+        problem, solver = solver_of(gossip, ["ed"] * 3, 3)
+        if states is not None:
+            solver.load_state_dict(states)
+        if gossip.sites:
+            train(problem, solver, steps)
+        states = solver.state_dict()
+    return found(solver) if gossip.sites else None
+
+
+def test_sites_on_some_ranks_in_any_order(four_ranks):
+    ranks = [3, 0, 2]
+    outcomes = four_ranks.run(on_some_ranks, ranks, 4)
+    problem, simulated = solver_of(LocalGossip(bilevel.ring(3), EDEN4), ["ed"] * 3, 3)
+    train(problem, simulated, 8)
+    assert outcomes[1] is None
+    for (values, num_bytes), rank in zip(found(simulated), ranks, strict=True):
+        ((on_rank, bytes_there),) = outcomes[rank]
+        assert all(map(torch.equal, values, on_rank))
+        assert num_bytes == bytes_there
+
+
 def differing(what):
     number = dist.get_rank()
     topology = bilevel.full(4) if what == "mixing matrix" and number == 2 else bilevel.ring(4)
     gossip = RankGossip(topology, EDEN4 if what == "codec" and number == 1 else Raw())
     plan = Plan(x_step=0.1 if what == "plan" and number == 3 else 0.01)
+    curvature = Penalty(3.0) if what == "curvature" and number == 1 else Autograd()
     x = torch.zeros(3 if what == "x" and number == 0 else 2)
     y = torch.zeros((2, 1) if what == "shape" and number == 1 else 2)
-    Sparkle(gossip, x, y, plan)
+    solver = Sparkle(gossip, x, y.T.contiguous().T if number == 2 else y, plan, curvature)
+    if what == "state":
+        saved = solver.state_dict()
+        solver.load_state_dict({} if number == 3 else saved)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +129,8 @@ def differing(what):
         ("mixing matrix", "the ranks differ; accepted: the same everywhere\nmixing matrix: "),
         ("codec", "the ranks differ; accepted: the same everywhere\ncodec: "),
         ("plan", "the ranks differ; accepted: the same everywhere\nplan: "),
+        ("curvature", "the ranks differ; accepted: the same everywhere\ncurvature: "),
+        ("state", "a state of plan = None; accepted: of "),
         ("x", "the ranks differ; accepted: the same everywhere\nx: "),
         (
             "shape",
@@ -107,7 +147,7 @@ def too_few(num_sites):
 
 
 def test_as_many_sites_as_ranks(four_ranks):
-    message = "a topology of 3 sites on 4 ranks; accepted: one rank per site"
+    message = "a topology of 3 sites on the ranks [0, 1, 2, 3] of 4; accepted: one rank per site"
     assert_same_error(four_ranks.outcomes(too_few, 3), "ValueError", message)
 
 
@@ -161,3 +201,37 @@ def test_replicas_learn_a_mixture(four_ranks):
     header_and_values, neighbours = 48 + 16, 2
     assert set(num_bytes) == {5 * neighbours * header_and_values}
     assert losses[0] < 5.6
+
+
+def failing(what):
+    """What each rank's third step ends with, of which one's loss fails, and what its next attempt."""
+    gossip = RankGossip(bilevel.ring(4), EDEN4, timeout_s=TIMEOUT_S)
+    problem, solver = solver_of(gossip, ["ed"] * 3, 4)
+    train(problem, solver, 2)
+    before = found(solver)
+    losses, told = problem.losses(dist.get_rank()), []
+    broken = losses
+    if dist.get_rank() == 1:
+        broken = losses._replace(lower=(lambda x, y: y.sum() / 0) if what == "nan" else lambda x, y: y[1000])
+    for each in (broken, losses):
+        try:
+            solver.step(each)
+        except (ArithmeticError, ConnectionError, IndexError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    is_as_before = all(map(torch.equal, found(solver)[0][0], before[0][0]))
+    return told, is_as_before, solver.num_steps
+
+
+def test_a_step_that_is_not_finite_on_a_rank(fresh_ranks):
+    outcomes = fresh_ranks(4).run(failing, "nan")
+    for told, is_as_before, num_steps in outcomes[:3]:  # the site and its neighbours
+        assert told[0].startswith("ArithmeticError: gossip, round 3: what site 1 has of y.s is not finite")
+        assert told[1].startswith("ConnectionError: gossip: a step failed here")
+        assert is_as_before and num_steps == 2
+    assert outcomes[3][0][-1].startswith("ConnectionError: gossip: ")
+
+
+def test_a_step_that_failed_before_messages_left_may_be_tried_again(fresh_ranks):
+    outcomes = fresh_ranks(4).run(failing, "raises")
+    assert outcomes[1][0] == ["IndexError: index 1000 is out of bounds for dimension 0 with size 64"]
+    assert outcomes[1][2] == 3

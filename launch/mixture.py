@@ -33,8 +33,10 @@ from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
 TARGET = "target"
-MOST_BYTES, MOST_OF_A_FILE, MOST_OF_TARGET = 3_000_000, 50_000, 500_000
-"""Of a corpus, of a file in it, of the target that is on this machine."""
+MOST_BYTES, MOST_OF_A_FILE = 3_000_000, 20_000
+"""Of a corpus, and of a file in it."""
+HALF_A_TARGET, NUM_PIECES = 250_000, 50
+"""Bytes of each of its two kinds of text, and in how many pieces they alternate."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class MixtureRun(Training):
     """Folders or files of text, one for each site; none: Python, C++ headers, licences, data files that are
     on this machine."""
     target: Path | None = None
-    """Folder or file of text; None: sources of installed Python packages, and as many C++ headers that no
+    """Folder or file of text; None: sources of installed Python packages, and as much of C++ headers that no
     site has."""
     batch_size: int = 4
     """Samples of a site in a step, and of the target."""
@@ -84,16 +86,17 @@ def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
             "data": [path for name in ("*.json", "*.csv") for path in packages.rglob(name)],
         }
     found = {name: _read(name, paths) for name, paths in files.items()}
-    if run.target is None:
-        others = [path for path in headers if path not in set(kept)]
-        sources = sorted(packages.rglob("*.py"), key=_hash)[: len(others)]
-        return {**found, TARGET: _read(TARGET, [*others, *sources], most=10_000)[:MOST_OF_TARGET]}
-    return {**found, TARGET: _read(TARGET, text_files(run.target))}
+    if run.target is not None:
+        return {**found, TARGET: _read(TARGET, text_files(run.target))}
+    others = [path for path in headers if path not in set(kept)]
+    halves = [_read(TARGET, paths)[:HALF_A_TARGET] for paths in (others, list(packages.rglob("*.py")))]
+    pieces = [np.array_split(half, NUM_PIECES) for half in halves]
+    return {**found, TARGET: np.concatenate([piece for pair in zip(*pieces, strict=True) for piece in pair])}
 
 
-def _read(name: str, paths: Sequence[Path], most: int = MOST_OF_A_FILE) -> np.ndarray:
-    """In an order that has nothing to do with names, as the last are held out. most: bytes of a file."""
-    parts = (path.read_bytes()[:most] for path in sorted(paths, key=_hash) if path.is_file())
+def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
+    """In an order that has nothing to do with names, as the last are held out."""
+    parts = (path.read_bytes()[:MOST_OF_A_FILE] for path in sorted(paths, key=_hash) if path.is_file())
     content = b"".join(parts)[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")

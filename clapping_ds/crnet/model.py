@@ -8,7 +8,7 @@ For each linear map P of q, k, v, o, gate, up, down, in layer l with input X_l:
 Between two layers go x and the seven Y. Shapes: B batch, T tokens, D width, R rank, H heads, E of a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,17 +23,20 @@ NUM_OUTPUTS = len(POSITIONS)
 
 
 class LowRank(torch.autograd.Function):
-    """x A B, from x A where that is known."""
+    """x A B, from x A where that is known. is_wanted: whether its value is; else zeros that take no room."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a_DR: torch.Tensor, b_RD: torch.Tensor, product: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, x: torch.Tensor, a_DR: torch.Tensor, b_RD: torch.Tensor, product: torch.Tensor | None,
+        is_wanted: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if product is None:
             product = x @ a_DR
         ctx.save_for_backward(x, a_DR, b_RD, product)
         ctx.mark_non_differentiable(product)
-        return product @ b_RD, product
+        if is_wanted:
+            return product @ b_RD, product
+        return product.new_zeros(()).expand(*product.shape[:-1], b_RD.shape[1]), product
 
     @staticmethod
     @once_differentiable
@@ -43,7 +46,19 @@ class LowRank(torch.autograd.Function):
         of_product = gradient @ b_RD.T
         of_a = x.flatten(0, -2).T.to(product.dtype) @ of_product.flatten(0, -2)
         of_b = product.flatten(0, -2).T @ gradient.flatten(0, -2)
-        return of_product @ a_DR.T, of_a, of_b, None
+        return of_product @ a_DR.T, of_a, of_b, None, None
+
+
+class Known(torch.autograd.Function):
+    """A value in place of another, whose gradients it gets: what that would have been."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
 
 
 class CRLinear(nn.Module):
@@ -52,6 +67,7 @@ class CRLinear(nn.Module):
     x         [..., rows, num_in]
     y_before  [..., num_out], what the same map of the layer before gave; None for an anchor
     product   x A, where it is known
+    known     y, where it is known and not of full rank: only gradients are found then
     Returns y [..., num_out], and x A; None of a map of full rank.
     """
 
@@ -80,12 +96,18 @@ class CRLinear(nn.Module):
         return self.residual.sign() * (self.residual.abs() + SMALLEST_RESIDUAL)
 
     def forward(
-        self, x: torch.Tensor, y_before: torch.Tensor | None = None, product: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        y_before: torch.Tensor | None = None,
+        product: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.rank is None:
             return F.linear(x, self.weight), None
-        y, product = LowRank.apply(x, self.a_DR, self.b_RD, product)
-        return (y if y_before is None else self.add(y_before, y)), product
+        y, product = LowRank.apply(x, self.a_DR, self.b_RD, product, known is None)
+        if y_before is not None:
+            y = self.add(y_before, y)
+        return (y if known is None else Known.apply(y, known)), product
 
     def add(self, y_before: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         return (self.factor.float() * y_before).to(difference.dtype) + difference
@@ -138,10 +160,15 @@ class CRLayer(nn.Module):
         return cast(CRLinear, self.maps[name])
 
     def forward(
-        self, x_BTD: torch.Tensor, before: Outputs | None, products: Products = (None,) * NUM_OUTPUTS
+        self,
+        x_BTD: torch.Tensor,
+        before: Outputs | None,
+        products: Products = (None,) * NUM_OUTPUTS,
+        known: Outputs | None = None,
     ) -> tuple[torch.Tensor, Outputs, Products]:
-        """Returns x, the seven outputs, and the products of all maps."""
-        run = _Maps(self, before, products)
+        """products, known: of all maps, and the seven outputs, where they are known. Returns x, the outputs,
+        and the products."""
+        run = _Maps(self, before, products, known)
         normed = self.norm_attention(x_BTD)
         q, k, v = run("q", normed), run("k", normed), run("v", normed)
         o = run("o", self._attend(q, k, v))
@@ -162,14 +189,16 @@ class CRLayer(nn.Module):
 class _Maps:
     """The seven maps of one layer, in the order in which they run."""
 
-    def __init__(self, layer: CRLayer, before: Outputs | None, known: Products) -> None:
+    def __init__(
+        self, layer: CRLayer, before: Outputs | None, products: Products, known: Outputs | None
+    ) -> None:
+        nothing: Products = (None,) * NUM_OUTPUTS
         self.layer = layer
-        self.before: Iterator[torch.Tensor | None] = iter(before if before is not None else (None,) * 7)
-        self.known = iter(known)
+        self.given = zip(before or nothing, products, known or nothing, strict=True)
         self.products: list[torch.Tensor | None] = []
 
     def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        y, product = self.layer.find_map(name)(x, next(self.before), next(self.known))
+        y, product = self.layer.find_map(name)(x, *next(self.given))
         self.products.append(product)
         return y
 

@@ -7,8 +7,9 @@ backward pass the others are rebuilt,
     forward     Y_l     = b Y_(l-1) + (x_l A_l) B_l          the same operations: the same bits
     inverse     Y_(l-1) = (Y_l - (x_l A_l) B_l) / b          each step divides the rounding error by |b|
 
-then each layer runs again by itself, from its last to its first, for its gradients. `forward` rebuilds the
-outputs of a whole segment first; `inverse` those of one layer at a time.
+then each layer runs again by itself, from its last to its first, for its gradients; of low-rank maps whose
+outputs were rebuilt nothing is multiplied again. `forward` rebuilds the outputs of a whole segment first;
+`inverse` those of one layer at a time.
 """
 
 import math
@@ -120,13 +121,13 @@ class Rebuilt(torch.autograd.Function):
         size = 1 + NUM_OUTPUTS
         kept = saved[: size * len(layers)]
         xs, products = kept[::size], [kept[n * size + 1 : (n + 1) * size] for n in range(len(layers))]
-        before = _rebuild(ctx.segment, Outputs(*saved[size * len(layers) :]), products)
+        rebuilt = _rebuild(ctx.segment, Outputs(*(y.detach() for y in saved[size * len(layers) :])), products)
         of_parameters: list[Any] = []
-        for layer, x, known in reversed(list(zip(layers, xs, products, strict=True))):
+        for layer, x, of_layer in reversed(list(zip(layers, xs, products, strict=True))):
             with _like(ctx.autocast), torch.no_grad():
-                outputs = next(before)
-            gradients, of_layer = _find_gradients(layer, x, outputs, known, gradients, ctx.autocast)
-            of_parameters = of_layer + of_parameters
+                before, known = next(rebuilt)
+            gradients, of_own = _find_gradients(layer, x, before, of_layer, known, gradients, ctx.autocast)
+            of_parameters = of_own + of_parameters
         return None, None, *gradients[: 1 + ctx.num_before], *of_parameters
 
 
@@ -134,8 +135,8 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 
 def _find_gradients(
-    layer: CRLayer, x: torch.Tensor, before: Outputs | None, known: Products, of_results: Gradients,
-    autocast: Autocast | None,
+    layer: CRLayer, x: torch.Tensor, before: Outputs | None, products: Products, known: Outputs | None,
+    of_results: Gradients, autocast: Autocast | None,
 ) -> tuple[Gradients, list[torch.Tensor | None]]:  # fmt: skip
     """Runs a layer again. Returns the gradients of x and the outputs before (None for an anchor), and of
     the parameters."""
@@ -143,7 +144,7 @@ def _find_gradients(
     # Copies of the parameters, or their hooks would run here and once more outside.
     own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
     with _like(autocast), torch.enable_grad():
-        arguments = given[0], Outputs(*given[1:]) if before else None, known
+        arguments = given[0], Outputs(*given[1:]) if before else None, products, known
         result, found, _ = functional_call(layer, own, arguments)
     pairs = zip((result, *found), of_results, strict=True)
     roots, of_roots = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
@@ -153,26 +154,27 @@ def _find_gradients(
 
 
 def _rebuild(
-    segment: Segment, known: Outputs, products: Sequence[Sequence[torch.Tensor | None]]
-) -> Iterator[Outputs | None]:
-    """The outputs before each layer, from the last to the first; None before an anchor. known: before the
-    first layer, or of that if it is an anchor; with `inverse` of the last layer."""
+    segment: Segment, kept: Outputs, products: Sequence[Sequence[torch.Tensor | None]]
+) -> Iterator[tuple[Outputs | None, Outputs | None]]:
+    """For each layer, from the last to the first: the outputs before it (None before an anchor), and its own
+    (None where they are not known). kept: before the first layer, or of that if it is an anchor; with
+    `inverse` of the last layer."""
     pairs = list(zip(segment.list_layers(), products, strict=True))
     if segment.recompute == "inverse":
         for layer, of_layer in reversed(pairs):
-            if layer.is_anchor:
-                yield None
-            else:
-                known = _apply("invert", layer, known, of_layer)
-                yield known
+            before = None if layer.is_anchor else _apply("invert", layer, kept, of_layer)
+            yield before, kept
+            kept = before or kept
         return
-    before: list[Outputs | None] = [None, known] if pairs[0][0].is_anchor else [known]
-    for layer, of_layer in pairs[len(before) - 1 : -1]:
-        known = _apply("rebuild", layer, known, of_layer)
-        before.append(known)
-    del before[len(pairs) :]
-    while before:
-        yield before.pop()
+    outputs: list[Outputs | None] = [None, kept] if pairs[0][0].is_anchor else [kept]
+    for layer, of_layer in pairs[len(outputs) - 1 : -1]:
+        kept = _apply("rebuild", layer, kept, of_layer)
+        outputs.append(kept)
+    own = outputs.pop() if len(outputs) > len(pairs) else None
+    while outputs:
+        before = outputs.pop()
+        yield before, own
+        own = before
 
 
 def _apply(step: str, layer: CRLayer, outputs: Outputs, products: Sequence[torch.Tensor | None]) -> Outputs:

@@ -308,6 +308,26 @@ def test_linear_flops_are_what_is_counted(form):
     assert products == tokens.numel() * (counts.count_linear_flops(config, num_stages) + head)
 
 
+@pytest.mark.parametrize("how", ["forward", "inverse"])
+@pytest.mark.parametrize("form", ["exact", "stage-anchored", "one segment", "segments of one layer"])
+def test_rebuilding_costs_what_the_formula_says(form, how):
+    """Of matrix products but attention's: each low-rank layer's outputs once more, each anchor's maps."""
+    options = {name: value for name, value in FORMS[form].items() if name != "num_stages"}
+    num_stages = FORMS[form].get("num_stages", 1)
+    config = CRNetConfig(**{**SMALL, **options})
+    counted = []
+    for recompute in (None, how):
+        model = make(num_stages, recompute=recompute, **options)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, 9, dtype=torch.long)).sum().backward()
+        flops = counter.get_flop_counts()["Global"].items()
+        counted.append(sum(number for operation, number in flops if "mm" in str(operation)))
+    anchors = config.find_anchors(num_stages)
+    full = 2 * (4 * config.width**2 + 3 * config.width * config.intermediate)
+    per_layer = [full if n in anchors else counts.count_rebuild_flops(config, n) for n in range(8)]
+    assert counted[1] - counted[0] == 18 * sum(per_layer)
+
+
 @pytest.mark.parametrize(("size", "num_stages", "millions"), [("1B", 1, 582), ("1B", 4, 681)])
 def test_parameters_of_the_published_sizes(size, num_stages, millions):
     anchor = "stage" if num_stages > 1 else "model"

@@ -49,15 +49,15 @@ class MixtureRun(Training):
     target: Path | None = None
     """Folder or file of text; None: sources of installed Python packages, and as much of C++ headers that no
     site has."""
-    batch_size: int = 4
-    """Samples of a site in a step, and of the target."""
+    batch_size: int = 16
+    """Samples of a site in a step, and of the target: where shares are far from equal, few of them count."""
     factor: float = 1.0
     """Of the penalty, see `clapping_ds.bilevel.mixture`."""
-    share_step: float = 1.0
+    share_step: float = 0.2
     """Step size of the shares' logits."""
     fixed_shares: tuple[float, ...] = ()
     """Of the corpora, in place of learned ones."""
-    gpt: GPTConfig = field(default_factory=GPTConfig)
+    gpt: GPTConfig = field(default_factory=lambda: GPTConfig(length=64, width=64, num_heads=4, num_blocks=2))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Trainer:
         self.sites = list(sites)
         self.domains = [name for name in corpora if name != TARGET]
         self.num_sites = len(self.domains)
-        self.held_out = Windows(corpora[TARGET], run.gpt.length, 4 * run.batch_size, validation=True)
+        self.held_out = Windows(corpora[TARGET], run.gpt.length, run.batch_size, validation=True)
         # State
         self.mixture: Mixture | None = None
         if not run.fixed_shares:

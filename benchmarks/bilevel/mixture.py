@@ -26,19 +26,21 @@ from launch.mixture import TARGET, MixtureRun, Trainer, find_corpora
 
 NAMES = ("python", "headers", "licences", "data")
 FIXED = {"uniform": (0.25, 0.25, 0.25, 0.25), "as the target": (0.5, 0.5, 0.0, 0.0)}
+NUM_HELD_OUT = 40
+"""Batches of the target."""
 RUNS = ("uniform", "learned", *(f"{name} alone" for name in NAMES), "as the target")
 
 
 def measure(name: str, seed: int) -> list[dict[str, Any]]:
     """One line of the table."""
     torch.set_num_threads(1)
-    run = MixtureRun(seed=seed, eval_batches=20)
+    run = MixtureRun(seed=seed, eval_batches=NUM_HELD_OUT)
     corpora = find_corpora(run)
     if name.endswith(" alone"):
         own = corpora[name.removesuffix(" alone")]
         corpora = {f"{name} {number}": own for number in range(len(NAMES))} | {TARGET: corpora[TARGET]}
     shares = () if name == "learned" else FIXED.get(name, FIXED["uniform"])
-    run = MixtureRun(seed=seed, eval_batches=20, fixed_shares=shares)
+    run = MixtureRun(seed=seed, eval_batches=NUM_HELD_OUT, fixed_shares=shares)
     gossip = LocalGossip(bilevel.ring(len(NAMES)))
     trainer = Trainer(run, corpora, gossip, [each for each in corpora if each != TARGET])
     for _ in range(run.steps):

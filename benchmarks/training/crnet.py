@@ -82,7 +82,7 @@ class Cola(nn.Module):
         self.a_DR = nn.Parameter(torch.randn(num_in, rank) * std)
         self.b_RD = nn.Parameter(torch.randn(rank, num_out) * std)
 
-    def forward(self, x: torch.Tensor, y_before: None, product: None) -> tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor, *nothing: None) -> tuple[torch.Tensor, None]:
         return F.silu(x @ self.a_DR) @ self.b_RD, None
 
 

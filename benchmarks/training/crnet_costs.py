@@ -7,7 +7,8 @@ The layers alone, without embeddings, head and optimizer, in bf16, 16 samples of
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def measure(size: str, form: tuple[str, str]) -> dict[str, Any]:
     config = CRNetConfig(
         **crnet.SIZES[size], checkpoint_every=4 if crnet.SIZES[size]["num_layers"] % 8 else 8, **options
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with FakeTensorMode():
+    with FakeTensorMode(), set_default_dtype(torch.bfloat16):
         layers = run(make(config))
         x = torch.empty(NUM_SAMPLES, LENGTH, config.width, requires_grad=True)
         tracker = MemTracker()
@@ -101,6 +101,16 @@ def measure(size: str, form: tuple[str, str]) -> dict[str, Any]:
         "kept values per token and layer / width": round(kept / 2 / x.numel() / config.num_layers, 2),
         "peak GB": round(peak / GB, 2), "TFLOPs of a step": round(counter.get_total_flops() / 1e12, 2),
     }  # fmt: skip
+
+
+@contextmanager
+def set_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def count_bytes(tracker: MemTracker, when: str) -> int:

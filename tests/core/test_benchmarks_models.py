@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 
 from benchmarks.bilevel import cleaning, mixture, quadratic
 from benchmarks.training import crnet, crnet_costs
@@ -20,29 +21,27 @@ def test_models_keep_to_the_budget():
 
 
 def test_a_model_is_measured(monkeypatch):
-    monkeypatch.setattr(crnet, "Training", partial(Training, steps=2, warmup_steps=1))
-    rows = [crnet.measure(name, seed)[0] for name in ("CR-Net", "CoLA") for seed in (1, 2)]
+    monkeypatch.setattr(crnet, "Training", partial(Training, steps=1, warmup_steps=1))
+    monkeypatch.setattr(crnet, "NUM_HELD_OUT", 1)
+    rows = [crnet.measure(name, 1)[0] for name in ("CR-Net", "CoLA")]
     assert all(4 < row["loss"] < 7 for row in rows)
     summary = {row["model"]: row for row in crnet.summarize(rows)}
     assert summary["CR-Net"]["against CR-Net"] == "+0.0000"
-    assert summary["CoLA"]["seeds"] == 2
+    assert summary["CoLA"]["seeds"] == 1
 
 
 def test_costs_are_counted(monkeypatch):
     size = {"width": 64, "intermediate": 96, "num_layers": 8, "num_heads": 4, "rank": 16}
     monkeypatch.setitem(SIZES, "60M", size)
-    rows = {form: crnet_costs.measure("60M", form) for form in crnet_costs.FORMS}
+    monkeypatch.setattr(crnet_costs, "NUM_SAMPLES", 1)
+    rows = {form: crnet_costs.measure("60M", form) for form in (("CR-Net", "none"), ("CR-Net", "forward"))}
     forward, none = rows["CR-Net", "forward"], rows["CR-Net", "none"]
-    config = CRNetConfig(**size, checkpoint_every=8)
-    kept = counts.count_kept(config, 0, True) / 8 / 64
+    assert torch.get_default_dtype() == torch.float32
+    kept = counts.count_kept(CRNetConfig(**size, checkpoint_every=8), 0, True) / 8 / 64
     # And x, which goes on, and outputs that are nobody's.
     assert forward["kept values per token and layer / width"] == pytest.approx(kept, abs=0.3)
     assert none["kept values per token and layer / width"] > 5 * kept
-    assert (
-        none["TFLOPs of a step"]
-        < forward["TFLOPs of a step"]
-        <= rows["full rank", "none"]["TFLOPs of a step"]
-    )
+    assert none["TFLOPs of a step"] <= forward["TFLOPs of a step"]
 
 
 def test_cleaning_finds_wrong_labels(monkeypatch):
@@ -54,8 +53,13 @@ def test_cleaning_finds_wrong_labels(monkeypatch):
     assert len(cleaning.summarize(rows)) == 2
 
 
-def test_mixtures_are_compared(monkeypatch):
-    monkeypatch.setattr(mixture, "MixtureRun", partial(MixtureRun, steps=2))
+def test_mixtures_are_compared(monkeypatch, tmp_path):
+    paths = [tmp_path / name for name in (*mixture.NAMES, "target")]
+    for number, path in enumerate(paths):
+        path.mkdir()
+        (path / "text.txt").write_bytes(bytes((number + n * n) % 251 for n in range(8_000)))
+    options = {"corpora": tuple(paths[:4]), "target": paths[4], "steps": 2, "batch_size": 2}
+    monkeypatch.setattr(mixture, "MixtureRun", partial(MixtureRun, **options))
     rows = [mixture.measure(name, 1)[0] for name in ("uniform", "learned", "data alone")]
     assert [row["bytes of gossip per site"] for row in rows] == [0, 2 * 2 * (48 + 16), 0]
     assert [row["shares"] for row in mixture.summarize(rows)] == ["uniform", "learned", "data alone"]

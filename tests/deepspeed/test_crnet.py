@@ -19,6 +19,9 @@ BLOCKS = {
     "transform": {"activations": {"codec": TRANSFORM}, "gradients": {"codec": TRANSFORM}},
 }
 
+NEAR = {"stock": 0, "eden4": 0.02, "transform": 0.1}
+"""Of the losses of the first steps, in which they fall fast."""
+
 
 def trained(options, num_stages, steps=4):
     """By block: losses, and bytes that a value of x would have taken, per token of one direction."""
@@ -46,7 +49,7 @@ def test_pipelines(four_ranks, anchor, num_stages):
         stock, _ = found["stock"]
         for name, (losses, sent) in found.items():
             assert again[name] == (losses, sent)
-            assert losses == (stock if name == "none" else pytest.approx(stock, rel=0.03))
+            assert losses == (stock if name == "none" else pytest.approx(stock, rel=NEAR[name]))
             assert losses[-1] < losses[0]
             assert set(sent) == (set() if name == "stock" else {values})
 

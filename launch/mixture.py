@@ -20,6 +20,7 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -121,6 +122,7 @@ class Trainer:
         self.sites = list(sites)
         self.domains = [name for name in corpora if name != TARGET]
         self.num_sites = len(self.domains)
+        self.device = gossip.device
         self.held_out = Windows(corpora[TARGET], run.gpt.length, run.batch_size, validation=True)
         # State
         self.mixture: Mixture | None = None
@@ -134,7 +136,7 @@ class Trainer:
         self.models: list[nn.Module] = []
         for _ in range(1 if self.mixture is None else 2):
             torch.manual_seed(run.seed)
-            self.models.append(GPT(run.gpt))
+            self.models.append(GPT(run.gpt).to(self.device))
         self.optimizers = [optimizer(model, run) for model in self.models]
         self.schedules = [learning_rate_schedule(each, run) for each in self.optimizers]
         self.batches = [self._batches(corpora[name], self.domains.index(name)) for name in sites]
@@ -156,7 +158,7 @@ class Trainer:
     def step(self) -> float:
         """Returns the loss on the mixture, of this process's sites."""
         batches = [next(each) for each in self.batches]
-        weights = torch.tensor([self.weight(site) for site in range(len(self.sites))])
+        weights = torch.tensor([self.weight(site) for site in range(len(self.sites))], device=self.device)
         first = self._losses(self.models[0], batches)
         on_mixture = (weights * first).mean()
         on_mixture.backward()
@@ -178,7 +180,7 @@ class Trainer:
 
     def _losses(self, model: nn.Module, batches: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """[sites]"""
-        tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        tokens, labels = (torch.cat(parts).to(self.device) for parts in zip(*batches, strict=True))
         told = model(tokens).chunk(len(batches))
         return torch.stack(
             [loss(each, of_it) for each, of_it in zip(told, labels.chunk(len(batches)), strict=True)]
@@ -188,7 +190,8 @@ class Trainer:
     def validate(self) -> float:
         """The first model's loss on held-out text of the target."""
         batches = islice(self.held_out.batches(1), self.run.eval_batches)
-        return mean(float(loss(self.models[0](tokens), labels)) for tokens, labels in batches)
+        losses = (self._losses(self.models[0], [batch]) for batch in batches)
+        return mean(float(each) for each in losses)
 
 
 def train_replica(run: MixtureRun, ds_config: dict[str, Any]) -> Trainer:
@@ -196,7 +199,8 @@ def train_replica(run: MixtureRun, ds_config: dict[str, Any]) -> Trainer:
     corpora = find_corpora(run)
     if len(corpora) - 1 != dist.get_world_size():
         raise ValueError(f"{len(corpora) - 1} corpora on {dist.get_world_size()} ranks; accepted: one each")
-    gossip = bilevel.RankGossip(bilevel.ring(dist.get_world_size()))
+    device = torch.device(get_accelerator().current_device_name())
+    gossip = bilevel.RankGossip(bilevel.ring(dist.get_world_size()), device=device)
     trainer = Trainer(run, corpora, gossip, [list(corpora)[dist.get_rank()]])
     replicas = [DistributedDataParallel(model) for model in trainer.models]
     for model in replicas:

@@ -9,7 +9,8 @@ backward pass the others are rebuilt,
 
 then each layer runs again by itself, from its last to its first, for its gradients; of low-rank maps whose
 outputs were rebuilt nothing is multiplied again. `forward` rebuilds the outputs of a whole segment first;
-`inverse` those of one layer at a time.
+`inverse` those of one layer at a time. Hooks may watch maps, but not change what they give: rebuilding does
+not call them.
 """
 
 import math
@@ -108,6 +109,7 @@ class Rebuilt(torch.autograd.Function):
                 anchored = outputs
         assert outputs is not None
         ctx.segment, ctx.num_before = segment, num_before
+        ctx.versions = _find_versions(segment)
         ctx.set_materialize_grads(False)
         is_inverse = segment.recompute == "inverse"
         ctx.save_for_backward(*kept, *(outputs if is_inverse else anchored))
@@ -117,18 +119,29 @@ class Rebuilt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.versions != _find_versions(ctx.segment):
+            raise RuntimeError("a weight was changed in place between a segment's forward and backward pass")
         layers, saved = ctx.segment.list_layers(), ctx.saved_tensors
         size = 1 + NUM_OUTPUTS
         kept = saved[: size * len(layers)]
         xs, products = kept[::size], [kept[n * size + 1 : (n + 1) * size] for n in range(len(layers))]
         rebuilt = _rebuild(ctx.segment, Outputs(*(y.detach() for y in saved[size * len(layers) :])), products)
-        of_parameters: list[Any] = []
+        of_parameters: dict[nn.Parameter, torch.Tensor | None] = dict.fromkeys(ctx.segment.parameters())
         for layer, x, of_layer in reversed(list(zip(layers, xs, products, strict=True))):
             with _like(ctx.autocast), torch.no_grad():
                 before, known = next(rebuilt)
             gradients, of_own = _find_gradients(layer, x, before, of_layer, known, gradients, ctx.autocast)
-            of_parameters = of_own + of_parameters
-        return None, None, *gradients[: 1 + ctx.num_before], *of_parameters
+            for parameter, found in zip(layer.parameters(), of_own, strict=True):
+                others = of_parameters[parameter]
+                of_parameters[parameter] = found if others is None or found is None else others + found
+        return None, None, *gradients[: 1 + ctx.num_before], *of_parameters.values()
+
+
+def _find_versions(segment: Segment) -> list[int]:
+    """Of weights: how often each was changed in place."""
+    return [parameter._version for parameter in segment.parameters()]
 
 
 Gradients = tuple[torch.Tensor | None, ...]

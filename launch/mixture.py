@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import clapping_ds
 from clapping_ds import bilevel
-from clapping_ds.bilevel import Gossip, Mixture
+from clapping_ds.bilevel import Gossip, Mixture, adam_scales, align
 from launch.data import Windows, text_files
 from launch.gpt import GPT, GPTConfig, loss
 from launch.pretrain_gpt import parse, start_distributed
@@ -42,7 +42,7 @@ HALF_A_TARGET, NUM_PIECES = 250_000, 50
 
 @dataclass(frozen=True)
 class MixtureRun(Training):
-    """Two GPTs, trained from scratch on a mixture of corpora: one for use, one to learn the mixture."""
+    """A GPT, trained from scratch on a mixture of corpora that is learned beside it."""
 
     corpora: tuple[Path, ...] = ()
     """Folders or files of text, one for each site; none: Python, C++ headers, licences, data files that are
@@ -52,10 +52,13 @@ class MixtureRun(Training):
     site has."""
     batch_size: int = 16
     """Samples of a site in a step, and of the target: where shares are far from equal, few of them count."""
-    factor: float = 1.0
-    """Of the penalty, see `clapping_ds.bilevel.mixture`."""
-    share_step: float = 0.2
+    share_step: float = 1.0
     """Step size of the shares' logits."""
+    share_interval: int = 4
+    """Steps between two updates of the shares, each of which takes a forward and a backward pass on the
+    target and on the site's corpus."""
+    share_start: int = 20
+    """Steps before the first."""
     fixed_shares: tuple[float, ...] = ()
     """Of the corpora, in place of learned ones."""
     gpt: GPTConfig = field(default_factory=lambda: GPTConfig(length=64, width=64, num_heads=4, num_blocks=2))
@@ -109,7 +112,7 @@ def _hash(path: Path) -> int:
 
 
 class Trainer:
-    """The models, and the sites of this process. Replicas elsewhere have the other sites.
+    """The model, and the sites of this process. Replicas elsewhere have the other sites.
 
     sites   by site of this process, the name of its corpus
     """
@@ -128,19 +131,22 @@ class Trainer:
         self.mixture: Mixture | None = None
         if not run.fixed_shares:
             held = [[name] for name in sites]
-            self.mixture = Mixture(gossip, self.domains, held, run.factor, run.share_step)
+            self.mixture = Mixture(gossip, self.domains, held, step=run.share_step, momentum=0.2)
         elif len(run.fixed_shares) != len(self.domains) or abs(sum(run.fixed_shares) - 1) > 1e-6:
             raise ValueError(
                 f"--fixed-shares {run.fixed_shares}; accepted: one for each of {self.domains}, of sum 1"
             )
-        self.models: list[nn.Module] = []
-        for _ in range(1 if self.mixture is None else 2):
-            torch.manual_seed(run.seed)
-            self.models.append(GPT(run.gpt).to(self.device))
-        self.optimizers = [optimizer(model, run) for model in self.models]
-        self.schedules = [learning_rate_schedule(each, run) for each in self.optimizers]
-        self.batches = [self._batches(corpora[name], self.domains.index(name)) for name in sites]
-        self.target = [self._batches(corpora[TARGET], 100 + self.domains.index(name)) for name in sites]
+        torch.manual_seed(run.seed)
+        self.gpt = GPT(run.gpt).to(self.device)
+        self.model: nn.Module = self.gpt
+        """What is trained: the GPT, or what averages its gradients with other replicas."""
+        self.adam = optimizer(self.gpt, run)
+        self.schedule = learning_rate_schedule(self.adam, run)
+        numbers = [self.domains.index(name) for name in sites]
+        self.batches = [self._batches(corpora[name], n) for name, n in zip(sites, numbers, strict=True)]
+        self.probes = [self._batches(corpora[name], 200 + n) for name, n in zip(sites, numbers, strict=True)]
+        self.target = [self._batches(corpora[TARGET], 100 + n) for n in numbers]
+        self.num_steps = 0
 
     def _batches(self, corpus: np.ndarray, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         windows = Windows(corpus, self.run.gpt.length, self.run.batch_size, validation=False)
@@ -157,26 +163,28 @@ class Trainer:
 
     def step(self) -> float:
         """Returns the loss on the mixture, of this process's sites."""
+        is_due = self.num_steps >= self.run.share_start and self.num_steps % self.run.share_interval == 0
+        if self.mixture is not None and is_due:
+            self.mixture.follow([self._find_gain(site) for site in range(len(self.sites))])
         batches = [next(each) for each in self.batches]
         weights = torch.tensor([self.weight(site) for site in range(len(self.sites))], device=self.device)
-        first = self._losses(self.models[0], batches)
-        on_mixture = (weights * first).mean()
+        on_mixture = (weights * self._losses(self.model, batches)).mean()
         on_mixture.backward()
-        if self.mixture is not None:
-            second = self._losses(self.models[1], batches)
-            on_target = self._losses(self.models[1], [next(each) for each in self.target]).mean()
-            factor = self.run.factor
-            ((on_target + factor * (weights * second).mean()) / (1 + factor)).backward()
-            self.mixture.update(*(
-                [{name: float(each)} for name, each in zip(self.sites, losses.tolist(), strict=True)]
-                for losses in (first, second)
-            ))  # fmt: skip
-        for model, adam, schedule in zip(self.models, self.optimizers, self.schedules, strict=True):
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adam.step()
-            adam.zero_grad()
-            schedule.step()
+        nn.utils.clip_grad_norm_(self.gpt.parameters(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.schedule.step()
+        self.num_steps += 1
         return float(on_mixture.detach())
+
+    def _find_gain(self, site: int) -> dict[str, float]:
+        """On batches that are trained on nowhere else, and gradients that are averaged with nobody's."""
+        parameters = [each for group in self.adam.param_groups for each in group["params"]]
+        of_domain, of_target = (
+            torch.autograd.grad(self._losses(self.gpt, [next(batches[site])]).mean(), parameters)
+            for batches in (self.probes, self.target)
+        )
+        return {self.sites[site]: align(of_domain, of_target, adam_scales(self.adam))}
 
     def _losses(self, model: nn.Module, batches: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """[sites]"""
@@ -188,9 +196,9 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The first model's loss on held-out text of the target."""
+        """The loss on held-out text of the target."""
         batches = islice(self.held_out.batches(1), self.run.eval_batches)
-        losses = (self._losses(self.models[0], [batch]) for batch in batches)
+        losses = (self._losses(self.gpt, [batch]) for batch in batches)
         return mean(float(each) for each in losses)
 
 
@@ -202,10 +210,9 @@ def train_replica(run: MixtureRun, ds_config: dict[str, Any]) -> Trainer:
     device = torch.device(get_accelerator().current_device_name())
     gossip = bilevel.RankGossip(bilevel.ring(dist.get_world_size()), device=device)
     trainer = Trainer(run, corpora, gossip, [list(corpora)[dist.get_rank()]])
-    replicas = [DistributedDataParallel(model) for model in trainer.models]
-    for model in replicas:
-        clapping_ds.compress_gradients(model, ds_config)
-    trainer.models = list(replicas)
+    replica = DistributedDataParallel(trainer.gpt)
+    clapping_ds.compress_gradients(replica, ds_config)
+    trainer.model = replica
     bar = tqdm(range(run.steps), disable=dist.get_rank() != 0, mininterval=1.0)
     for step in bar:
         bar.set_postfix(loss=f"{trainer.step():.3f}", refresh=False)

@@ -3,7 +3,7 @@ D-SOBA (2402.03167), with compressed messages."""
 
 from clapping_ds.bilevel.curvature import Autograd, CentralDifference, Curvature, Directions, Penalty
 from clapping_ds.bilevel.gossip import Gossip, LocalGossip, RankGossip
-from clapping_ds.bilevel.mixture import DomainLoss, Mixture
+from clapping_ds.bilevel.mixture import DomainLoss, Mixture, adam_scales, align
 from clapping_ds.bilevel.modules import flatten
 from clapping_ds.bilevel.solver import Losses, Plan, Sparkle
 from clapping_ds.bilevel.strategies import NAMED, General
@@ -26,6 +26,8 @@ __all__ = [
     "RankGossip",
     "Sparkle",
     "Topology",
+    "adam_scales",
+    "align",
     "exponential",
     "flatten",
     "from_edges",

@@ -10,8 +10,8 @@ second loses or gains on a domain says whether the target wants more of it (the 
 
     grad_x = factor J (l(second) - l(first)),     J = diag(p) - p p'
 
-Both losses are those of the same batches before a step, so that no pass is made for them. Sites gossip x, and
-nothing else.
+Both losses are those of the same batches before a step, so that no pass is made for them. Or, with one model,
+what a step on a domain does to the target's loss, to first order (`align`). Sites gossip x, and nothing else.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,32 @@ from clapping_ds.bilevel.gossip import Gossip
 from clapping_ds.bilevel.levels import Level, Strategy, advance, check_saved
 
 NAME = "shares"
+
+
+def align(
+    of_domain: Sequence[torch.Tensor], of_target: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]
+) -> float:
+    """What a step on a domain does for the target, in units of what a step on the target itself does:
+    <g_d, P g_f> / <g_f, P g_f>, P the optimizer's step size per value (`adam_scales`). z = P g_f stands for
+    the inverse Hessian's product.
+
+    of_domain, of_target   gradients of the two losses, on mini-batches of one site
+    """
+    steps = [scale * gradient for scale, gradient in zip(scales, of_target, strict=True)]
+    both = sum((a * b).sum() for a, b in zip(of_domain, steps, strict=True))
+    own = sum((a * b).sum() for a, b in zip(of_target, steps, strict=True))
+    return float(both / own) if own else 0.0
+
+
+def adam_scales(adam: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Of each parameter that Adam or AdamW has stepped, in the order of its groups: 1 / (sqrt(v) + eps)."""
+    found = []
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            found.append(1 / (corrected.sqrt() + group["eps"]))
+    return found
 
 
 class DomainLoss:
@@ -137,30 +163,37 @@ class Mixture:
                          trained on the mixture
         target_losses    on the same batches, of the model that is trained on the target as well
         """
-        for site, (first, second) in enumerate(zip(mixture_losses, target_losses, strict=True)):
+        pairs = list(zip(mixture_losses, target_losses, strict=True))
+        for site, (first, second) in enumerate(pairs):
             if set(first) != set(self.held[site]) or set(second) != set(self.held[site]):
                 raise ValueError(
                     f"losses on {sorted(first)} and {sorted(second)}; accepted: on {sorted(self.held[site])}"
                 )
+        self.follow([{name: self.factor * (one[name] - two[name]) for name in one} for one, two in pairs])
+
+    def follow(self, gains: Sequence[Mapping[str, float]]) -> None:
+        """A step of x towards domains that the target gains from. gains: by site of this process, of the
+        domains that it has; in any unit that is the same at all sites, as `align` gives it."""
+        for site, of_site in enumerate(gains):
+            if set(of_site) != set(self.held[site]):
+                raise ValueError(f"gains of {sorted(of_site)}; accepted: of {sorted(self.held[site])}")
         averages: list[torch.Tensor] = []
 
         def find() -> list[dict[str, torch.Tensor]]:
-            pairs = enumerate(zip(mixture_losses, target_losses, strict=True))
-            averages.extend(self._find(site, *losses) for site, losses in pairs)
+            averages.extend(self._find(site, of_site) for site, of_site in enumerate(gains))
             return [{NAME: self.step_size * average} for average in averages]
 
         advance(self.gossip, self.levels, find)
         self.averages = averages
         self.num_steps += 1
 
-    def _find(self, site: int, first: Mapping[str, float], second: Mapping[str, float]) -> torch.Tensor:
-        """The new moving average."""
+    def _find(self, site: int, gains: Mapping[str, float]) -> torch.Tensor:
+        """The new moving average of what x goes against."""
         shares = self.shares(site)
-        gains = torch.zeros_like(shares)
-        for name in first:
-            scale = self.num_sites / self.holders[name]
-            gains[self.domains.index(name)] = scale * (second[name] - first[name])
-        direction = self.factor * shares * (gains - shares @ gains)
+        found = torch.zeros_like(shares)
+        for name, gain in gains.items():
+            found[self.domains.index(name)] = self.num_sites / self.holders[name] * gain
+        direction = -shares * (found - shares @ found)
         return (1 - self.momentum) * self.averages[site] + self.momentum * direction
 
     def _check(self, held: Sequence[Sequence[str]]) -> None:

@@ -58,10 +58,17 @@ def test_mixtures_are_compared(monkeypatch, tmp_path):
     for number, path in enumerate(paths):
         path.mkdir()
         (path / "text.txt").write_bytes(bytes((number + n * n) % 251 for n in range(8_000)))
-    options = {"corpora": tuple(paths[:4]), "target": paths[4], "steps": 2, "batch_size": 2}
+    options = {
+        "corpora": tuple(paths[:4]),
+        "target": paths[4],
+        "steps": 2,
+        "batch_size": 2,
+        "share_start": 1,
+        "share_interval": 1,
+    }
     monkeypatch.setattr(mixture, "MixtureRun", partial(MixtureRun, **options))
     rows = [mixture.measure(name, 1)[0] for name in ("uniform", "learned", "data alone")]
-    assert [row["bytes of gossip per site"] for row in rows] == [0, 2 * 2 * (48 + 16), 0]
+    assert [row["bytes of gossip per site"] for row in rows] == [0, 1 * 2 * (48 + 16), 0]
     assert [row["shares"] for row in mixture.summarize(rows)] == ["uniform", "learned", "data alone"]
 
 

@@ -387,6 +387,31 @@ def test_a_mixture_wants_the_losses_of_its_domains():
         mixture.update(losses, losses)
 
 
+def test_alignment_is_what_a_step_does_for_the_target():
+    """To first order, by a step of Adam's size per value."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+    adam = torch.optim.AdamW([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(6, dtype=torch.float64)
+        adam.step()
+    losses = {"d": lambda w: (w**2).sum() + w[0], "f": lambda w: (w - 1).square().sum() + w.exp().sum()}
+    of_domain, of_target = (torch.autograd.grad(losses[name](weight), weight) for name in "df")
+    (scale,) = bilevel.adam_scales(adam)
+    changes = [
+        losses["f"](weight - 1e-7 * scale * gradient[0]) - losses["f"](weight)
+        for gradient in (of_domain, of_target)
+    ]
+    gain = bilevel.align(of_domain, of_target, [scale])
+    assert gain == pytest.approx(float(changes[0] / changes[1]), rel=1e-3)
+    assert bilevel.align(of_target, of_target, [scale]) == pytest.approx(1)
+    mixture = Mixture(LocalGossip(RING3), DOMAINS, [["a"], ["b"], ["c"]])
+    mixture.follow([{"a": 1.0}, {"b": 0.2}, {"c": -0.5}])
+    assert mixture.shares()[0] > mixture.shares()[1] > mixture.shares()[2]
+    with pytest.raises(ValueError, match=r"gains of \['b'\]; accepted: of \['a'\]"):
+        mixture.follow([{"b": 1.0}, {"b": 0.2}, {"c": -0.5}])
+
+
 def test_a_module_as_a_vector():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))

@@ -183,23 +183,21 @@ def test_a_neighbour_that_is_gone_is_named(fresh_ranks, breaks):
 
 
 def mixed(steps):
-    run = MixtureRun(
-        steps=steps, gpt=GPTConfig(length=32, width=32, num_heads=2, num_blocks=1), share_step=20.0
-    )
+    gpt = GPTConfig(length=32, width=32, num_heads=2, num_blocks=1)
+    run = MixtureRun(steps=steps, gpt=gpt, share_step=5.0, share_start=1, share_interval=2)
     trainer = train_replica(run, {"clapping": {"data_parallel": {"min_numel": 512}}})
-    weights = [[checksum(each.detach()) for each in model.parameters()] for model in trainer.models]
+    weights = [checksum(each.detach()) for each in trainer.gpt.parameters()]
     return trainer.shares(), weights, trainer.mixture.gossip.sites[0].bytes_sent, trainer.validate()
 
 
 def test_replicas_learn_a_mixture(four_ranks):
     shares, weights, num_bytes, losses = zip(*four_ranks.run(mixed, 5), strict=True)
     assert all(each == weights[0] for each in weights), "replicas drift"
-    assert weights[0][0] != weights[0][1]
     for each in shares:
-        assert each == pytest.approx(shares[0], abs=0.01)
+        assert each == pytest.approx(shares[0], abs=0.05)
         assert max(each) > 0.25
-    header_and_values, neighbours = 48 + 16, 2
-    assert set(num_bytes) == {5 * neighbours * header_and_values}
+    header_and_values, neighbours, num_updates = 48 + 16, 2, 2
+    assert set(num_bytes) == {num_updates * neighbours * header_and_values}
     assert losses[0] < 5.6
 
 

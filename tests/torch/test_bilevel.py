@@ -184,7 +184,7 @@ def test_a_neighbour_that_is_gone_is_named(fresh_ranks, breaks):
 
 def mixed(steps):
     gpt = GPTConfig(length=32, width=32, num_heads=2, num_blocks=1)
-    run = MixtureRun(steps=steps, gpt=gpt, share_step=5.0, share_start=1, share_interval=2)
+    run = MixtureRun(steps=steps, gpt=gpt, share_step=1.0, share_start=1, share_interval=2)
     trainer = train_replica(run, {"clapping": {"data_parallel": {"min_numel": 512}}})
     weights = [checksum(each.detach()) for each in trainer.gpt.parameters()]
     return trainer.shares(), weights, trainer.mixture.gossip.sites[0].bytes_sent, trainer.validate()

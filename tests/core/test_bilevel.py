@@ -426,7 +426,7 @@ def test_a_module_as_a_vector():
         bilevel.flatten(torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()]))
 
 
-# What a reading found
+# Failures, states, codecs and domains at their edges
 
 
 def test_a_step_that_fails_leaves_all_as_it_was():

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import cpuinfo
@@ -42,6 +43,19 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows, by column; every cell is text."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def compare_losses(
+    losses: Sequence[float], differences: Sequence[float], against: str, loss: str = "loss"
+) -> dict[str, Any]:
+    """Cells of a summary: over seeds, the mean loss, and the mean and spread of its differences to another
+    run with the same seed. against, loss: what the columns are called."""
+    return {
+        "seeds": len(losses),
+        loss: f"{mean(losses):.4f}",
+        f"against {against}": f"{mean(differences):+.4f}" if differences else "-",
+        "spread": f"{stdev(differences):.4f}" if len(differences) > 1 else "-",
+    }
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from launch.gpt import GPT, GPTConfig, loss
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import Training, learning_rate_schedule, optimizer
 
-TARGET = "target"
+TARGET, HEADERS = "target", "torch/include/**/*.h"
 MOST_BYTES, MOST_OF_A_FILE = 3_000_000, 20_000
 """Of a corpus, and of a file in it."""
 HALF_A_TARGET, NUM_PIECES = 250_000, 50
@@ -78,21 +78,19 @@ class Options:
 def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
     """Bytes of each corpus by name, and of the target."""
     packages = Path(get_paths()["purelib"])
-    headers = list(packages.glob("torch/include/**/*.h"))
-    kept = [path for path in headers if _hash(path) % 5]
     if run.corpora:
         files = {path.name: text_files(path) for path in run.corpora}
     else:
         files = {
             "python": text_files(None),
-            "headers": kept,
+            "headers": [path for path in packages.glob(HEADERS) if _hash(path) % 5],
             "licences": [path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name)],
             "data": [path for name in ("*.json", "*.csv") for path in packages.rglob(name)],
         }
     found = {name: _read(name, paths) for name, paths in files.items()}
     if run.target is not None:
         return {**found, TARGET: _read(TARGET, text_files(run.target))}
-    others = [path for path in headers if path not in set(kept)]
+    others = [path for path in packages.glob(HEADERS) if not _hash(path) % 5]
     halves = [_read(TARGET, paths)[:HALF_A_TARGET] for paths in (others, list(packages.rglob("*.py")))]
     pieces = [np.array_split(half, NUM_PIECES) for half in halves]
     return {**found, TARGET: np.concatenate([piece for pair in zip(*pieces, strict=True) for piece in pair])}
@@ -100,7 +98,9 @@ def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
 
 def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
     """In an order that has nothing to do with names, as the last are held out."""
-    parts = (path.read_bytes()[:MOST_OF_A_FILE] for path in sorted(paths, key=_hash) if path.is_file())
+    parts = (
+        path.read_bytes()[:MOST_OF_A_FILE] for path in sorted(sorted(paths), key=_hash) if path.is_file()
+    )
     content = b"".join(parts)[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
@@ -108,7 +108,8 @@ def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
 
 
 def _hash(path: Path) -> int:
-    return crc32(str(path).encode())
+    """The same wherever packages are installed."""
+    return crc32("/".join(path.parts[-3:]).encode())
 
 
 class Trainer:

@@ -21,13 +21,13 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from benchmarks.bilevel.quadratic import NAMES, NUM_SITES, TOPOLOGIES
 from benchmarks.files import RESULTS, write_results
-from clapping_ds import bilevel
 from clapping_ds.bilevel import LocalGossip, Losses, Plan, Sparkle
 from clapping_ds.codecs import AnyCodec, Eden, Raw
 from clapping_ds.report import format_table
 
-NUM_SITES, NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES, NUM_PIXELS = 8, 80, 40, 10, 64
+NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES, NUM_PIXELS = 80, 40, 10, 64
 SORTED_SHARE = 0.8
 """Of each site's samples, those that go to sites by their label."""
 DECAY = 1e-3
@@ -97,17 +97,10 @@ class Case:
     """0: all samples count alike, right or wrong."""
 
 
-TOPOLOGIES = {
-    "ring": bilevel.ring(NUM_SITES),
-    "torus": bilevel.torus(2, NUM_SITES // 2),
-    "exponential": bilevel.exponential(NUM_SITES),
-    "full": bilevel.full(NUM_SITES),
-}
-STRATEGIES = ("dsgd", "gt", "semi-atc-gt", "atc-gt", "extra", "ed")
 CODECS: dict[str, AnyCodec] = {"none": Raw(), "eden4": Eden(name="eden4"), "eden2": Eden(name="eden2")}
 CASES = [
     *(Case("ed", corrupted=share, x_step=0.0) for share in (0.1, 0.2, 0.3)),
-    *(Case(name, corrupted=share) for share in (0.1, 0.2, 0.3) for name in STRATEGIES),
+    *(Case(name, corrupted=share) for share in (0.1, 0.2, 0.3) for name in NAMES),
     *(Case(name) for name in ("dsgd ed ed", "ed dsgd dsgd")),
     *(Case(name, topology) for topology in TOPOLOGIES for name in ("dsgd", "gt", "extra", "ed")),
     *(Case("ed", codec=codec, memory=memory) for codec in ("eden4", "eden2") for memory in (True, False)),

@@ -10,15 +10,14 @@ measured again.
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.files import RESULTS, provenance, read_csv, write_json
-from benchmarks.training.finetune import add_rows
+from benchmarks.files import RESULTS, compare_losses, provenance, write_json
+from benchmarks.training.finetune import add_missing
 from clapping_ds import bilevel
 from clapping_ds.bilevel import LocalGossip
 from clapping_ds.report import format_table
@@ -65,12 +64,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         more = [loss - base[seed] for loss, seed in zip(losses, seeds, strict=True) if seed in base]
         shares = {each: [float(row[each]) for row in mine if row[each] != "-"] for each in NAMES}
         found.append({
-            "shares": name, "seeds": len(mine),
+            "shares": name,
             **{each: round(mean(values), 3) if values else "-" for each, values in shares.items()},
             "bytes of gossip per site": mine[0]["bytes of gossip per site"],
-            "loss on the target": f"{mean(losses):.4f}",
-            "against uniform": f"{mean(more):+.4f}" if more else "-",
-            "spread": f"{stdev(more):.4f}" if len(more) > 1 else "-",
+            **compare_losses(losses, more, "uniform", "loss on the target"),
         })  # fmt: skip
     return found
 
@@ -83,10 +80,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     target = options.results / "bilevel_mixture.csv"
-    rows: list[dict[str, Any]] = list(read_csv(target)) if target.exists() else []
-    known = {(row["shares"], int(row["seed"])) for row in rows}
-    wanted = [(name, seed) for seed in options.seeds for name in options.only if (name, seed) not in known]
-    add_rows([partial(measure, *each) for each in wanted], rows, target, options.processes)
+    rows = add_missing(measure, "shares", options.only, options.seeds, target, options.processes)
     write_json(target.with_suffix(".json"), provenance())
     print(format_table(summarize(rows)))
 

@@ -10,18 +10,17 @@ here from its paper: B silu(A x) in place of every linear map. What `crnet.csv` 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.files import RESULTS, provenance, read_csv, write_json
-from benchmarks.training.finetune import add_rows
+from benchmarks.files import RESULTS, compare_losses, provenance, write_json
+from benchmarks.training.finetune import add_missing
 from clapping_ds import crnet
 from clapping_ds.crnet import CRLayer, CRLinear, CRNetConfig, counts
 from clapping_ds.report import format_table
@@ -192,9 +191,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         more = [float(row["loss"]) - base[int(row["seed"])] for row in mine if int(row["seed"]) in base]
         found.append({
             **{key: mine[0][key] for key in mine[0] if key not in ("seed", "training loss", "loss")},
-            "seeds": len(mine), "loss": f"{mean(float(row['loss']) for row in mine):.4f}",
-            "against CR-Net": f"{mean(more):+.4f}" if more else "-",
-            "spread": f"{stdev(more):.4f}" if len(more) > 1 else "-",
+            **compare_losses([float(row["loss"]) for row in mine], more, "CR-Net"),
         })  # fmt: skip
     return found
 
@@ -207,10 +204,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     target = options.results / "crnet.csv"
-    rows: list[dict[str, Any]] = list(read_csv(target)) if target.exists() else []
-    known = {(row["model"], int(row["seed"])) for row in rows}
-    wanted = [(name, seed) for seed in options.seeds for name in options.only if (name, seed) not in known]
-    add_rows([partial(measure, *each) for each in wanted], rows, target, options.processes)
+    rows = add_missing(measure, "model", options.only, options.seeds, target, options.processes)
     write_json(target.with_suffix(".json"), {**provenance(), "size": SIZE, "budget": BUDGET})
     print(format_table(summarize(rows)))
 

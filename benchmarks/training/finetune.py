@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.files import RESULTS, provenance, read_csv, write_csv, write_json
+from benchmarks.files import RESULTS, compare_losses, provenance, read_csv, write_csv, write_json
 from benchmarks.model.damage import CUTS
 from benchmarks.model.links import Links
 from benchmarks.training.compare import block
@@ -205,9 +205,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         worse = [row["loss"] - base[key] for row, key in zip(mine, keys, strict=True) if key in base]
         found.append({
             "run": run[0], "weights": run[1], "links": run[2], "bits per value": mine[0]["bits per value"],
-            "seeds": len(mine), "loss": f"{mean(row['loss'] for row in mine):.4f}",
-            "against uncompressed": f"{mean(worse):+.4f}" if worse else "-",
-            "spread": f"{stdev(worse):.4f}" if len(worse) > 1 else "-",
+            **compare_losses([row["loss"] for row in mine], worse, "uncompressed"),
         })  # fmt: skip
     return found
 
@@ -218,6 +216,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         {name: value if name in ("run", "weights") else json.loads(value) for name, value in row.items()}
         for row in read_csv(path)
     ]
+
+
+def add_missing(
+    measure: Callable[[str, int], list[dict[str, Any]]],
+    name: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    target: Path,
+    processes: int,
+) -> list[dict[str, Any]]:
+    """All rows of a table, once what it lacks is measured. name: the column that says what a row is of."""
+    rows: list[dict[str, Any]] = list(read_csv(target)) if target.exists() else []
+    known = {(row[name], int(row["seed"])) for row in rows}
+    wanted = [(each, seed) for seed in seeds for each in names if (each, seed) not in known]
+    add_rows([partial(measure, *each) for each in wanted], rows, target, processes)
+    return rows
 
 
 def add_rows(

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.files import RESULTS, provenance, read_csv, write_json
+from benchmarks.files import RESULTS, compare_losses, provenance, read_csv, write_json
 from benchmarks.model.links import Links
 from benchmarks.model.replicas import Replicas
 from benchmarks.training import finetune, scratch
@@ -357,9 +357,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         worse = [row["loss"] - base[place] for row, place in zip(mine, places, strict=True) if place in base]
         found.append({
             **dict(zip(keys, run, strict=True)), "bytes per step": mine[0]["bytes per step"],
-            "seeds": len(mine), "loss": f"{mean(row['loss'] for row in mine):.4f}",
-            "against uncompressed": f"{mean(worse):+.4f}" if worse else "-",
-            "spread": f"{stdev(worse):.4f}" if len(worse) > 1 else "-",
+            **compare_losses([row["loss"] for row in mine], worse, "uncompressed"),
         })  # fmt: skip
     return found
 

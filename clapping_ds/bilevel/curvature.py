@@ -75,7 +75,7 @@ class CentralDifference:
     def find(self, f: Loss, g: Loss, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Directions:
         f_x, f_y = _gradients(f, x, y)
         _, g_y = _gradients(g, x, y)
-        wide = z.double() if z.dtype == torch.float64 else z.float()
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
         length = float(wide.norm())
         if not length > 0:
             return Directions(f_x, g_y, -f_y)

@@ -180,12 +180,7 @@ class Site:
         return {"site": self.number, "weights": dict(self.weights), **compression._asdict()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "written by": self.describe(),
-            "known": dict(self.known),
-            "num_rounds": self.num_rounds,
-            "bytes_sent": self.bytes_sent,
-        }
+        return {"known": dict(self.known), "num_rounds": self.num_rounds, "bytes_sent": self.bytes_sent}
 
     def load_state_dict(self, saved: Mapping[str, Any], device: torch.device | None = None) -> None:
         """device: where values are; None: where the saved ones are."""

@@ -3,15 +3,14 @@ has as many values as there are domains.
 
     min over x of f(y*(x)),     y*(x) = argmin over y of the sum over d of p_d l_d(y),     p = softmax(x)
 
-l_d is the loss on domain d, f that on the target. Two models are trained beside each other, in any way and by
-any optimizer: one on the mixture, and one on (f + factor times the mixture's loss) / (1 + factor). What the
-second loses or gains on a domain says whether the target wants more of it (the penalty form, arXiv
-2309.01753):
+l_d is the loss on domain d, f that on the target, J = diag(p) - p p'. The model is trained beside it, in any
+way. Sites gossip x, and nothing else. Two ways to find where x goes:
 
-    grad_x = factor J (l(second) - l(first)),     J = diag(p) - p p'
-
-Both losses are those of the same batches before a step, so that no pass is made for them. Or, with one model,
-what a step on a domain does to the target's loss, to first order (`align`). Sites gossip x, and nothing else.
+`follow`   grad_x = -J <grad l_d, z>, with z = P grad f for the inverse Hessian's product: to first order,
+           what a step on a domain does for the target (`align`). Needs gradients of single sites.
+`update`   the penalty form (arXiv 2309.01753), with losses alone, as pipelines have them: a second model is
+           trained on (f + factor times the mixture's loss) / (1 + factor), and
+           grad_x = factor J (l(second) - l(first)), of the same batches before a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +156,7 @@ class Mixture:
     def update(
         self, mixture_losses: Sequence[Mapping[str, float]], target_losses: Sequence[Mapping[str, float]]
     ) -> None:
-        """A step of x.
+        """A step of x by the penalty form.
 
         mixture_losses   by site of this process: losses on the domains that it has, of the model that is
                          trained on the mixture

@@ -30,11 +30,6 @@ def count_rebuild_flops(config: CRNetConfig, layer: int) -> int:
     return 2 * config.rank_of(layer) * (5 * config.width + 2 * config.intermediate)
 
 
-def count_rebuilt(config: CRNetConfig) -> int:
-    """Values per token that are rebuilt for one segment's backward pass, and live through it."""
-    return (config.checkpoint_every - 1) * (5 * config.width + 2 * config.intermediate)
-
-
 def count_kept(config: CRNetConfig, first: int, is_anchored: bool) -> int:
     """Values per token that a segment keeps for its backward pass: x and seven products of each layer, seven
     outputs. Anchors of full rank have no products."""

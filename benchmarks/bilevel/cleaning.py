@@ -9,7 +9,7 @@ the validation samples. Most of a site's samples are of few digits. All sites li
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from benchmarks.bilevel.quadratic import NAMES, NUM_SITES, TOPOLOGIES
-from benchmarks.files import RESULTS, write_results
+from benchmarks.files import RESULTS, new_figure, save_figure, write_results
 from clapping_ds.bilevel import LocalGossip, Losses, Plan, Sparkle
 from clapping_ds.codecs import AnyCodec, Eden, Raw
 from clapping_ds.report import format_table
@@ -32,6 +32,10 @@ SORTED_SHARE = 0.8
 """Of each site's samples, those that go to sites by their label."""
 DECAY = 1e-3
 NUM_STEPS, X_STEP, LOWER_STEP = 300, 500.0, 1.0
+STRIDE = 20
+"""Steps between two points of a plot."""
+Point = tuple[int, float, float]
+"""Steps, MB sent per site, test loss."""
 
 
 class Digits:
@@ -107,7 +111,8 @@ CASES = [
 ]
 
 
-def measure(case: Case, seed: int) -> dict[str, Any]:
+def measure(case: Case, seed: int) -> tuple[dict[str, Any], list[Point]]:
+    """One row, and how it got there."""
     torch.set_num_threads(1)
     digits = Digits(case.corrupted, seed)
     names = case.strategies.split()
@@ -121,19 +126,29 @@ def measure(case: Case, seed: int) -> dict[str, Any]:
     solver = Sparkle(gossip, torch.zeros(NUM_SITES * NUM_TRAIN), torch.zeros(num_y), plan)
     solver.steps["x"] = case.x_step
     losses = [digits.losses(site) for site in range(NUM_SITES)]
-    for _ in range(NUM_STEPS):
+    path = []
+    for step in range(1, NUM_STEPS + 1):
         solver.step(*losses)
+        if step % STRIDE == 0:
+            now = [digits.test(solver.value("y", site))[0] for site in range(NUM_SITES)]
+            path.append((step, mb_sent(gossip), mean(now)))
     xs, ys = (torch.stack([solver.value(level, site) for site in range(NUM_SITES)]) for level in "xy")
     tests = [digits.test(y) for y in ys]
-    return {
+    row = {
         **asdict(case), "seed": seed,
         "upper loss": mean(float(each.upper(xs[0], y)) for y in ys for each in losses),
         "test loss": mean(loss for loss, _ in tests),
         "test error": mean(error for _, error in tests),
         "AUC": mean(float(roc_auc_score(digits.is_wrong.flatten(), -x)) for x in xs),
         "spread of y": float((ys - ys.mean(0)).norm() / ys.norm()),
-        "MB sent per site": sum(site.bytes_sent for site in gossip.sites) / NUM_SITES / 1e6,
+        "MB sent per site": mb_sent(gossip),
     }  # fmt: skip
+    return row, path
+
+
+def mb_sent(gossip: LocalGossip) -> float:
+    """By a site, in the mean."""
+    return sum(site.bytes_sent for site in gossip.sites) / NUM_SITES / 1e6
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,10 +171,38 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = [measure(case, seed) for case in tqdm(dict.fromkeys(CASES)) for seed in options.seeds]
+    rows, paths = [], {}
+    for case in tqdm(dict.fromkeys(CASES)):
+        for seed in options.seeds:
+            row, path = measure(case, seed)
+            rows.append(row)
+            paths.setdefault(case, path)
     found = summarize(rows)
     print(format_table(found))
     write_results(options.results / "bilevel_cleaning", found, {"steps": NUM_STEPS, "seeds": options.seeds})
+    save_figure(plot(paths), options.results / "bilevel_cleaning.png")
+
+
+def plot(paths: Mapping[Case, Sequence[Point]]) -> Any:
+    """Test losses of the first seed: against steps by strategy, and against bytes by codec."""
+    figure, axes = new_figure(1, 2, (11, 4.5))
+    strategies = {case.strategies: case for case in paths if case == Case(case.strategies)}
+    codecs = {
+        "none" if case.codec == "none" else f"{case.codec}{'' if case.memory else ' without memory'}": case
+        for case in paths
+        if case == Case("ed", codec=case.codec, memory=case.memory)
+    }
+    for axis, cases, column in zip(axes.flat, (strategies, codecs), (0, 1), strict=True):
+        for name, case in cases.items():
+            axis.plot(
+                [point[column] for point in paths[case]], [point[2] for point in paths[case]], label=name
+            )
+        axis.set_yscale("log")
+        axis.legend(fontsize=7)
+    axes.flat[0].set_xlabel("steps")
+    axes.flat[0].set_ylabel("test loss, mean over sites")
+    axes.flat[1].set_xlabel("MB sent per site (ed)")
+    return figure
 
 
 if __name__ == "__main__":

@@ -47,10 +47,14 @@ def test_costs_are_counted(monkeypatch):
 def test_cleaning_finds_wrong_labels(monkeypatch):
     monkeypatch.setattr(cleaning, "NUM_STEPS", 60)
     case = cleaning.Case("ed")
-    rows = [cleaning.measure(each, 1) for each in (case, cleaning.Case("ed", x_step=0.0))]
+    cases = case, cleaning.Case("ed", x_step=0.0)
+    rows, paths = zip(*(cleaning.measure(each, 1) for each in cases), strict=True)
     assert rows[0]["AUC"] > 0.9 and rows[1]["AUC"] == 0.5
     assert rows[0]["upper loss"] < rows[1]["upper loss"]
     assert len(cleaning.summarize(rows)) == 2
+    assert [step for step, *_ in paths[0]] == [20, 40, 60]
+    assert paths[0][-1][2] == rows[0]["test loss"] < paths[0][0][2]
+    cleaning.plot(dict(zip(cases, paths, strict=True)))
 
 
 def test_mixtures_are_compared(monkeypatch, tmp_path):

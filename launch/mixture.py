@@ -83,33 +83,33 @@ def find_corpora(run: MixtureRun) -> dict[str, np.ndarray]:
     else:
         files = {
             "python": text_files(None),
-            "headers": [path for path in packages.glob(HEADERS) if _hash(path) % 5],
+            "headers": [path for path in packages.glob(HEADERS) if _hash(path, run.seed) % 5],
             "licences": [path for name in ("LICENSE*", "COPYING*") for path in packages.rglob(name)],
             "data": [path for name in ("*.json", "*.csv") for path in packages.rglob(name)],
         }
-    found = {name: _read(name, paths) for name, paths in files.items()}
+    found = {name: _read(name, paths, run.seed) for name, paths in files.items()}
     if run.target is not None:
-        return {**found, TARGET: _read(TARGET, text_files(run.target))}
-    others = [path for path in packages.glob(HEADERS) if not _hash(path) % 5]
-    halves = [_read(TARGET, paths)[:HALF_A_TARGET] for paths in (others, list(packages.rglob("*.py")))]
+        return {**found, TARGET: _read(TARGET, text_files(run.target), run.seed)}
+    others = [path for path in packages.glob(HEADERS) if not _hash(path, run.seed) % 5]
+    kinds = others, list(packages.rglob("*.py"))
+    halves = [_read(TARGET, paths, run.seed)[:HALF_A_TARGET] for paths in kinds]
     pieces = [np.array_split(half, NUM_PIECES) for half in halves]
     return {**found, TARGET: np.concatenate([piece for pair in zip(*pieces, strict=True) for piece in pair])}
 
 
-def _read(name: str, paths: Sequence[Path]) -> np.ndarray:
+def _read(name: str, paths: Sequence[Path], seed: int) -> np.ndarray:
     """In an order that has nothing to do with names, as the last are held out."""
-    parts = (
-        path.read_bytes()[:MOST_OF_A_FILE] for path in sorted(sorted(paths), key=_hash) if path.is_file()
-    )
+    in_order = sorted(sorted(paths), key=lambda path: _hash(path, seed))
+    parts = (path.read_bytes()[:MOST_OF_A_FILE] for path in in_order if path.is_file())
     content = b"".join(parts)[:MOST_BYTES]
     if not content:
         raise ValueError(f"the corpus {name!r} has no text; accepted: folders or files of text")
     return np.frombuffer(content, np.uint8)
 
 
-def _hash(path: Path) -> int:
+def _hash(path: Path, seed: int) -> int:
     """The same wherever packages are installed."""
-    return crc32("/".join(path.parts[-3:]).encode())
+    return crc32("/".join((str(seed), *path.parts[-3:])).encode())
 
 
 class Trainer:

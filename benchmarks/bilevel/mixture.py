@@ -3,13 +3,14 @@
     python -m benchmarks.bilevel.mixture [--seeds 1 2 3] [--only NAME ...]
 
 What `launch.mixture` trains on four ranks, in one process, with gradients that are not compressed. The
-target is half Python of installed packages and half C++ headers; of the four corpora two are like it. A
-corpus alone has as many samples in a step as all four together. What `bilevel_mixture.csv` has is not
-measured again.
+target is half Python of installed packages and half C++ headers; of the four corpora two are like it. Each
+seed draws the files of corpora and target anew. A corpus alone has as many samples in a step as its site has
+in all other runs, or as all four sites together. What `bilevel_mixture.csv` has is not measured again.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,19 +28,22 @@ NAMES = ("python", "headers", "licences", "data")
 FIXED = {"uniform": (0.25, 0.25, 0.25, 0.25), "as the target": (0.5, 0.5, 0.0, 0.0)}
 NUM_HELD_OUT = 40
 """Batches of the target."""
-RUNS = ("uniform", "learned", *(f"{name} alone" for name in NAMES), "as the target")
+ALONE = {" alone": 1, " alone, four times the samples": len(NAMES)}
+"""By end of the run's name: samples in a step, by those of a site."""
+RUNS = ("uniform", "learned", *(name + end for end in ALONE for name in NAMES), "as the target")
 
 
 def measure(name: str, seed: int) -> list[dict[str, Any]]:
     """One line of the table."""
     torch.set_num_threads(1)
-    run = MixtureRun(seed=seed, eval_batches=NUM_HELD_OUT)
-    corpora = find_corpora(run)
-    if name.endswith(" alone"):
-        own = corpora[name.removesuffix(" alone")]
-        corpora = {f"{name} {number}": own for number in range(len(NAMES))} | {TARGET: corpora[TARGET]}
     shares = () if name == "learned" else FIXED.get(name, FIXED["uniform"])
     run = MixtureRun(seed=seed, eval_batches=NUM_HELD_OUT, fixed_shares=shares)
+    corpora = find_corpora(run)
+    for end, times in ALONE.items():
+        if name.endswith(end):
+            own, fewer = corpora[name.removesuffix(end)], len(NAMES) // times
+            corpora = {f"{name} {number}": own for number in range(len(NAMES))} | {TARGET: corpora[TARGET]}
+            run = replace(run, batch_size=run.batch_size // fewer, eval_batches=fewer * NUM_HELD_OUT)
     gossip = LocalGossip(bilevel.ring(len(NAMES)))
     trainer = Trainer(run, corpora, gossip, [each for each in corpora if each != TARGET])
     for _ in range(run.steps):

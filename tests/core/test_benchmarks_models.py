@@ -66,14 +66,15 @@ def test_mixtures_are_compared(monkeypatch, tmp_path):
         "corpora": tuple(paths[:4]),
         "target": paths[4],
         "steps": 2,
-        "batch_size": 2,
+        "batch_size": 4,
         "share_start": 1,
         "share_interval": 1,
     }
     monkeypatch.setattr(mixture, "MixtureRun", partial(MixtureRun, **options))
-    rows = [mixture.measure(name, 1)[0] for name in ("uniform", "learned", "data alone")]
-    assert [row["bytes of gossip per site"] for row in rows] == [0, 1 * 2 * (48 + 16), 0]
-    assert [row["shares"] for row in mixture.summarize(rows)] == ["uniform", "learned", "data alone"]
+    names = ("uniform", "learned", "data alone", "data alone, four times the samples")
+    rows = [mixture.measure(name, 1)[0] for name in names]
+    assert [row["bytes of gossip per site"] for row in rows] == [0, 1 * 2 * (48 + 16), 0, 0]
+    assert [row["shares"] for row in mixture.summarize(rows)] == list(names)
 
 
 def test_runs_of_the_quadratic():

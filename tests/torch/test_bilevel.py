@@ -75,12 +75,29 @@ def test_ranks_are_the_simulation(four_ranks, codec):
     for resumes in (False, True):
         of_ranks = four_ranks.run(on_ranks, codec, steps, resumes)
         for name, strategies in STRATEGIES.items():
-            problem, simulated = solver_of(LocalGossip(bilevel.ring(4), codec), strategies, 4)
-            train(problem, simulated, 2 * steps)
-            for (values, num_bytes), of_rank in zip(found(simulated), of_ranks, strict=True):
-                ((on_rank, bytes_there),) = of_rank[name]
-                assert all(map(torch.equal, values, on_rank))
-                assert num_bytes == bytes_there
+            assert_simulated(of_ranks, name, strategies, codec, 2 * steps)
+
+
+def assert_simulated(of_ranks, name, strategies, codec, steps):
+    num_sites = len(of_ranks)
+    problem, simulated = solver_of(LocalGossip(bilevel.ring(num_sites), codec), strategies, num_sites)
+    train(problem, simulated, steps)
+    for (values, num_bytes), of_rank in zip(found(simulated), of_ranks, strict=True):
+        ((on_rank, bytes_there),) = of_rank[name]
+        assert all(map(torch.equal, values, on_rank))
+        assert num_bytes == bytes_there
+
+
+def on_eight_ranks(steps):
+    return [on_ranks(codec, steps, resumes=True) for codec in (Raw(), EDEN4)]
+
+
+def test_eight_ranks_are_the_simulation(fresh_ranks):
+    steps = 2
+    by_codec = zip(*fresh_ranks(8).run(on_eight_ranks, steps), strict=True)
+    for codec, of_ranks in zip((Raw(), EDEN4), by_codec, strict=True):
+        for name, strategies in STRATEGIES.items():
+            assert_simulated(of_ranks, name, strategies, codec, 2 * steps)
 
 
 def on_some_ranks(ranks, steps):
@@ -198,7 +215,7 @@ def test_replicas_learn_a_mixture(four_ranks):
         assert max(each) > 0.25
     header_and_values, neighbours, num_updates = 48 + 16, 2, 2
     assert set(num_bytes) == {num_updates * neighbours * header_and_values}
-    assert losses[0] < 5.6
+    assert losses[0] < 5.5, "the loss of a model that knows nothing is log 256 = 5.545"
 
 
 def failing(what):

@@ -10,6 +10,7 @@ from clapping_ds.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from clapping_ds.config import ClappingConfig
+    from clapping_ds.hosts.deepspeed.attach import attach
     from clapping_ds.hosts.deepspeed.enable import enable, initialize
     from clapping_ds.hosts.megatron.pipeline import MegatronPipeline
     from clapping_ds.hosts.torch.gradients import compress_gradients
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClappingConfig": "clapping_ds.config",
+    "attach": "clapping_ds.hosts.deepspeed.attach",
     "enable": "clapping_ds.hosts.deepspeed.enable",
     "initialize": "clapping_ds.hosts.deepspeed.enable",
     "MegatronPipeline": "clapping_ds.hosts.megatron.pipeline",
@@ -30,6 +32,7 @@ __all__ = [
     "ClappingPipeline",
     "ClappingStage",
     "MegatronPipeline",
+    "attach",
     "compress_gradients",
     "enable",
     "initialize",

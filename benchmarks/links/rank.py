@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 
 import clapping_ds
 from benchmarks.links import tasks
+from benchmarks.links.sites import Sites
 from clapping_ds.codecs import CODECS
 from launch.data import Windows, tokens
 from launch.gpt import Block, Embedding, GPTConfig, cut_into_stages
@@ -64,10 +65,16 @@ class Clock:
                 setattr(codec, method, self.watched(figure, getattr(codec, method)))
 
     def watch_instructions(self, engine: Any) -> None:
-        """Every instruction of an engine's schedule. The map holds functions that take the engine first."""
-        engine._INSTRUCTION_MAP = {
+        """Every instruction of an engine's schedule. Maps hold functions that take the engine first."""
+        ours = engine._TRAINING if _compresses(engine) else {}
+        theirs = {kind: each for kind, each in engine._INSTRUCTION_MAP.items() if kind not in ours}
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **self._watch_all(theirs)}
+        engine._TRAINING = self._watch_all(ours)
+
+    def _watch_all(self, instructions: Mapping[type, Callable[..., Any]]) -> dict[type, Callable[..., Any]]:
+        return {
             kind: self.watched(FIGURE_OF_INSTRUCTION.get(kind.__name__, "other_s"), function)
-            for kind, function in engine._INSTRUCTION_MAP.items()
+            for kind, function in instructions.items()
         }
 
 
@@ -87,6 +94,7 @@ class Rank:
         self.engines: dict[str, Any] = {}
         self.batches: dict[str, Iterator[Any]] = {}
         self.runners: dict[str, tasks.Runner] = {}
+        self.sites: dict[str, Sites] = {}
         self.rank = dist.get_rank()
 
     def checkout(self) -> dict[str, str]:
@@ -123,6 +131,15 @@ class Rank:
         """The engine's own."""
         engine = self.engines[run]
         return {"rows": engine.clapping_report() if _compresses(engine) else []}
+
+    def build_sites(self, runs: dict[str, tuple[str, str]]) -> dict[str, Any]:
+        """A bilevel solver per run, of one site on each of the ranks. runs: strategy and codec."""
+        self.sites = {run: Sites(strategy, codec) for run, (strategy, codec) in runs.items()}
+        return {}
+
+    def step_sites(self, run: str) -> dict[str, Any]:
+        """Makes one step."""
+        return self.sites[run].step()
 
     def build_task(self, task: str, run: str, block: dict[str, Any] | None) -> dict[str, Any]:
         """An engine for a run of `benchmarks.training.curves`, with its data, seed and learning rate.

@@ -39,7 +39,8 @@ class StockEngine:
         self.optimizer = None
 
     def train_batch(self: Any, data_iter: Any = None) -> None:
-        self._exec_schedule(self._train_schedule())
+        size = {"stages": self.num_stages, "stage_id": self.stage_id}
+        self._exec_schedule(schedule.TrainSchedule(micro_batches=self.micro_batches, **size))
         self.global_steps += 1
 
     def load(self: Any, buffer_id: int) -> None:
@@ -68,9 +69,15 @@ def stock_engine() -> Iterator[None]:
     replaced = {
         "__init__": StockEngine.start,
         "train_batch": StockEngine.train_batch,
-        "_exec_forward_pass": StockEngine.forward,
-        "_exec_backward_pass": StockEngine.backward,
-        "_exec_reduce_tied_grads": StockEngine.reduce,
+        "_INSTRUCTION_MAP": {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.LoadMicroBatch: StockEngine.load,
+            schedule.ForwardPass: StockEngine.forward,
+            schedule.BackwardPass: StockEngine.backward,
+            schedule.ReduceTiedGrads: StockEngine.reduce,
+            schedule.ReduceGrads: lambda self: None,
+            schedule.OptimizerStep: lambda self: None,
+        },
         "_next_batch": StockEngine.next_batch,
         "fp16_enabled": lambda self: False,
         "bfloat16_enabled": lambda self: False,
@@ -100,11 +107,6 @@ def run(machine: Machine, case: Case) -> list[Steps]:
                 model = SimpleNamespace(num_stages=case.num_stages)
                 engine = ClappingPipelineEngine(config_class=config, model=model, case=case, rank=rank)
                 engine.dist = dist
-                engine._INSTRUCTION_MAP |= {
-                    schedule.LoadMicroBatch: StockEngine.load,
-                    schedule.ReduceGrads: lambda self: None,
-                    schedule.OptimizerStep: lambda self: None,
-                }
                 return count_steps(rank, case, engine.train_batch, lambda: engine._tuning.is_watching)
 
         return machine.run(program)

@@ -1,9 +1,14 @@
 """How `deepspeed.initialize` comes to heed the `"clapping"` block: its engine classes are rebound, once."""
 
+import warnings
+from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.hosts.deepspeed.engine import ClappingPipelineEngine
@@ -24,13 +29,42 @@ def enable() -> None:
     """From now on `deepspeed.initialize` heeds the `"clapping"` block. Calling it again changes nothing.
 
     Rebinds `deepspeed.PipelineEngine` and `deepspeed.DualPipeVEngine`, where `deepspeed.initialize`
-    looks its engines up; both stay subclasses of the originals.
+    looks its engines up; both stay subclasses of the originals. The first optimizer step of an engine whose
+    block nobody heeds warns, once.
     """
     deepspeed.PipelineEngine = ClappingPipelineEngine
     deepspeed.DualPipeVEngine = DualPipeVRefusal
+    DeepSpeedEngine._take_model_step = _take_model_step
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """As `deepspeed.initialize`, heeding the `"clapping"` block of the configuration."""
     enable()
     return deepspeed.initialize(*args, **kwargs)
+
+
+_stock_step = DeepSpeedEngine._take_model_step
+_has_stepped: WeakSet[DeepSpeedEngine] = WeakSet()
+
+
+@wraps(_stock_step)
+def _take_model_step(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    if self not in _has_stepped:
+        _has_stepped.add(self)
+        _warn_if_ignored(self)
+    return _stock_step(self, *args, **kwargs)
+
+
+def _warn_if_ignored(engine: DeepSpeedEngine) -> None:
+    block = engine._config._param_dict.get(BLOCK_NAME)
+    is_enabled = block is not None and not (isinstance(block, dict) and block.get("enabled") is False)
+    if not is_enabled or isinstance(engine, ClappingPipelineEngine) or engine.global_rank > 0:
+        return
+    name = f"{type(engine).__module__}.{type(engine).__qualname__}"
+    why = (
+        f"{name} was not made by deepspeed.initialize after clapping_ds.enable(): call "
+        "clapping_ds.attach(engine) once it is made"
+        if isinstance(engine, PipelineEngine)
+        else f"{name} has no pipeline: its module is no PipelineModule"
+    )
+    warnings.warn(f'the "{BLOCK_NAME}" block has no effect, as {why}', stacklevel=3)

@@ -1,17 +1,19 @@
 """DeepSpeed: a `PipelineEngine` whose stages talk through channels, and which samples lazily.
 
-Of the stock engine these are replaced, in training steps only: the schedule, the four instructions that
-send and receive, and `_next_batch`. Forward and backward are watched in the first steps. Left alone:
-optimizer, loss, `eval_batch`, tied weights, data-parallel reduction, checkpoints.
+Of the engine below, stock or a subclass of somebody's own, these are replaced while a training step's
+schedule is executed: the schedule, the four instructions that send and receive, and `_next_batch`. Forward
+and backward are watched in the first steps. Left alone: `train_batch`, optimizer, loss, `eval_batch`, tied
+weights, data-parallel reduction, checkpoints.
 
-`_INSTRUCTION_MAP` holds function objects, so overriding the `_exec_*` methods would do nothing. An
-engine with an enabled `"clapping"` block gets a map of its own; every other engine runs stock.
+`_INSTRUCTION_MAP` holds function objects, so overriding the `_exec_*` methods would do nothing. During a
+training step the engine has a map with ours over what the map has then; an engine without an enabled
+`"clapping"` block runs stock.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,6 +24,7 @@ from deepspeed.runtime.pipe.engine import (
     PIPE_RECV_INPUT_TIMER,
     PIPE_SEND_GRAD_TIMER,
     PIPE_SEND_OUTPUT_TIMER,
+    TRAIN_BATCH_TIMER,
     PipelineEngine,
 )
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -29,12 +32,12 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from clapping_ds import report
 from clapping_ds.autotune.depth import find_leads
 from clapping_ds.autotune.tuning import Tuning
-from clapping_ds.config import BLOCK_NAME
+from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
 from clapping_ds.hosts.deepspeed.gradients import Gradients
 from clapping_ds.hosts.deepspeed.schedule import InFlightSchedule
 from clapping_ds.hosts.deepspeed.shapes import Shapes, make_contiguous, to_tuple
-from clapping_ds.link.groups import get_group_ranks
+from clapping_ds.link.groups import Control, get_group_ranks
 from clapping_ds.link.message import Spec
 from clapping_ds.link.traffic import Traffic
 from clapping_ds.stage.endpoint import (
@@ -55,16 +58,18 @@ class ClappingPipelineEngine(CheckpointingEngine):
     Without an enabled `"clapping"` block it is the stock engine.
     """
 
+    _is_training_step = False
+    _has_own_data = False
+    """Whether the data iterator is of one step alone, as a list is."""
+    _INSTRUCTION_MAP: Mapping[type, Any]
+    _theirs: Mapping[type, Any]
+    """The instruction map that a step began with."""
+
     def __init__(self, has_bool_tensors: bool = False, *args: Any, **kwargs: Any) -> None:
-        ds_config = kwargs["config_class"]
-        facts = {
-            "number of stages": kwargs["model"].num_stages,
-            "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
-            "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
-        }
-        self.clapping, self._control = agree_on_config(lambda: ds_config._param_dict, facts, _find_device())
-        num_stages = kwargs["model"].num_stages
-        refuse_without_links(self.clapping, f"PipelineModule(num_stages={num_stages})", num_stages)
+        ds_config, model = kwargs["config_class"], kwargs["model"]
+        self.clapping, self._control = agree(
+            lambda: ds_config._param_dict, ds_config, model.num_stages, _find_device()
+        )
         super().__init__(has_bool_tensors, *args, **kwargs)
         if self.clapping.enabled:
             self._start_clapping()
@@ -80,17 +85,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
                 f"{BLOCK_NAME}.in_flight = {self.clapping.in_flight}: accepted: 'auto', or 0 to "
                 f"{self.micro_batches}, the number of micro-batches (gradient_accumulation_steps)"
             )
-        self._INSTRUCTION_MAP = {
-            **PipelineEngine._INSTRUCTION_MAP,
-            schedule.SendActivation: ClappingPipelineEngine._send_activations,
-            schedule.RecvActivation: ClappingPipelineEngine._receive_activations,
-            schedule.SendGrad: ClappingPipelineEngine._send_gradients,
-            schedule.RecvGrad: ClappingPipelineEngine._receive_gradients,
-            schedule.ForwardPass: ClappingPipelineEngine._forward_pass,
-            schedule.BackwardPass: ClappingPipelineEngine._backward_pass,
-            schedule.ReduceTiedGrads: ClappingPipelineEngine._reduce_tied_grads,
-            schedule.ReduceGrads: ClappingPipelineEngine._reduce_grads,
-        }
         ranks = get_group_ranks(self.grid.get_pipe_parallel_group())
         replica = self.grid.get_data_parallel_id()
         self._endpoints = Endpoints(
@@ -118,12 +112,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
         weights = (weight.dtype for weight in self.module.parameters() if weight.is_floating_point())
         return next(weights, torch.float32)
 
-    def _train_schedule(self) -> schedule.PipeSchedule:
-        """The order of a training step, for `PipelineEngine.train_batch`."""
-        if not self.clapping.enabled or self._needs_stock_order():
-            return super()._train_schedule()
-        return InFlightSchedule(self.micro_batches, self.num_stages, self.stage_id, self._endpoint.in_flight)
-
     def _needs_stock_order(self) -> bool:
         """Sends that block need it; and on NCCL messages whose shapes are told each time, as these cannot be
         announced ahead: neighbours that send to each other, and wait for their GPUs, would wait for ever."""
@@ -138,30 +126,70 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     # Steps
 
-    def train_batch(self, data_iter: Iterator[Any] | Sequence[Any] | None = None) -> torch.Tensor:
-        """As `PipelineEngine.train_batch`. Draws from `data_iter` only for fresh slots. Each step may
-        have a list, or an iterator, of its own: what it does not draw (`clapping_num_fresh`) is not used
-        later.
+    def set_dataiterator(self, iterator: Iterator[Any] | Sequence[Any] | None) -> None:
+        """As `PipelineEngine.set_dataiterator`, for `train_batch(data_iter)`, which draws from it only for
+        fresh slots. Each step may have a list, or an iterator, of its own: what it does not draw
+        (`clapping_num_fresh`) is not used later."""
+        self._has_own_data = isinstance(iterator, Sequence)
+        super().set_dataiterator(to_iterator(iterator))
 
-        Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends.
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        """What `train_batch` and `eval_batch` call, each for its own kind of schedule.
+
+        Raises StopIteration on every rank, before anything is computed, if one rank's iterator ends in a
+        training step.
         """
-        has_own_data = isinstance(data_iter, Sequence)
-        data_iter = to_iterator(data_iter)
         if not self.clapping.enabled:
-            return super().train_batch(data_iter)
-        if data_iter is not None:
-            self.set_dataiterator(data_iter)
-        loads_data = self.is_first_stage() or self.is_last_stage()
-        reports = bool(self.steps_per_print()) and (self.global_steps + 1) % self.steps_per_print() == 0
+            return super()._exec_schedule(pipe_schedule)
+        trains = isinstance(pipe_schedule, schedule.TrainSchedule) or self.module.training
+        if isinstance(pipe_schedule, schedule.InferenceSchedule) or not trains:
+            with self._doing(self._EVALUATION):
+                return super()._exec_schedule(pipe_schedule)
+        _check_step(pipe_schedule, self._INSTRUCTION_MAP)
+        interval = self.steps_per_print()
+        reports = bool(interval) and (self.global_steps + 1) % interval == 0
+        self._begin_step(reports)
+        if not self._needs_stock_order():
+            sizes = self.micro_batches, self.num_stages, self.stage_id
+            pipe_schedule = InFlightSchedule(*sizes, self._endpoint.in_flight)
+        self._is_training_step = True
+        try:
+            with self._doing(self._TRAINING):
+                super()._exec_schedule(pipe_schedule)
+        finally:
+            self._is_training_step = False
+        self._end_step(reports)
+
+    @contextmanager
+    def _doing(self, instructions: Mapping[type, Any]) -> Iterator[None]:
+        """Within: these, in place of those that the engine's map has for the same."""
+        held = self.__dict__.pop("_INSTRUCTION_MAP", None)  # of the engine alone; else its class has one
+        self._theirs = held or self._INSTRUCTION_MAP
+        self._INSTRUCTION_MAP = {**self._theirs, **instructions}
+        try:
+            yield
+        finally:
+            self.__dict__.pop("_INSTRUCTION_MAP")
+            if held is not None:
+                self._INSTRUCTION_MAP = held
+
+    def _begin_step(self, reports: bool) -> None:
         loss_scale = self._loss_scale()
         self._endpoints.rescale_gradients(loss_scale)
         if self._gradients is not None:
             self._gradients.averaging.begin_step(loss_scale, reports)
-        next_batch = super()._next_batch if loads_data else None
-        self._endpoints.begin_step(self.micro_batches, [next_batch], reports, has_own_data=has_own_data)
+        next_batch = super()._next_batch if self.is_first_stage() or self.is_last_stage() else None
+        try:
+            self._endpoints.begin_step(
+                self.micro_batches, [next_batch], reports, has_own_data=self._has_own_data
+            )
+        except StopIteration:
+            self.timers(TRAIN_BATCH_TIMER).reset()  # or it could not be started when the step is tried again
+            raise
         self._endpoint.leads = self._find_leads()
         self._look_ahead()
-        loss = super().train_batch()
+
+    def _end_step(self, reports: bool) -> None:
         self._endpoints.end_step()
         if self._gradients is not None:
             self._gradients.end_step()
@@ -171,7 +199,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
         decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
         if decided is not None and self.global_rank == 0:
             report.say(decided)
-        return loss
 
     def _loss_scale(self) -> float:
         """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
@@ -181,9 +208,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         return float(self.optimizer.scale_if_loss(loss))
 
     def _next_batch(self) -> Any:
-        if not (self.clapping.enabled and self.module.training):
-            return super()._next_batch()
-        return self._endpoint.sampler.next()
+        return self._endpoint.sampler.next() if self._is_training_step else super()._next_batch()
 
     @property
     def clapping_num_fresh(self) -> int:
@@ -214,11 +239,13 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     # Instructions
 
+    def _send_whole(self, buffer_id: int) -> None:
+        """In evaluation. No backend of torch.distributed takes a tensor with gaps."""
+        outputs = self.pipe_buffers["outputs"]
+        outputs[buffer_id] = make_contiguous(outputs[buffer_id])
+        self._theirs[schedule.SendActivation](self, buffer_id)
+
     def _send_activations(self, buffer_id: int) -> None:
-        if not self.module.training:
-            outputs = self.pipe_buffers["outputs"]
-            outputs[buffer_id] = make_contiguous(outputs[buffer_id])
-            return super()._exec_send_activations(buffer_id)
         with self._timed(PIPE_SEND_OUTPUT_TIMER):
             outputs = self.pipe_buffers["outputs"][buffer_id]
             if self.has_attention_mask or self.has_bool_tensors:
@@ -233,8 +260,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
             self._endpoint.wait_for_sends()
 
     def _receive_activations(self, buffer_id: int) -> None:
-        if not self.module.training:
-            return super()._exec_recv_activations(buffer_id)
         with self._timed(PIPE_RECV_INPUT_TIMER):
             specs = self._shapes.hear()
             looks_ahead = not self._shapes.are_told_each_time()
@@ -263,32 +288,29 @@ class ClappingPipelineEngine(CheckpointingEngine):
             self.grad_layer = tuple(gradient for _, gradient in pairs)
 
     def _forward_pass(self, buffer_id: int) -> None:
-        if not self.module.training:
-            return super()._exec_forward_pass(buffer_id)
         with self._tuning.watching(self.module.parameters()):
-            super()._exec_forward_pass(buffer_id)
+            self._theirs[schedule.ForwardPass](self, buffer_id)
 
     def _backward_pass(self, buffer_id: int) -> None:
         if not (self.is_last_stage() or self.grad_layer):
             return  # frozen layers after frozen layers: nothing wants a gradient
         with self._tuning.watching():
-            super()._exec_backward_pass(buffer_id)
+            self._theirs[schedule.BackwardPass](self, buffer_id)
 
     def _reduce_tied_grads(self) -> None:
         """The first of what follows a step's messages, and may wait for the device."""
-        if self.module.training:
-            self._endpoint.wait_for_arrivals()
-        super()._exec_reduce_tied_grads()
+        self._endpoint.wait_for_arrivals()
+        self._theirs[schedule.ReduceTiedGrads](self)
 
     def _reduce_grads(self) -> None:
         if self._gradients is None:
-            return super()._exec_reduce_grads()
+            return self._theirs[schedule.ReduceGrads](self)
         if not self._gradients.averaging.compresses:
             with self._gradients.averaging.timing():
-                return super()._exec_reduce_grads()
+                return self._theirs[schedule.ReduceGrads](self)
         self._gradients.average_()
         with self._gradients.exchanged():
-            super()._exec_reduce_grads()
+            self._theirs[schedule.ReduceGrads](self)
 
     def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
         if not (self.clapping.enabled and self._gradients is not None and self._gradients.is_averaged):
@@ -317,6 +339,18 @@ class ClappingPipelineEngine(CheckpointingEngine):
             if specs and end in self._endpoint.channels:
                 self._endpoint.look_ahead(end, specs)
 
+    _TRAINING: ClassVar[Mapping[type, Any]] = {
+        schedule.SendActivation: _send_activations,
+        schedule.RecvActivation: _receive_activations,
+        schedule.SendGrad: _send_gradients,
+        schedule.RecvGrad: _receive_gradients,
+        schedule.ForwardPass: _forward_pass,
+        schedule.BackwardPass: _backward_pass,
+        schedule.ReduceTiedGrads: _reduce_tied_grads,
+        schedule.ReduceGrads: _reduce_grads,
+    }
+    _EVALUATION: ClassVar[Mapping[type, Any]] = {schedule.SendActivation: _send_whole}
+
     @contextmanager
     def _timed(self, timer: str) -> Iterator[None]:
         if not self.wall_clock_breakdown():
@@ -325,6 +359,40 @@ class ClappingPipelineEngine(CheckpointingEngine):
         self.timers(timer).start()
         yield
         self.timers(timer).stop()
+
+
+MESSAGES = (schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad)
+STOCK = dict(PipelineEngine._INSTRUCTION_MAP)
+"""As it was when this module was imported."""
+
+
+def _check_step(pipe_schedule: schedule.PipeSchedule, instructions: Mapping[type, Any]) -> None:
+    """Raises ValueError where an engine of somebody's own sends what channels cannot."""
+    if type(pipe_schedule) is not schedule.TrainSchedule:
+        raise ValueError(
+            f"a training step with the schedule {type(pipe_schedule).__name__}; accepted: TrainSchedule, "
+            f'which sends one message for each micro-batch, or "{BLOCK_NAME}": {{"enabled": false}}'
+        )
+    for kind in MESSAGES:
+        if instructions[kind] is not STOCK[kind]:
+            raise ValueError(
+                f"an engine whose {kind.__name__} is {instructions[kind].__qualname__}; accepted: that of "
+                f'DeepSpeed, in whose place channels are, or "{BLOCK_NAME}": {{"enabled": false}}'
+            )
+
+
+def agree(
+    read: Callable[[], Mapping[str, Any]], ds_config: Any, num_stages: int, device: torch.device
+) -> tuple[ClappingConfig, Control]:
+    """`agree_on_config` for an engine. read: returns what has the block. A collective of all ranks."""
+    facts = {
+        "number of stages": num_stages,
+        "gradient_accumulation_steps": ds_config.gradient_accumulation_steps,
+        "train_micro_batch_size_per_gpu": ds_config.train_micro_batch_size_per_gpu,
+    }
+    config, control = agree_on_config(read, facts, device)
+    refuse_without_links(config, f"PipelineModule(num_stages={num_stages})", num_stages)
+    return config, control
 
 
 def _find_device() -> torch.device:

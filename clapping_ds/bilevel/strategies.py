@@ -39,11 +39,12 @@ def _dsgd(s: torch.Tensor, held: Held) -> Run:
 
 
 def _extra(s: torch.Tensor, held: Held) -> Run:
-    mixed = (yield {"s": 2 * s - held["s"] if held else s})["s"]
+    """By the sum of what mixing changed, which grows by less and less. W(2 s - s') - (e - e') is the same,
+    but rounds s in each step, and these errors add up."""
+    mixed = (yield {"s": s})["s"]
     e = yield None
-    change = e - held["e"] if held else e
-    held.update(s=s, e=e)
-    return mixed - change
+    held["d"] = held["d"] + (s - mixed) if held else torch.zeros_like(s)
+    return mixed - e - held["d"]
 
 
 def _ed(s: torch.Tensor, held: Held) -> Run:

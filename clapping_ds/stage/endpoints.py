@@ -115,14 +115,15 @@ class Endpoints:
     def begin_step(
         self,
         num_slots: int,
-        next_batches: Sequence[NextBatch | None],
+        next_batches: Sequence[NextBatch | None] | None,
         measures_error: bool = False,
         needs_one_shape: bool = False,
         has_own_data: bool = False,
     ) -> None:
         """Tosses the coin and draws the new batches. A collective of all ranks when a slot is fresh.
 
-        next_batches      for each stage, returns its data iterator's next batch; None: it reads no data
+        next_batches      for each stage, returns its data iterator's next batch; None: it reads no data.
+                          None: the host has all data, on every rank, and this is no collective
         measures_error    whether the relative error of this step's messages is measured
         needs_one_shape   whether batches of more than one shape are refused
         has_own_data      whether the batches are of this step alone, as a list of them is
@@ -132,10 +133,10 @@ class Endpoints:
         """
         fresh = self._toss(num_slots)
         num_kept = [stage.sampler.num_waiting for stage in self.stages]
-        draws = list(zip(self.stages, next_batches, strict=True))
+        draws = list(zip(self.stages, next_batches or [None] * len(self.stages), strict=True))
         found = [stage.draw(sum(fresh), next_batch) for stage, next_batch in draws]
         has_data = all(found)
-        if any(fresh):
+        if any(fresh) and next_batches is not None:
             is_one_shape = all(len(stage.sampler.list_shapes()) <= 1 for stage in self.stages)
             has_data, is_one_shape = self.control.agree([has_data, is_one_shape])
             self.shapes_differ = not is_one_shape

@@ -10,19 +10,28 @@ schedules: GPipe, 1F1B, looped BFS, interleaved 1F1B, zero-bubble (interleaved a
     +    pipeline.step(micro_batches, losses=losses)
 
 `schedule.eval`, and `schedule.step` called directly, are torch's own: raw, and no memory changes.
+
+Where another's code makes the stages and calls `schedule.step` with a whole batch, one line does it, with
+strategies that replay no samples:
+
+    +pipeline = ClappingPipeline.attach({"clapping": {"strategy": "direct"}}, schedule)
+     ...
+     schedule.step(tokens, target=labels, losses=losses)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from clapping_ds.config import ClappingConfig
+from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.gradients.averaging import KEY
 from clapping_ds.hosts.torch.gradients import ReplicaGradients, check
-from clapping_ds.hosts.torch.stage import ClappingStage
+from clapping_ds.hosts.torch.stage import ClappingStage, with_channels
 from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
@@ -78,6 +87,55 @@ class ClappingPipeline:
         self.gradients = self._compress_gradients()
         """Of the stages, where replicas compress them."""
 
+    @classmethod
+    def attach(cls, config: Mapping[str, Any], schedule: Any) -> Self:
+        """A pipeline of a schedule that was made of torch's own `PipelineStage`s, or of a subclass: from now
+        on the messages of `schedule.step`, with whatever arguments, go through channels. `schedule.eval` is
+        torch's own. Without an enabled block nothing changes.
+
+        A collective of all ranks. Raises ValueError on every rank as making a `ClappingPipeline` does, and
+        for a strategy that replays samples, which needs `ClappingPipeline.step`.
+        """
+        stages = getattr(schedule, "_stages", None) or [schedule._stage]
+        own = [type(stage) for stage in stages]
+        for stage in stages:
+            if isinstance(stage, PipelineStage):
+                stage.__class__ = with_channels(type(stage))
+        is_attached = False
+        try:
+            pipeline = cls(config, schedule)
+            pipeline._check_attached()
+            is_attached = pipeline.config.enabled
+        finally:
+            for stage, its_own in zip(stages, own, strict=True) if not is_attached else ():
+                stage.__class__ = its_own
+        if is_attached:
+            schedule.step = partial(pipeline._step_attached, schedule.step)
+        return pipeline
+
+    def _check_attached(self) -> None:
+        if self.config.enabled and self.config.strategy != "direct":
+            raise ValueError(
+                f"{BLOCK_NAME}.strategy = {self.config.strategy!r} with ClappingPipeline.attach, where each "
+                "step has a batch of its own and none is replayed; accepted: 'direct', or "
+                "ClappingPipeline.step in place of schedule.step"
+            )
+        if "step" in vars(self.schedule):
+            raise ValueError("ClappingPipeline.attach to a schedule that is attached; accepted: once")
+
+    def _step_attached(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """step: the schedule's own, which its `eval` calls as well."""
+        if not self.schedule._has_backward:
+            return step(*args, **kwargs)
+        self.endpoints.begin_step(self.num_slots, None)
+        self._begin_stages()
+        try:
+            outputs = step(*args, **kwargs)
+        finally:
+            self._end_stages()
+        self.endpoints.end_step()
+        return outputs
+
     def _compress_gradients(self) -> list[ReplicaGradients]:
         if not self.config.enabled or self.config.data_parallel is None:
             return []
@@ -113,10 +171,19 @@ class ClappingPipeline:
                 *(inputs if is_first else ()), target=target if is_last else None, **options, **kwargs
             )
         finally:
-            for stage in self.stages:
-                stage.endpoint = None
+            self._end_stages()
         self.endpoints.end_step()
         return outputs
+
+    def _begin_stages(self) -> None:
+        endpoints = {endpoint.stage_id: endpoint for endpoint in self.endpoints.stages}
+        for stage in self.stages:
+            orders = {end: order for (index, end), order in self.orders.items() if index == stage.stage_index}
+            stage.begin_step(endpoints[stage.stage_index], orders)
+
+    def _end_stages(self) -> None:
+        for stage in self.stages:
+            stage.endpoint = None
 
     def _begin_step(self, data_iter: Iterator[Any] | None, has_own_data: bool) -> None:
         next_batch = None if data_iter is None else lambda: tuple(next(data_iter))
@@ -137,10 +204,7 @@ class ClappingPipeline:
         self.endpoints.begin_step(
             self.num_slots, [next_batch, *of_others], needs_one_shape=True, has_own_data=has_own_data
         )
-        endpoints = {endpoint.stage_id: endpoint for endpoint in self.endpoints.stages}
-        for stage in self.stages:
-            orders = {end: order for (index, end), order in self.orders.items() if index == stage.stage_index}
-            stage.begin_step(endpoints[stage.stage_index], orders)
+        self._begin_stages()
 
     def _batch(self) -> MicroBatch:
         """The step's micro-batches as one batch, which the schedule splits again."""

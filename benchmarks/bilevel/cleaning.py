@@ -35,7 +35,7 @@ NUM_STEPS, X_STEP = 300, 500.0
 LOWER_STEPS = 1.0, 0.5, 0.25
 """Of y and z. At the first, strategies that mix before the direction is added are at the edge of what is
 stable; each is to be judged by its best."""
-STRIDE = 20
+STRIDE = 25
 """Steps between two points of a plot."""
 Point = tuple[int, float, float]
 """Steps, MB sent per site, test loss."""
@@ -152,6 +152,7 @@ def measure(case: Case, seed: int) -> tuple[dict[str, Any], list[Point]]:
         **asdict(case), "seed": seed,
         "upper loss": mean(float(each.upper(xs[0], y)) for y in ys for each in losses),
         "test loss": mean(loss for loss, _ in tests),
+        "halfway": next(loss for step, _, loss in path if step >= NUM_STEPS / 2),
         "test error": mean(error for _, error in tests),
         "AUC": mean(float(roc_auc_score(digits.is_wrong.flatten(), -x)) for x in xs),
         "spread of y": float((ys - ys.mean(0)).norm() / ys.norm()),
@@ -167,7 +168,7 @@ def mb_sent(gossip: LocalGossip) -> float:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By case: the mean over seeds, and the spread of the upper loss."""
-    measured = ("upper loss", "test loss", "test error", "AUC", "spread of y", "MB sent per site")
+    measured = ("upper loss", "test loss", "halfway", "test error", "AUC", "spread of y", "MB sent per site")
     found = []
     for case in dict.fromkeys(tuple(row[key] for key in asdict(CASES[0])) for row in rows):
         mine = [row for row in rows if tuple(row[key] for key in asdict(CASES[0])) == case]

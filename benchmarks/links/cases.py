@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.links.timeline import Link, Stage, Step, slot_bytes
 from clapping_ds import ClappingConfig
 from clapping_ds.autotune.depth import count_warmup
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import Plan
+from clapping_ds.plan.timeline import Link, Stage, Step, slot_bytes
 
 SEQUENCE_LENGTH, VOCABULARY = 2048, 51200
 MICRO_BATCHES_PER_STAGE = 4

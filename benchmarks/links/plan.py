@@ -1,4 +1,4 @@
-"""Where compression would pay on larger pipelines, by the model of `benchmarks.links.timeline`.
+"""Where compression would pay on larger pipelines, by the model of `clapping_ds.plan.timeline`.
 
 Nothing here is measured, and only time is considered, not what a codec does to the loss. What is assumed
 is listed in `benchmarks.links.cases`; `benchmarks.links.simulate` checks the model and runs this. Differences
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import new_figure, read_csv, save_figure, write_csv, write_results
-from benchmarks.links.bounds import automatic_depth, bound_s
 from benchmarks.links.cases import (
     GPU_MEMORY_BYTES,
     LINKS,
@@ -28,8 +27,9 @@ from benchmarks.links.cases import (
     Case,
     Model,
 )
-from benchmarks.links.timeline import Step, Timeline, simulate
 from clapping_ds.autotune.depth import count_warmup
+from clapping_ds.plan.bounds import automatic_depth, bound_s
+from clapping_ds.plan.timeline import Step, Timeline, simulate
 from clapping_ds.report import format_table
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256)

@@ -15,7 +15,7 @@
     key_bytes, delta_bytes         of a fresh slot's message and of a reused slot's
     fresh_share                    of slots, which are fresh as with `refresh` "cycle"
     step_s                         measured
-    buffer_bytes                   may be missing: of the link, see `benchmarks.links.timeline.Link`
+    buffer_bytes                   may be missing: of the link, see `clapping_ds.plan.timeline.Link`
 
 The model's step time for each row goes to `results/simulate_check.csv`; the exit status is 1 where it is
 more than 10 % off. Planning is in `benchmarks.links.plan`.
@@ -29,8 +29,8 @@ from typing import Any, cast
 
 from benchmarks.files import RESULTS, read_csv, write_csv
 from benchmarks.links import plan
-from benchmarks.links.bounds import bound_s
-from benchmarks.links.timeline import Link, Order, Stage, Step, simulate
+from clapping_ds.plan.bounds import bound_s
+from clapping_ds.plan.timeline import Link, Order, Stage, Step, simulate
 from clapping_ds.report import format_table
 from clapping_ds.stage.sampling import Coin
 

@@ -12,7 +12,7 @@ from clapping_ds import bilevel
 from clapping_ds.bilevel import Directions, Losses, Plan, RankGossip, Sparkle
 from clapping_ds.codecs import Eden, Raw
 
-NUM_SAMPLES, WIDTH, NUM_CLASSES = 1024, 256, 10
+NUM_SAMPLES, WIDTH, NUM_CLASSES = 8192, 256, 10
 
 
 class Timed:
@@ -21,6 +21,10 @@ class Timed:
     def __init__(self) -> None:
         self.differences = bilevel.CentralDifference()
         self.find_s = 0.0
+
+    def __repr__(self) -> str:
+        """By which ranks compare what they were given."""
+        return f"Timed({self.differences})"
 
     def start(self, y: torch.Tensor) -> torch.Tensor:
         return self.differences.start(y)

@@ -3,7 +3,7 @@
     python -m benchmarks.training.time_to_loss
 
 Losses are those of `time_to_loss_curves.csv` (`benchmarks.training.curves`), step times those of the model
-of a pipeline (`benchmarks.links.timeline`, which `benchmarks.links.simulate` checks against measured steps):
+of a pipeline (`clapping_ds.plan.timeline`, which `benchmarks.links.simulate` checks against measured steps):
 all stages compute alike, a backward pass takes twice a forward pass, every link is as fast, no latency. rho
 is the time that a micro-batch's bf16 activations take on a link, divided by the time that a stage computes
 on a micro-batch, which is the unit of all times here. A message's bits are those of 4,096 x 4,096 values,
@@ -29,8 +29,6 @@ import torch
 
 from benchmarks.codecs.peers import tah_quant
 from benchmarks.files import RESULTS, new_figure, save_figure, write_csv
-from benchmarks.links.bounds import automatic_depth
-from benchmarks.links.timeline import Link, Stage, Step, simulate, slot_bytes
 from benchmarks.training.curves import (
     TAH_QUANT,
     TASKS,
@@ -41,6 +39,8 @@ from benchmarks.training.curves import (
 )
 from clapping_ds.codecs import AnyCodec, CodecSequence, Transform, bits_per_value
 from clapping_ds.config import ClappingConfig
+from clapping_ds.plan.bounds import automatic_depth
+from clapping_ds.plan.timeline import Link, Stage, Step, simulate, slot_bytes
 from clapping_ds.report import format_table
 
 STOCK, OVERLAPPED = "uncompressed, stock", "uncompressed, overlapped"

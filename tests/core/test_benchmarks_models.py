@@ -52,8 +52,8 @@ def test_cleaning_finds_wrong_labels(monkeypatch):
     assert rows[0]["AUC"] > 0.9 and rows[1]["AUC"] == 0.5
     assert rows[0]["upper loss"] < rows[1]["upper loss"]
     assert len(cleaning.summarize(rows)) == 2
-    assert [step for step, *_ in paths[0]] == [20, 40, 60]
-    assert paths[0][-1][2] == rows[0]["test loss"] < paths[0][0][2]
+    assert [step for step, *_ in paths[0]] == [25, 50]
+    assert rows[0]["test loss"] < paths[0][-1][2] == rows[0]["halfway"] < paths[0][0][2]
     cleaning.plot(dict(zip(cases, paths, strict=True)))
 
 

@@ -7,9 +7,9 @@ from deepspeed.runtime.pipe import schedule as stock_schedule
 
 from benchmarks.files import read_csv, write_csv
 from benchmarks.links import cases, plan, simulate
-from benchmarks.links.bounds import automatic_depth, bound_s
-from benchmarks.links.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
-from benchmarks.links.timeline import simulate as simulated
+from clapping_ds.plan.bounds import automatic_depth, bound_s
+from clapping_ds.plan.timeline import Link, Stage, Step, our_operations, run, slot_bytes, stock_operations
+from clapping_ds.plan.timeline import simulate as simulated
 
 F, B = 1.0, 2.5
 INSTRUCTIONS = {

@@ -2,8 +2,8 @@
 
 from itertools import accumulate, pairwise
 
-from benchmarks.links.timeline import Link, Stage, Step, work_s
 from clapping_ds.autotune.depth import find_hiding_depth
+from clapping_ds.plan.timeline import Link, Stage, Step, work_s
 
 TOLERANCE = 0.05
 """As `clapping_ds.autotune.decision` has it."""

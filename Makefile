@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 LAUNCH = $(BIN)/deepspeed --num_accelerators $(STAGES) --module
 OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
-.PHONY: train compare train-megatron test lint clean
+.PHONY: train compare train-megatron test lint docs clean
 
 # A pretrained LLM, fine-tuned over a pipeline: stock DeepSpeed's links, then compressed ones.
 train: $(VENV)/installed
@@ -41,6 +41,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site, in site/. Warnings are errors: links, anchors, and names of the reference are checked. It needs
+# nothing of what the package needs.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)-docs/installed
+	$(VENV)-docs/bin/mkdocs build
+
+$(VENV)-docs/installed: docs/requirements.txt
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet -r $<
+	touch $@
+
 # torch first and alone, so that nothing that depends on it can choose another build.
 $(VENV)/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,4 +62,4 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

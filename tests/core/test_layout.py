@@ -13,7 +13,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     *("version", "streams", "codecs/base", "codecs/reference", "codecs/kernels", "codecs", "config", "crnet"),
-    *("link", "bilevel", "report", "gradients", "stage", "autotune", "plan", "hosts", "__init__", "run", "doctor"),
+    *(
+        "link",
+        "bilevel",
+        "report",
+        "gradients",
+        "stage",
+        "autotune",
+        "plan",
+        "hosts",
+        "__init__",
+        "run",
+        "doctor",
+    ),
 )
 """From the bottom to the top: each may import itself and those before it. A tensor goes the other way, from
 the host through stage and channel to codec and wire."""

@@ -15,6 +15,8 @@ from clapping_ds.report import format_table
 
 CLOSE = 1.05
 """Of two ways that differ by less, the one that does less to the training."""
+PRICE = 5.0
+"""Of a nat: a codec that adds 0.02 must be faster by a tenth."""
 
 
 def parse(arguments: Sequence[str]) -> Task:
@@ -40,10 +42,11 @@ def parse(arguments: Sequence[str]) -> Task:
     machines.add_argument("--tflops", type=float, help="in place of --gpu, with the next two; dense, 16 bits")
     machines.add_argument("--memory-gb", type=float)
     machines.add_argument("--gb-per-s", type=float, help="of the GPU's memory")
+    machines.add_argument("--inside-gb-per-s", type=float, help="between GPUs of a node, each way")
     machines.add_argument("--efficiency", type=float, default=0.4, help="share of that rate which is reached")
     machines.add_argument("--nodes", type=int, default=2)
     machines.add_argument("--gpus-per-node", type=int, default=1)
-    machines.add_argument("--mbit", type=float, help="speed between nodes")
+    machines.add_argument("--mbit", type=float, help="that a node sends to others, and receives")
     machines.add_argument("--ms", type=float, default=0.1, help="latency between nodes")
     machines.add_argument(
         "--links", type=Path, help='in place of --mbit and --ms: a file that "links.write" wrote'
@@ -65,11 +68,7 @@ def _read_model(options: Namespace) -> Model:
 
 
 def _read_machines(options: Namespace) -> Machines:
-    gpu = GPUS[options.gpu]
-    if options.tflops is not None:
-        if options.memory_gb is None or options.gb_per_s is None:
-            raise ValueError(f"--tflops {options.tflops} alone; accepted: with --memory-gb and --gb-per-s")
-        gpu = Gpu(options.tflops, options.memory_gb, options.gb_per_s)
+    _check_numbers(options)
     mbit, ms = options.mbit, options.ms
     if options.links is not None:
         try:
@@ -82,37 +81,55 @@ def _read_machines(options: Namespace) -> Machines:
         ms = max(choice.latency_ms for choice in choices)
     if mbit is None and options.nodes > 1:
         raise ValueError("no speed between nodes; accepted: --mbit (and --ms), or --links")
-    for name, value in (
-        ("batch", options.batch),
-        ("nodes", options.nodes),
-        ("gpus-per-node", options.gpus_per_node),
-        ("efficiency", options.efficiency),
-        ("length", options.length),
-        ("mbit", 1.0 if mbit is None else mbit),
+    gpu = GPUS[options.gpu]
+    if options.tflops is not None:
+        gpu = Gpu(options.tflops, options.memory_gb, options.gb_per_s)
+    if options.inside_gb_per_s is not None:
+        gpu = gpu._replace(inside_gb_per_s=options.inside_gb_per_s)
+    bytes_per_s = (mbit or 1.0) * 1e6 / 8
+    return Machines(gpu, options.nodes, options.gpus_per_node, bytes_per_s, ms / 1e3, options.efficiency)
+
+
+def _check_numbers(options: Namespace) -> None:
+    own = options.tflops, options.memory_gb, options.gb_per_s
+    if None in own and any(number is not None for number in own):
+        raise ValueError(
+            f"--tflops, --memory-gb, --gb-per-s = {own[0]}, {own[1]}, {own[2]}; accepted: all three, or none"
+        )
+    if options.ms < 0:
+        raise ValueError(f"--ms {options.ms}; accepted: 0 or more")
+    for name in (
+        *("batch", "nodes", "gpus_per_node", "efficiency", "length", "mbit"),
+        *("tflops", "memory_gb", "gb_per_s", "inside_gb_per_s"),
     ):
-        if not value > 0:
-            raise ValueError(f"--{name} {value}; accepted: above 0")
-    return Machines(
-        gpu, options.nodes, options.gpus_per_node, (mbit or 1.0) * 1e6 / 8, ms / 1e3,
-        efficiency=options.efficiency,
-    )  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}; accepted: above 0")
 
 
 def choose(ways: Sequence[Estimate], memory_bytes: float) -> Estimate | None:
-    """The fastest that fits; of those that are close to it, the one that does least to the training: no part
-    of this package, then the least added loss."""
+    """Of those that fit the fastest, where added loss has its price; of those that are close to it, the one
+    that does least to the training: no part of this package, then the least added loss."""
+
+    def cost(way: Estimate) -> float:
+        return way.step_s * (1 + PRICE * way.added_loss)
+
     fitting = [way for way in ways if way.trains_as_asked and way.memory_bytes <= memory_bytes]
     if not fitting:
         return None
-    fastest = min(way.step_s for way in fitting)
-    close = [way for way in fitting if way.step_s <= CLOSE * fastest]
-    return min(close, key=lambda way: (way.block is not None, way.added_loss, way.wire_bytes))
+    least = min(map(cost, fitting))
+    close = [way for way in fitting if cost(way) <= CLOSE * least]
+    return min(close, key=lambda way: (way.block is not None, way.added_loss, cost(way)))
 
 
 def describe(task: Task) -> str:
     """The table, and what to use."""
     ways, machines = list(list_ways(task)), task.machines
     memory_bytes = machines.gpu.memory_gb * 1e9
+    best = choose(ways, memory_bytes)
+    divided = [number for number in range(1, machines.num_nodes + 1) if machines.num_nodes % number == 0]
+    shown = {number * machines.gpus_per_node for number in divided}
+    """Stages of pipelines that use all nodes; of the others only the best is shown."""
     tokens = task.batch * task.model.length
     rows = [
         {
@@ -125,6 +142,7 @@ def describe(task: Task) -> str:
             "nats": f"{way.added_loss:.3f}" if way.num_links else "-",
         }
         for way in ways
+        if not way.shape or way.num_stages in shown or (best is not None and way.shape == best.shape)
     ]
     model = task.model
     head = (
@@ -132,23 +150,23 @@ def describe(task: Task) -> str:
         f"{model.width}; steps of {task.batch} sequences of {model.length} tokens; {machines.num_nodes} x "
         f"{machines.gpus_per_node} GPUs of {machines.gpu.memory_gb:g} GB; modelled, nothing is measured"
     )
-    return f"{head}\n\n{format_table(rows)}\n\n{advise(task, ways)}"
+    return f"{head}\n\n{format_table(rows)}\n\n{advise(best)}"
 
 
-def advise(task: Task, ways: Sequence[Estimate]) -> str:
-    best = choose(ways, task.machines.gpu.memory_gb * 1e9)
+def advise(best: Estimate | None) -> str:
+    """What to use."""
     if best is None:
-        return "Nothing fits: more nodes, GPUs with more memory, or --train lora or qlora."
+        return "Nothing fits. More nodes, up to one stage per layer; more memory; --train lora or qlora."
     if best.block is None:
         on_one = "It fits on one node: use" if best.way.startswith("one ") else "Use"
         return f"{on_one} {best.way}. This package has no part in it."
-    told = f"Use {best.way}, with this in DeepSpeed's JSON:\n\n" + json.dumps(
-        {"clapping": best.block}, indent=2
-    )
+    where = "in DeepSpeed's JSON" + ("" if best.shape else ", with a PipelineModule of one stage")
+    told = f"Use {best.way}, with this {where}:\n\n" + json.dumps({"clapping": best.block}, indent=2)
     if best.added_loss:
         told += (
-            "\n\nnats: what the codec added to the loss of SmolLM2-135M over as many links, with nothing "
-            "trained; training adapts to most of it. Measure it on your model before a long run."
+            "\n\nnats: what the codec added to the loss of SmolLM2-135M over as many links (beyond 7 in "
+            "proportion), for activations\nalone and with nothing trained; training adapts to most of it. "
+            "Measure it on your model before a long run."
         )
     return told
 

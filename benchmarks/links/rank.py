@@ -66,7 +66,7 @@ class Clock:
 
     def watch_instructions(self, engine: Any) -> None:
         """Every instruction of an engine's schedule. Maps hold functions that take the engine first."""
-        ours = engine._TRAINING if _compresses(engine) else {}
+        ours = getattr(engine, "_TRAINING", {}) if _compresses(engine) else {}  # older ones have one map
         theirs = {kind: each for kind, each in engine._INSTRUCTION_MAP.items() if kind not in ours}
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **self._watch_all(theirs)}
         engine._TRAINING = self._watch_all(ours)

@@ -110,6 +110,11 @@ class LazySampler:
         """Batches that were drawn for the step to come."""
         return len(self._drawn)
 
+    @property
+    def num_used(self) -> int:
+        """Batches that the step has taken so far."""
+        return self._next_slot
+
     def drop_drawn(self, num_kept: int = 0) -> None:
         """Forgets what was drawn for a step that will not begin. num_kept: but for so many, the first."""
         del self._drawn[num_kept:]

@@ -92,7 +92,8 @@ def own_engines():
     found = {"stock": train_own(make(None))}
     for name, block in (("none", NONE), ("int2", INT2), ("direct", DIRECT)):
         found[name] = train_own(clapping_ds.attach(make(block)))
-        found[f"{name}, decorated"] = train_own(make(block, cls=clapping_ds.attach(OwnEngine)))
+        decorated = clapping_ds.attach(type("Decorated", (OwnEngine,), {}))
+        found[f"{name}, decorated"] = train_own(make(block, cls=decorated))
         found[f"{name}, initialized"] = train_reference(block, stock=False)
     found["config"] = train_own(clapping_ds.attach(make(None), {"clapping": INT2}))
     return found
@@ -182,10 +183,50 @@ class OwnSchedule(schedule.TrainSchedule):
     pass
 
 
+def _load_past(engine, buffer_id):
+    """As an engine that keeps its data to itself."""
+    tokens, labels = next(engine.data_iterator)
+    name, value = ("inputs", tokens) if engine.is_first_stage() else ("labels", labels)
+    engine.pipe_buffers[name][buffer_id] = value
+
+
+class InlineEngine(OwnEngine):
+    """Works its schedule off itself."""
+
+    def _exec_inline(self):
+        sizes = {"stages": self.num_stages, "stage_id": self.stage_id}
+        todo = schedule.TrainSchedule(micro_batches=self.micro_batches, **sizes)
+        self._reserve_pipe_buffers(todo.num_pipe_buffers())
+        self.fwd_outputs = []
+        self.module.train()
+        self.total_loss = None
+        self._compute_loss = True
+        for commands in todo:
+            for command in commands:
+                self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+
+    train_batch = _exec_inline
+
+
+class OwnStep(OwnEngine):
+    def _end_step(self, reports):
+        pass
+
+
+class OwnSaving(OwnEngine):
+    def save_checkpoint(self, folder):
+        super().save_checkpoint(folder)
+
+
+OWN = {"inline": InlineEngine, "names": OwnStep, "saving": OwnSaving}
+
+
 def refused(what):
     number = dist.get_rank()
     block = {"strategie": "fc"} if what == "block" and number == 1 else DIRECT
-    engine = make(block)
+    engine = make(block, OWN.get(what, OwnEngine))
+    if what == "attribute" and number == 0:
+        engine._shapes = None
     if what == "no engine":
         clapping_ds.attach(engine.module)
     clapping_ds.attach(engine)
@@ -193,10 +234,16 @@ def refused(what):
         clapping_ds.attach(engine)
     if what == "schedule":
         engine.make_schedule = OwnSchedule
-    if what == "sends":
-        own = {**OwnEngine._INSTRUCTION_MAP, schedule.SendActivation: _count_forward}
-        engine._INSTRUCTION_MAP = own
+    if what == "micro-batches":
+        engine.make_schedule = lambda micro_batches, **sizes: schedule.TrainSchedule(2, **sizes)
+    if what in ("sends", "loads"):
+        kind = schedule.SendActivation if what == "sends" else schedule.LoadMicroBatch
+        own = _count_forward if what == "sends" else _load_past
+        engine._INSTRUCTION_MAP = {**OwnEngine._INSTRUCTION_MAP, kind: own}
     engine.train_batch()
+
+
+ATTACH = "attach to tests.deepspeed.test_attach."
 
 
 @pytest.mark.parametrize(
@@ -204,13 +251,79 @@ def refused(what):
     [
         ("block", "clapping.strategie = 'fc': unknown key"),
         ("no engine", "attach to deepspeed.runtime.pipe.module.PipelineModule; accepted: a DeepSpeed"),
-        ("twice", "attach to tests.deepspeed.test_attach.OwnEngine; accepted: a DeepSpeed PipelineEngine"),
+        ("twice", f"{ATTACH}OwnEngine; accepted: a DeepSpeed PipelineEngine"),
+        ("names", "attach to an engine that has a _end_step of its own; accepted: another name"),
+        ("attribute", "attach to an engine that has a _shapes of its own; accepted: another name"),
+        ("saving", "attach to an engine whose save_checkpoint takes other arguments than DeepSpeed's"),
         ("schedule", "a training step with the schedule OwnSchedule; accepted: TrainSchedule"),
+        ("micro-batches", "a training step of 2 micro-batches where the engine has 4"),
         ("sends", "an engine whose SendActivation is _count_forward; accepted: that of DeepSpeed"),
+        ("loads", "a training step that took 0 of 4 micro-batches from _next_batch"),
+        ("inline", "an optimizer step outside of a training schedule, whose messages went past the channels"),
     ],
 )
 def test_what_cannot_be_attached_is_one_error(two_ranks, what, message):
     assert_same_error(two_ranks.outcomes(refused, what), "ValueError", message)
+
+
+def repaired():
+    """A step that is refused, and the next; and an engine whose attaching fails, which goes on as stock."""
+    engine = clapping_ds.attach(make(DIRECT))
+    engine.make_schedule = OwnSchedule
+    with pytest.raises(ValueError, match="OwnSchedule"):
+        engine.train_batch()
+    del engine.make_schedule
+    after = engine.train_batch()
+    config = {"clapping": {**NONE, "data_parallel": {"node_size": 2}}}
+    failed = make(None)
+    before = dict(vars(failed))
+    with pytest.raises(ValueError, match="1 replica"):
+        clapping_ds.attach(failed, config)
+    return after, type(failed) is OwnEngine and vars(failed) == before, failed.train_batch()
+
+
+def test_after_a_refusal_all_is_as_before(two_ranks):
+    first, stock = two_ranks.run(first_losses)[0]
+    for after, is_as_before, losses in two_ranks.run(repaired):
+        assert (after, is_as_before, losses) == (first, True, stock)
+
+
+def first_losses():
+    return clapping_ds.attach(make(DIRECT)).train_batch(), make(None).train_batch()
+
+
+def late():
+    """Attached after two steps: what is counted, and the losses of the next two with nothing compressed."""
+    engine, stock = make(NONE), make(NONE)
+    for _ in range(2):
+        engine.train_batch()
+        stock.train_batch()
+    clapping_ds.attach(engine)
+    both = [(engine.train_batch(), stock.train_batch()) for _ in range(2)]
+    return engine.clapping_num_drawn, all(mine == other for mine, other in both)
+
+
+def test_attached_after_some_steps(two_ranks):
+    assert two_ranks.run(late) == [(16, True)] * 2
+
+
+def explicit():
+    class Explicit(PipelineEngine):
+        def __init__(self, *args, **kwargs):
+            super(Explicit, self).__init__(*args, **kwargs)  # noqa: UP008
+
+    Explicit = clapping_ds.attach(Explicit)
+    model = models.pipeline(2)
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "clapping": DIRECT}
+    optimizer, mpu = torch.optim.AdamW(model.parameters(), lr=3e-3), model.mpu()
+    options = {"args": None, "model": model, "optimizer": optimizer, "mpu": mpu, "config": config}
+    engine = Explicit(**options, config_class=DeepSpeedConfig(config, mpu))
+    return float(engine.train_batch(models.batches())), len(engine.clapping_report())
+
+
+def test_a_decorated_class_that_names_itself(two_ranks):
+    for loss, num_channels in two_ranks.run(explicit):
+        assert (loss > 0, num_channels) == (True, 2)
 
 
 def ended(again):

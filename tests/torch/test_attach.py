@@ -3,10 +3,12 @@
 from copy import deepcopy
 
 import pytest
+import torch
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
 
 from clapping_ds import ClappingPipeline, ClappingStage
-from tests.cluster import assert_same_error
+from tests.cluster import assert_replicas_are_equal, assert_same_error
 from tests.models import DIRECT, NONE
 from tests.torch.runs import SCHEDULES, Run
 
@@ -95,3 +97,25 @@ def refused(what):
 )
 def test_what_cannot_be_attached_is_one_error(two_ranks, what, message):
     assert_same_error(two_ranks.outcomes(refused, what), "ValueError", message)
+
+
+def replicated():
+    """Two replicas of two stages: refused with a strategy that replays, then attached."""
+    rank = torch.distributed.get_rank()
+    groups = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3], [0, 1], [2, 3])]
+    run = Run("Schedule1F1B", None, group=groups[rank % 2], seed=rank % 2)
+    (stage,) = run.stages
+    stage.submod = DistributedDataParallel(stage.submod, process_group=groups[2 + rank // 2])
+    with pytest.raises(ValueError, match="where each step has a batch of its own"):
+        ClappingPipeline.attach({"clapping": {"strategy": "fc", "data_parallel": {}}}, run.schedule)
+    pipeline = ClappingPipeline.attach({"clapping": {"data_parallel": {"min_numel": 512}}}, run.schedule)
+    with pytest.raises(ValueError, match="a schedule that is attached"):
+        ClappingPipeline.attach({"clapping": {"data_parallel": {}}}, run.schedule)
+    run.train(2)
+    return rank // 2, run.bits(), len(pipeline.report())
+
+
+def test_replicas_that_compress_their_gradients(four_ranks):
+    outcomes = four_ranks.run(replicated)
+    assert_replicas_are_equal([(stage, weights) for stage, weights, _ in outcomes])
+    assert all(num_rows > 4 for *_, num_rows in outcomes)

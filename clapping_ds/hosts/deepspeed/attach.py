@@ -6,11 +6,13 @@ The engine's class becomes a subclass of its own class, as torch's `fully_shard`
 
 from collections.abc import Mapping
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
 from clapping_ds.hosts.deepspeed.engine import ClappingPipelineEngine, agree
 
 EngineOrClass = TypeVar("EngineOrClass")
@@ -29,7 +31,8 @@ def attach(engine: EngineOrClass, config: Mapping[str, Any] | None = None) -> En
     Without an enabled block nothing changes, and one line says so.
 
     Raises ValueError, on every rank, for a block that is wrong on one, and for what is no such engine or is
-    attached already; in the first step for an engine that sends in a way of its own.
+    attached already, or has names of ours; in the first step for an engine that sends, or loads, in a way of
+    its own.
     """
     if isinstance(engine, type):
         return _attach_class(engine, config)  # type: ignore[return-value]
@@ -44,15 +47,21 @@ def _attach(engine: Any, config: Mapping[str, Any] | None) -> None:
     found, control = agree(read, ds_config, engine.num_stages, engine.device)
     if not found.enabled:
         return
+    control.check(lambda: _check_names(engine))
     engine.reset_activation_shape()
-    own = type(engine)
+    own, before = type(engine), dict(engine.__dict__)
     engine.__class__ = _subclass(own)  # type: ignore[arg-type]
     engine.clapping, engine._control = found, control
     try:
         engine._start_clapping()
-    except ValueError:
+    except BaseException:
         engine.__class__ = own
+        engine.__dict__.clear()
+        engine.__dict__.update(before)
         raise
+    engine._endpoints.num_drawn = engine.global_steps * engine.micro_batches
+    if engine._gradients is not None:
+        engine._gradients.averaging.step = engine.global_steps
 
 
 @cache
@@ -63,16 +72,18 @@ def _subclass(own: type) -> type:
 
 
 def _attach_class(own: Any, config: Mapping[str, Any] | None) -> type:
+    """In place, so that `super(TheClass, self)` in its methods stays what it was."""
     _check_class(own)
+    make_own = own.__init__
 
-    @wraps(own.__init__)
+    @wraps(make_own)
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        own.__init__(self, *args, **kwargs)
+        make_own(self, *args, **kwargs)
         if not isinstance(self, ClappingPipelineEngine):
             _attach(self, config)
 
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), {**names, "__init__": make})
+    own.__init__ = make
+    return own
 
 
 def _check_class(own: type) -> None:
@@ -81,3 +92,30 @@ def _check_class(own: type) -> None:
             f"attach to {own.__module__}.{own.__qualname__}; accepted: a DeepSpeed PipelineEngine, or one of "
             "a subclass of it, that nothing is attached to yet, and no DualPipeVEngine"
         )
+
+
+def _check_names(engine: Any) -> None:
+    """Raises ValueError where the engine's own code has a name of ours, or saves in a way of its own."""
+    classes = type(engine).__mro__[: type(engine).__mro__.index(PipelineEngine)]
+    own = {name for each in classes for name in vars(each)}
+    for name in sorted(OURS & (own | set(vars(engine)))):
+        raise ValueError(
+            f"attach to an engine that has a {name} of its own; accepted: another name, as the attached "
+            "engine has one"
+        )
+    for name in ("save_checkpoint", "load_checkpoint"):
+        stock = list(signature(getattr(PipelineEngine, name)).parameters)
+        if list(signature(getattr(type(engine), name)).parameters)[: len(stock)] != stock:
+            raise ValueError(
+                f"attach to an engine whose {name} takes other arguments than DeepSpeed's; accepted: "
+                f"{', '.join(stock[1:])}"
+            )
+
+
+OURS = {
+    name
+    for each in (ClappingPipelineEngine, CheckpointingEngine)
+    for name in (*vars(each), *each.__annotations__, "_endpoint", "_shapes")
+    if not name.startswith("__") and not hasattr(PipelineEngine, name) and name != "micro_batches"
+}
+"""Names that an attached engine gets beside those of `PipelineEngine`."""

@@ -1,6 +1,7 @@
 """How `deepspeed.initialize` comes to heed the `"clapping"` block: its engine classes are rebound, once."""
 
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -34,7 +35,8 @@ def enable() -> None:
     """
     deepspeed.PipelineEngine = ClappingPipelineEngine
     deepspeed.DualPipeVEngine = DualPipeVRefusal
-    DeepSpeedEngine._take_model_step = _take_model_step
+    if not hasattr(DeepSpeedEngine._take_model_step, "warns_if_ignored"):
+        DeepSpeedEngine._take_model_step = _warning_once(DeepSpeedEngine._take_model_step)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -43,16 +45,18 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return deepspeed.initialize(*args, **kwargs)
 
 
-_stock_step = DeepSpeedEngine._take_model_step
-_has_stepped: WeakSet[DeepSpeedEngine] = WeakSet()
+def _warning_once(take_model_step: Callable[..., Any]) -> Callable[..., Any]:
+    has_stepped: WeakSet[DeepSpeedEngine] = WeakSet()
 
+    @wraps(take_model_step)
+    def take(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        if self not in has_stepped:
+            has_stepped.add(self)
+            _warn_if_ignored(self)
+        return take_model_step(self, *args, **kwargs)
 
-@wraps(_stock_step)
-def _take_model_step(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    if self not in _has_stepped:
-        _has_stepped.add(self)
-        _warn_if_ignored(self)
-    return _stock_step(self, *args, **kwargs)
+    take.warns_if_ignored = True  # type: ignore[attr-defined]
+    return take
 
 
 def _warn_if_ignored(engine: DeepSpeedEngine) -> None:

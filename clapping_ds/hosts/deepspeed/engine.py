@@ -145,10 +145,14 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if isinstance(pipe_schedule, schedule.InferenceSchedule) or not trains:
             with self._doing(self._EVALUATION):
                 return super()._exec_schedule(pipe_schedule)
-        _check_step(pipe_schedule, self._INSTRUCTION_MAP)
         interval = self.steps_per_print()
         reports = bool(interval) and (self.global_steps + 1) % interval == 0
-        self._begin_step(reports)
+        try:
+            _check_step(pipe_schedule, self._INSTRUCTION_MAP, self.micro_batches)
+            self._begin_step(reports)
+        except (ValueError, StopIteration):
+            self.timers(TRAIN_BATCH_TIMER).started_ = False  # so that the step can be tried again
+            raise
         if not self._needs_stock_order():
             sizes = self.micro_batches, self.num_stages, self.stage_id
             pipe_schedule = InFlightSchedule(*sizes, self._endpoint.in_flight)
@@ -157,7 +161,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
             with self._doing(self._TRAINING):
                 super()._exec_schedule(pipe_schedule)
         finally:
-            self._is_training_step = False
+            self._is_training_step = self._has_own_data = False
         self._end_step(reports)
 
     @contextmanager
@@ -179,13 +183,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if self._gradients is not None:
             self._gradients.averaging.begin_step(loss_scale, reports)
         next_batch = super()._next_batch if self.is_first_stage() or self.is_last_stage() else None
-        try:
-            self._endpoints.begin_step(
-                self.micro_batches, [next_batch], reports, has_own_data=self._has_own_data
-            )
-        except StopIteration:
-            self.timers(TRAIN_BATCH_TIMER).reset()  # or it could not be started when the step is tried again
-            raise
+        self._endpoints.begin_step(self.micro_batches, [next_batch], reports, has_own_data=self._has_own_data)
         self._endpoint.leads = self._find_leads()
         self._look_ahead()
 
@@ -300,7 +298,21 @@ class ClappingPipelineEngine(CheckpointingEngine):
     def _reduce_tied_grads(self) -> None:
         """The first of what follows a step's messages, and may wait for the device."""
         self._endpoint.wait_for_arrivals()
+        num_used = self._endpoint.sampler.num_used
+        if (self.is_first_stage() or self.is_last_stage()) and num_used != self.micro_batches:
+            raise ValueError(
+                f"a training step that took {num_used} of {self.micro_batches} micro-batches from "
+                "_next_batch; accepted: an engine whose LoadMicroBatch takes them there"
+            )
         self._theirs[schedule.ReduceTiedGrads](self)
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.clapping.enabled and not self._is_training_step:
+            raise ValueError(
+                "an optimizer step outside of a training schedule, whose messages went past the channels; "
+                "accepted: a train_batch that calls _exec_schedule with a TrainSchedule"
+            )
+        return super()._take_model_step(*args, **kwargs)
 
     def _reduce_grads(self) -> None:
         if self._gradients is None:
@@ -366,18 +378,26 @@ STOCK = dict(PipelineEngine._INSTRUCTION_MAP)
 """As it was when this module was imported."""
 
 
-def _check_step(pipe_schedule: schedule.PipeSchedule, instructions: Mapping[type, Any]) -> None:
-    """Raises ValueError where an engine of somebody's own sends what channels cannot."""
+def _check_step(
+    pipe_schedule: schedule.PipeSchedule, instructions: Mapping[type, Any], num_micro_batches: int
+) -> None:
+    """Raises ValueError where an engine of somebody else's sends what channels cannot."""
     if type(pipe_schedule) is not schedule.TrainSchedule:
         raise ValueError(
             f"a training step with the schedule {type(pipe_schedule).__name__}; accepted: TrainSchedule, "
             f'which sends one message for each micro-batch, or "{BLOCK_NAME}": {{"enabled": false}}'
         )
+    if pipe_schedule.micro_batches != num_micro_batches:
+        raise ValueError(
+            f"a training step of {pipe_schedule.micro_batches} micro-batches where the engine has "
+            f"{num_micro_batches} (gradient_accumulation_steps); accepted: the same"
+        )
     for kind in MESSAGES:
         if instructions[kind] is not STOCK[kind]:
+            own = getattr(instructions[kind], "__qualname__", instructions[kind])
             raise ValueError(
-                f"an engine whose {kind.__name__} is {instructions[kind].__qualname__}; accepted: that of "
-                f'DeepSpeed, in whose place channels are, or "{BLOCK_NAME}": {{"enabled": false}}'
+                f"an engine whose {kind.__name__} is {own}; accepted: that of DeepSpeed, in whose place "
+                f'channels are, or "{BLOCK_NAME}": {{"enabled": false}}'
             )
 
 

@@ -46,11 +46,8 @@ class Gradients:
         cut: Cut | None = None
         if isinstance(optimizer, BF16_Optimizer):
             cut = [self._cut_flat(number) for number in range(len(named))].__getitem__
-            optimizer.get_grads_for_norm = self._get_grads_for_norm
-            optimizer.update_lp_params = self._update_lp_params
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             cut = [self._cut_zero(number) for number in range(len(named))].__getitem__
-            optimizer.step = self._step_zero
         self.averaging = Averaging(
             engine.clapping,
             engine._control,
@@ -61,6 +58,11 @@ class Gradients:
             name=f"replicas {engine.stage_id}",
         )
         self.is_averaged = False
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.get_grads_for_norm = self._get_grads_for_norm
+            optimizer.update_lp_params = self._update_lp_params
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.step = self._step_zero
 
     def average_(self) -> None:
         """Replaces this step's gradients by their mean over replicas; where the optimizer is split, this

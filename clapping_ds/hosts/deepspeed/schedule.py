@@ -1,4 +1,4 @@
-"""The order of `clapping_ds.autotune.depth` as a DeepSpeed `PipeSchedule`."""
+"""The order of `clapping_ds.autotune.depth` as a DeepSpeed `TrainSchedule`."""
 
 from collections.abc import Iterator
 
@@ -8,19 +8,19 @@ from deepspeed.runtime.pipe.schedule import (
     LoadMicroBatch,
     OptimizerStep,
     PipeInstruction,
-    PipeSchedule,
     RecvActivation,
     RecvGrad,
     ReduceGrads,
     ReduceTiedGrads,
     SendActivation,
     SendGrad,
+    TrainSchedule,
 )
 
 from clapping_ds.autotune.depth import count_warmup, order_work
 
 
-class InFlightSchedule(PipeSchedule):
+class InFlightSchedule(TrainSchedule):
     """in_flight: micro-batches that every link holds beyond stock 1F1B."""
 
     def __init__(self, micro_batches: int, stages: int, stage_id: int, in_flight: int) -> None:

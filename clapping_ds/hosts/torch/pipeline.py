@@ -64,6 +64,9 @@ class ClappingPipeline:
     """
 
     def __init__(self, config: Mapping[str, Any], schedule: Any) -> None:
+        self._start(config, schedule, attaches=False)
+
+    def _start(self, config: Mapping[str, Any], schedule: Any, attaches: bool) -> None:
         # Configuration
         self.schedule = schedule
         self.stages: Sequence[ClappingStage] = getattr(schedule, "_stages", None) or [schedule._stage]
@@ -72,6 +75,8 @@ class ClappingPipeline:
         facts = _list_facts(schedule, first)
         self.config, self.control = agree_on_config(lambda: config, facts, first.device)
         _check(self.config, schedule, self.stages)
+        if attaches:
+            _check_attached(self.config)
         self.orders = _order_messages(schedule, first.num_stages, self.num_slots)
         # State
         self.endpoints = Endpoints(
@@ -96,15 +101,17 @@ class ClappingPipeline:
         A collective of all ranks. Raises ValueError on every rank as making a `ClappingPipeline` does, and
         for a strategy that replays samples, which needs `ClappingPipeline.step`.
         """
+        if "step" in vars(schedule):
+            raise ValueError("ClappingPipeline.attach to a schedule that is attached; accepted: once")
         stages = getattr(schedule, "_stages", None) or [schedule._stage]
         own = [type(stage) for stage in stages]
         for stage in stages:
             if isinstance(stage, PipelineStage):
                 stage.__class__ = with_channels(type(stage))
         is_attached = False
+        pipeline = cls.__new__(cls)
         try:
-            pipeline = cls(config, schedule)
-            pipeline._check_attached()
+            pipeline._start(config, schedule, attaches=True)
             is_attached = pipeline.config.enabled
         finally:
             for stage, its_own in zip(stages, own, strict=True) if not is_attached else ():
@@ -112,16 +119,6 @@ class ClappingPipeline:
         if is_attached:
             schedule.step = partial(pipeline._step_attached, schedule.step)
         return pipeline
-
-    def _check_attached(self) -> None:
-        if self.config.enabled and self.config.strategy != "direct":
-            raise ValueError(
-                f"{BLOCK_NAME}.strategy = {self.config.strategy!r} with ClappingPipeline.attach, where each "
-                "step has a batch of its own and none is replayed; accepted: 'direct', or "
-                "ClappingPipeline.step in place of schedule.step"
-            )
-        if "step" in vars(self.schedule):
-            raise ValueError("ClappingPipeline.attach to a schedule that is attached; accepted: once")
 
     def _step_attached(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """step: the schedule's own, which its `eval` calls as well."""
@@ -296,6 +293,15 @@ def _check(config: ClappingConfig, schedule: Any, stages: Sequence[ClappingStage
         raise ValueError(
             "a schedule with args_chunk_spec or kwargs_chunk_spec; accepted: neither, as micro-batches are "
             "joined along their first dimension"
+        )
+
+
+def _check_attached(config: ClappingConfig) -> None:
+    if config.enabled and config.strategy != "direct":
+        raise ValueError(
+            f"{BLOCK_NAME}.strategy = {config.strategy!r} with ClappingPipeline.attach, where each step has "
+            "a batch of its own and none is replayed; accepted: 'direct', or ClappingPipeline.step in place "
+            "of schedule.step"
         )
 
 

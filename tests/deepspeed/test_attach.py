@@ -378,8 +378,9 @@ def warned(kind):
         ("off", None),
     ],
 )
-def test_a_block_that_reaches_no_engine_warns_once(fresh_ranks, kind, why):
-    first, second = fresh_ranks(2).run(warned, kind)
+def test_a_block_that_reaches_no_engine_warns_once(two_ranks, fresh_ranks, kind, why):
+    ranks = fresh_ranks(2) if kind == "no pipeline" else two_ranks  # where no pipeline ever was
+    first, second = ranks.run(warned, kind)
     assert second == []
     assert len(first) == (why is not None)
     if why is not None:

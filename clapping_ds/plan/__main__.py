@@ -119,7 +119,7 @@ def choose(ways: Sequence[Estimate], memory_bytes: float) -> Estimate | None:
         return None
     least = min(map(cost, fitting))
     close = [way for way in fitting if cost(way) <= CLOSE * least]
-    return min(close, key=lambda way: (way.block is not None, way.added_loss, cost(way)))
+    return min(close, key=lambda way: (way.block is not None, way.num_links > 0, way.added_loss, cost(way)))
 
 
 def describe(task: Task) -> str:

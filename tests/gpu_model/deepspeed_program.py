@@ -44,8 +44,9 @@ class StockEngine:
         self.global_steps += 1
 
     def load(self: Any, buffer_id: int) -> None:
+        batch = self._next_batch()
         if self.stage_id == 0:
-            self.pipe_buffers["inputs"][buffer_id] = self._next_batch()
+            self.pipe_buffers["inputs"][buffer_id] = batch
 
     def forward(self: Any, buffer_id: int) -> None:
         self.pipe_buffers["outputs"][buffer_id] = self.compute.forward(

@@ -22,7 +22,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 import clapping_ds
 from clapping_ds.link.groups import Control
 from launch import llm
-from launch.finetuning import CONTROL_S, Finetuning, continue_prompt, gather, prepare, report, save
+from launch.finetuning import CONTROL_S, Finetuning, continue_prompt, gather, prepare_everywhere, report, save
 from launch.pretrain_gpt import parse, start_distributed
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, train_engine
 
@@ -71,7 +71,7 @@ def finetune(
     folder   shared by all ranks, if all weights are trained; of adapters the first rank writes alone
     Raises ValueError, on every rank, for what one rank cannot train or save.
     """
-    prepared = control.check(lambda: prepare(run, run.num_stages))
+    prepared = prepare_everywhere(control, run, run.num_stages)
     module = pipeline(prepared.cuts)
     engine, *_ = initialize(
         model=module,

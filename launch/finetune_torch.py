@@ -23,7 +23,16 @@ import clapping_ds
 from clapping_ds.link.groups import Control
 from launch import llm
 from launch.data import Windows
-from launch.finetuning import CONTROL_S, Finetuning, Prepared, continue_prompt, gather, prepare, report, save
+from launch.finetuning import (
+    CONTROL_S,
+    Finetuning,
+    Prepared,
+    continue_prompt,
+    gather,
+    prepare_everywhere,
+    report,
+    save,
+)
 from launch.pretrain_gpt import parse
 from launch.trainer import RunResult, learning_rate_schedule, optimizer, trained_steps
 
@@ -133,7 +142,7 @@ def main() -> None:
     control, is_first = Control(CONTROL_S), dist.get_rank() == 0
     config = control.check(lambda: _read(options.config))
     before = control.check(lambda: continue_prompt(run, None) if is_first and run.prompt else None)
-    prepared = control.check(lambda: prepare(run, dist.get_world_size()))
+    prepared = prepare_everywhere(control, run, dist.get_world_size())
     with TemporaryDirectory() as scratch:
         folder = run.save or (Path(scratch) if run.lora_rank else None)
         result = finetune(run, config, prepared, folder)

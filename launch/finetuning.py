@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 
+from clapping_ds.link.groups import Control
 from clapping_ds.report import format_table, say
 from launch import llm
 from launch.data import tokens
@@ -78,6 +80,15 @@ def prepare(run: Finetuning, num_stages: int) -> Prepared:
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Prepared(llm.Cuts(model, num_stages), tokenizer, lora, corpus)
+
+
+def prepare_everywhere(control: Control, run: Finetuning, num_stages: int) -> Prepared:
+    """`prepare` on every rank. Raises ValueError on every rank for what one cannot train or save, and where
+    ranks have different texts: both ends of a pipeline read it, one for inputs and one for labels."""
+    prepared = control.check(lambda: prepare(run, num_stages))
+    content = crc32(np.ascontiguousarray(prepared.corpus).tobytes())
+    control.check_equal({"tokens of --data": len(prepared.corpus), "checksum of --data": content})
+    return prepared
 
 
 def _check_fits(run: Finetuning, model: Any, corpus: np.ndarray) -> None:

@@ -5,18 +5,20 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import clapping_ds
 from benchmarks.model.links import Links
 from benchmarks.training.finetune import train
+from clapping_ds.link.groups import Control
 from launch import llm
 from launch.finetune import pipeline
 from launch.finetune_torch import Trainer
-from launch.finetuning import Finetuning
+from launch.finetuning import Finetuning, prepare_everywhere
 from launch.trainer import learning_rate_schedule, optimizer
-from tests.cluster import free_groups
+from tests.cluster import assert_same_error, free_groups
 from tests.core.test_llm import make, make_ids
 from tests.models import DIRECT, INT2, NONE
 
@@ -157,3 +159,16 @@ def test_both_ends_of_a_tied_weight_move_by_the_sum_of_their_gradients(two_ranks
         total += of_head + of_table
         magnitude += of_head.abs() + of_table.abs()
     assert ((first - total).abs() <= (2 * NUM_SLOTS * magnitude + weight.abs()) * 2**-23).all()
+
+
+def with_its_own_text(folder):
+    number = dist.get_rank()
+    text = folder / f"{number}.txt"
+    text.write_text("The same length, and another letter: " + "ab"[number] * 4000)
+    prepare_everywhere(Control(30.0), Finetuning(data=text, length=16), 2)
+
+
+def test_texts_that_differ_between_ranks_are_one_error(two_ranks, tmp_path):
+    outcomes = two_ranks.outcomes(with_its_own_text, tmp_path)
+    assert_same_error(outcomes, "ValueError", "the ranks differ; accepted: the same everywhere\n")
+    assert "checksum of --data: " in outcomes[0].message

@@ -59,9 +59,9 @@ class OwnEngine(PipelineEngine):
         return [float(super().eval_batch(data_iter))]
 
 
-def make(block, cls=OwnEngine, seed=0):
-    model = models.pipeline(2)
-    config = {"train_micro_batch_size_per_gpu": models.BATCH, "gradient_accumulation_steps": 4}
+def make(block, cls=OwnEngine, num_stages=2, **options):
+    model = models.pipeline(num_stages)
+    config = {"train_micro_batch_size_per_gpu": models.BATCH, "gradient_accumulation_steps": 4, **options}
     if block is not None:
         config["clapping"] = block
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -70,7 +70,7 @@ def make(block, cls=OwnEngine, seed=0):
         args=None, model=model, optimizer=optimizer, mpu=mpu, config=config, tokenizer="a tokenizer",
         config_class=DeepSpeedConfig(config, mpu),
     )  # fmt: skip
-    engine.set_dataiterator(models.batches(seed))
+    engine.set_dataiterator(models.batches())
     return engine
 
 
@@ -280,6 +280,26 @@ def repaired():
     with pytest.raises(ValueError, match="1 replica"):
         clapping_ds.attach(failed, config)
     return after, type(failed) is OwnEngine and vars(failed) == before, failed.train_batch()
+
+
+def split():
+    """Of replicas whose optimizer is split, stock, and after an attach that failed: losses, and whether the
+    optimizer's step is still its own."""
+    found = []
+    for block in (None, {"data_parallel": {"min_numel": 512}, "links": {"read": "nowhere.json"}}):
+        engine = make(None, num_stages=1, **models.ZERO1)
+        if block is not None:
+            with pytest.raises(ValueError, match=r"nowhere.json"):
+                clapping_ds.attach(engine, {"clapping": block})
+        is_own = "step" not in vars(engine.optimizer)
+        found.append((engine.train_batch() + engine.train_batch(), is_own))
+    return found
+
+
+def test_an_optimizer_is_left_alone_where_attaching_fails(two_ranks):
+    for stock, after in two_ranks.run(split):
+        assert stock == after
+        assert stock[1]
 
 
 def test_after_a_refusal_all_is_as_before(two_ranks):

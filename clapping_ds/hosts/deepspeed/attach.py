@@ -5,7 +5,7 @@ The engine's class becomes a subclass of its own class, as torch's `fully_shard`
 """
 
 from collections.abc import Mapping
-from functools import cache, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -13,7 +13,8 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
-from clapping_ds.hosts.deepspeed.engine import ClappingPipelineEngine, agree
+from clapping_ds.hosts.deepspeed.engine import ClappingPipelineEngine, agree_on_engine
+from clapping_ds.hosts.extension import extend
 
 EngineOrClass = TypeVar("EngineOrClass")
 
@@ -44,13 +45,13 @@ def attach(engine: EngineOrClass, config: Mapping[str, Any] | None = None) -> En
 def _attach(engine: Any, config: Mapping[str, Any] | None) -> None:
     ds_config = engine._config
     read = (lambda: ds_config._param_dict) if config is None else (lambda: config)
-    found, control = agree(read, ds_config, engine.num_stages, engine.device)
+    found, control = agree_on_engine(read, ds_config, engine.num_stages, engine.device)
     if not found.enabled:
         return
     control.check(lambda: _check_names(engine))
     engine.reset_activation_shape()
     own, before = type(engine), dict(engine.__dict__)
-    engine.__class__ = _subclass(own)  # type: ignore[arg-type]
+    engine.__class__ = extend(own, ClappingPipelineEngine)  # type: ignore[arg-type]
     engine.clapping, engine._control = found, control
     try:
         engine._start_clapping()
@@ -62,13 +63,6 @@ def _attach(engine: Any, config: Mapping[str, Any] | None) -> None:
     engine._endpoints.num_drawn = engine.global_steps * engine.micro_batches
     if engine._gradients is not None:
         engine._gradients.averaging.step = engine.global_steps
-
-
-@cache
-def _subclass(own: type) -> type:
-    """With ours before it: what it overrides of `PipelineEngine` is called by ours where that was."""
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (ClappingPipelineEngine, own), names)
 
 
 def _attach_class(own: Any, config: Mapping[str, Any] | None) -> type:

@@ -67,7 +67,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def __init__(self, has_bool_tensors: bool = False, *args: Any, **kwargs: Any) -> None:
         ds_config, model = kwargs["config_class"], kwargs["model"]
-        self.clapping, self._control = agree(
+        self.clapping, self._control = agree_on_engine(
             lambda: ds_config._param_dict, ds_config, model.num_stages, _find_device()
         )
         super().__init__(has_bool_tensors, *args, **kwargs)
@@ -91,8 +91,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
             self.clapping, self._control, ranks, range(self.num_stages), self.device, replica
         )
         (self._endpoint,) = self._endpoints.stages
-        self._gradients = Gradients(self) if self.clapping.data_parallel is not None else None
         self._tuning = Tuning(self._endpoints, self.num_stages)
+        self._gradients = Gradients(self) if self.clapping.data_parallel is not None else None
         if self._gradients is not None:
             averaging, known = self._gradients.averaging, self._tuning.decision
             averaging.tells_choice = self._tuning.note_replicas
@@ -141,9 +141,9 @@ class ClappingPipelineEngine(CheckpointingEngine):
         """
         if not self.clapping.enabled:
             return super()._exec_schedule(pipe_schedule)
-        trains = isinstance(pipe_schedule, schedule.TrainSchedule) or self.module.training
-        if isinstance(pipe_schedule, schedule.InferenceSchedule) or not trains:
-            with self._doing(self._EVALUATION):
+        is_training = isinstance(pipe_schedule, schedule.TrainSchedule) or self.module.training
+        if isinstance(pipe_schedule, schedule.InferenceSchedule) or not is_training:
+            with self._instructed(self._EVALUATION):
                 return super()._exec_schedule(pipe_schedule)
         interval = self.steps_per_print()
         reports = bool(interval) and (self.global_steps + 1) % interval == 0
@@ -158,14 +158,14 @@ class ClappingPipelineEngine(CheckpointingEngine):
             pipe_schedule = InFlightSchedule(*sizes, self._endpoint.in_flight)
         self._is_training_step = True
         try:
-            with self._doing(self._TRAINING):
+            with self._instructed(self._TRAINING):
                 super()._exec_schedule(pipe_schedule)
         finally:
             self._is_training_step = self._has_own_data = False
         self._end_step(reports)
 
     @contextmanager
-    def _doing(self, instructions: Mapping[type, Any]) -> Iterator[None]:
+    def _instructed(self, instructions: Mapping[type, Any]) -> Iterator[None]:
         """Within: these, in place of those that the engine's map has for the same."""
         held = self.__dict__.pop("_INSTRUCTION_MAP", None)  # of the engine alone; else its class has one
         self._theirs = held or self._INSTRUCTION_MAP
@@ -351,6 +351,15 @@ class ClappingPipelineEngine(CheckpointingEngine):
             if specs and end in self._endpoint.channels:
                 self._endpoint.look_ahead(end, specs)
 
+    @contextmanager
+    def _timed(self, timer: str) -> Iterator[None]:
+        if not self.wall_clock_breakdown():
+            yield
+            return
+        self.timers(timer).start()
+        yield
+        self.timers(timer).stop()
+
     _TRAINING: ClassVar[Mapping[type, Any]] = {
         schedule.SendActivation: _send_activations,
         schedule.RecvActivation: _receive_activations,
@@ -362,15 +371,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
         schedule.ReduceGrads: _reduce_grads,
     }
     _EVALUATION: ClassVar[Mapping[type, Any]] = {schedule.SendActivation: _send_whole}
-
-    @contextmanager
-    def _timed(self, timer: str) -> Iterator[None]:
-        if not self.wall_clock_breakdown():
-            yield
-            return
-        self.timers(timer).start()
-        yield
-        self.timers(timer).stop()
 
 
 MESSAGES = (schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad)
@@ -401,7 +401,7 @@ def _check_step(
             )
 
 
-def agree(
+def agree_on_engine(
     read: Callable[[], Mapping[str, Any]], ds_config: Any, num_stages: int, device: torch.device
 ) -> tuple[ClappingConfig, Control]:
     """`agree_on_config` for an engine. read: returns what has the block. A collective of all ranks."""

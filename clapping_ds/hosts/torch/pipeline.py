@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_map
 
 from clapping_ds.config import BLOCK_NAME, ClappingConfig
 from clapping_ds.gradients.averaging import KEY
+from clapping_ds.hosts.extension import extend
 from clapping_ds.hosts.torch.gradients import ReplicaGradients, check
-from clapping_ds.hosts.torch.stage import ClappingStage, with_channels
+from clapping_ds.hosts.torch.stage import ClappingStage
 from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
@@ -77,6 +78,8 @@ class ClappingPipeline:
         _check(self.config, schedule, self.stages)
         if attaches:
             _check_attached(self.config)
+        else:
+            _check_joined(self.config, schedule)
         self.orders = _order_messages(schedule, first.num_stages, self.num_slots)
         # State
         self.endpoints = Endpoints(
@@ -107,7 +110,7 @@ class ClappingPipeline:
         own = [type(stage) for stage in stages]
         for stage in stages:
             if isinstance(stage, PipelineStage):
-                stage.__class__ = with_channels(type(stage))
+                stage.__class__ = extend(type(stage), ClappingStage)
         is_attached = False
         pipeline = cls.__new__(cls)
         try:
@@ -289,7 +292,10 @@ def _check(config: ClappingConfig, schedule: Any, stages: Sequence[ClappingStage
             f"{KEY} with {type(schedule).__name__}, which computes gradients of weights apart, where "
             f"DistributedDataParallel does not see them; accepted: another schedule, or {KEY} = null"
         )
-    if schedule._args_chunk_spec or schedule._kwargs_chunk_spec:
+
+
+def _check_joined(config: ClappingConfig, schedule: Any) -> None:
+    if config.enabled and (schedule._args_chunk_spec or schedule._kwargs_chunk_spec):
         raise ValueError(
             "a schedule with args_chunk_spec or kwargs_chunk_spec; accepted: neither, as micro-batches are "
             "joined along their first dimension"

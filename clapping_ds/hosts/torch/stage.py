@@ -10,7 +10,6 @@ of a whole step are held at once for that; the stock stage holds a receive buffe
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -117,14 +116,3 @@ class ClappingStage(PipelineStage):
         """Those of a micro-batch's tensors that the stock stage would receive."""
         infos = self.args_recv_info if end == ACTIVATIONS_FROM_PREVIOUS else self.grad_recv_info
         return [info for info in infos.get(slot, ()) if not info.is_root_arg and info.buffer is not None]
-
-
-@cache
-def with_channels(own: type[PipelineStage]) -> type[ClappingStage]:
-    """The subclass that a stage of this class becomes."""
-    if issubclass(own, ClappingStage):
-        return own
-    if own is PipelineStage:
-        return ClappingStage
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (ClappingStage, own), names)

@@ -29,13 +29,13 @@ from clapping_ds import ClappingConfig
 from clapping_ds.autotune.depth import count_warmup
 from clapping_ds.codecs import bits_per_value
 from clapping_ds.config import Plan
+from clapping_ds.plan.machines import BUFFER_BYTES
 from clapping_ds.plan.timeline import Link, Stage, Step, slot_bytes
 
 SEQUENCE_LENGTH, VOCABULARY = 2048, 51200
 MICRO_BATCHES_PER_STAGE = 4
 FLOPS_PER_S, GPU_BYTES_PER_S, GPU_MEMORY_BYTES = 140e12, 1.5e12, 80e9
 BYTES_PER_PARAMETER, VALUE_BYTES = 16, 2
-BUFFER_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)

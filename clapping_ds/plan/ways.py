@@ -24,6 +24,7 @@ No tensor parallelism, and no offload.
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +88,8 @@ class Estimate:
     """That a step sends out of a node."""
     block: Mapping[str, Any] | None = None
     """The "clapping" block; None: this package has no part in it."""
-    num_links: int = 0
-    """Of a pipeline whose links are compressed."""
     codec: str = "none"
+    """Of a pipeline's links."""
     trains_as_asked: bool = True
     """False: adapters alone, where all weights were asked for."""
     shape: str = ""
@@ -97,11 +97,16 @@ class Estimate:
     num_stages: int = 1
 
     @property
+    def num_links(self) -> int:
+        """That are compressed."""
+        return self.num_stages - 1 if self.codec in CODECS else 0
+
+    @property
     def added_loss(self) -> float:
         """At the next larger number of links that was measured; beyond the largest, in proportion; 0 where
         nothing is compressed."""
         known = LOSSES.get(self.codec)
-        if known is None or not self.num_links:
+        if known is None:
             return 0.0
         most = max(known)
         if self.num_links > most:
@@ -124,6 +129,11 @@ class Task:
         layers = model.num_layers * model.layer_flop * (1 + training.backward)
         head = model.head_flop * (1 + training.head_backward)
         return num_sequences * (layers + head) / self.machines.flop_per_s
+
+    @property
+    def hiding_s(self) -> float:
+        """Of the last backward pass, while which gradients may be exchanged."""
+        return self.compute_s(1) * self.training.backward / (1 + self.training.backward)
 
     def optimizer_s(self, parameters: float) -> float:
         """Of a GPU that updates so many, where all are trained."""
@@ -194,7 +204,6 @@ def _list_data_parallel(task: Task, place: str) -> Iterator[Estimate]:
     machines, parameters = task.machines, task.model.parameters
     per_gpu = -(-task.batch // machines.num_gpus)
     trained = task.training.share * parameters
-    hidden_s = task.compute_s(1) * task.training.backward / (1 + task.training.backward)
     compute_s = task.compute_s(per_gpu) + task.optimizer_s(parameters / machines.num_gpus)
     exchanges: list[tuple[str, float, float, Mapping[str, Any] | None]] = []
     if machines.num_nodes == 1:
@@ -206,7 +215,7 @@ def _list_data_parallel(task: Task, place: str) -> Iterator[Estimate]:
             block = {**NONE, "data_parallel": REPLICAS}
             exchanges.append((", eden4", *task.ring_s(of_all, machines.num_nodes), block))
     for name, exchange_s, wire_bytes, of_ours in exchanges:
-        step_s = compute_s + max(0.0, exchange_s - hidden_s)
+        step_s = compute_s + max(0.0, exchange_s - task.hiding_s)
         memory_bytes = task.whole_bytes(machines.num_gpus)
         yield Estimate(f"{place}data parallel{name}", step_s, memory_bytes, wire_bytes, of_ours)
 
@@ -258,18 +267,15 @@ def _shard_in_nodes(task: Task) -> Estimate:
     """Nodes are replicas: gradients cross the links once a step."""
     trained = VALUE_BYTES * task.training.share * task.model.parameters
     exchange_s, sent = task.ring_s(trained, task.machines.num_nodes)
-    hidden_s = task.compute_s(1) * task.training.backward / (1 + task.training.backward)
     return _shard(
         task, "ZeRO-3 in each node", 0.0, _gathered(task), replicas=task.machines.num_nodes,
-        after_s=max(0.0, exchange_s - hidden_s), after_bytes=sent,
+        after_s=max(0.0, exchange_s - task.hiding_s), after_bytes=sent,
     )  # fmt: skip
 
 
 def _list_pipelines(task: Task, num_stages: int, replicas: int) -> Iterator[Estimate]:
-    yield Pipeline(task, num_stages, replicas).estimate("stock")
-    yield Pipeline(task, num_stages, replicas).estimate("none")
-    for name in CODECS:
-        yield Pipeline(task, num_stages, replicas).estimate(name)
+    pipeline = Pipeline(task, num_stages, replicas)
+    yield from map(pipeline.estimate, ("stock", "none", *CODECS))
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ class Pipeline:
     def num_micro_batches(self) -> int:
         return max(1, -(-self.task.batch // self.replicas))
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         """Of each stage: the split whose slowest stage is fastest, with the logits on the last."""
         model, training = self.task.model, self.task.training
@@ -299,6 +305,7 @@ class Pipeline:
             counts[loads.index(min(loads))] += 1
         return counts
 
+    @cached_property
     def _parameters(self) -> list[tuple[float, float]]:
         """Of each stage: in layers, in tables."""
         model = self.task.model
@@ -326,7 +333,6 @@ class Pipeline:
             memory_bytes=self.memory_bytes(depth),
             wire_bytes=after_bytes + (sent if self.num_nodes > 1 else 0.0),
             block=None if codec == "stock" else block,
-            num_links=self.num_stages - 1 if codec in CODECS else 0,
             codec=codec,
             shape=shape,
             num_stages=self.num_stages,
@@ -336,10 +342,11 @@ class Pipeline:
         """Seconds, and bytes out of a node: of the gradients of tied tables, between the ends; and of
         replicas, whose stages on one node share its link."""
         task, per_node = self.task, self.task.machines.gpus_per_node
-        tied = VALUE_BYTES * task.training.share * task.model.tied_parameters if self.num_nodes > 1 else 0.0
-        seconds, sent = task.ring_s(tied, 2) if tied and task.training.share == 1 else (0.0, 0.0)
+        seconds = sent = 0.0
+        if task.model.tied_parameters and task.training.share == 1 and self.num_nodes > 1:
+            seconds, sent = task.ring_s(VALUE_BYTES * task.model.tied_parameters, 2)
         if self.replicas > 1:
-            of_stages = [sum(of_stage) for of_stage in self._parameters()]
+            of_stages = [sum(of_stage) for of_stage in self._parameters]
             nodes = [of_stages[first : first + per_node] for first in range(0, self.num_stages, per_node)]
             bits = _find_bits({}) if is_compressed else 8 * VALUE_BYTES
             most = max(map(sum, nodes)) * task.training.share * bits / 8
@@ -375,13 +382,13 @@ class Pipeline:
             for number in range(self.num_stages - 1)
         ]
         messages = (values * bits / 8,) * self.num_micro_batches
-        optimizer_s = self.task.optimizer_s(max(map(sum, self._parameters())) / self.replicas)
+        optimizer_s = self.task.optimizer_s(max(map(sum, self._parameters)) / self.replicas)
         return Step(tuple(stages), tuple(links), messages, messages, overhead_s=optimizer_s)
 
     def memory_bytes(self, in_flight: int) -> float:
         """Of the fullest GPU."""
         found = []
-        for stage, (num_layers, parameters) in enumerate(zip(self.layers, self._parameters(), strict=True)):
+        for stage, (num_layers, parameters) in enumerate(zip(self.layers, self._parameters, strict=True)):
             stored = count_warmup(self.num_micro_batches, self.num_stages, stage, in_flight)
             working = self.task.working_bytes(stored * num_layers, stage == self.num_stages - 1)
             found.append(self.task.kept_bytes(*parameters, self.replicas) + working)

@@ -14,7 +14,7 @@ from clapping_ds.plan.__main__ import advise, choose, describe, main, parse
 from clapping_ds.plan.machines import GPUS, Machines
 from clapping_ds.plan.models import from_config, from_numbers
 from clapping_ds.plan.timeline import Link, Stage, Step, simulate
-from clapping_ds.plan.ways import TRAININGS, Pipeline, Task, list_ways
+from clapping_ds.plan.ways import LOSSES, TRAININGS, Pipeline, Task, list_ways
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704,
@@ -158,6 +158,19 @@ def test_stages_of_a_node_share_its_link():
     two, one = (Pipeline(task(per_node=per_node, nodes=4), 2 * per_node, 2) for per_node in (2, 1))
     both = [each.estimate("none").wire_bytes for each in (two, one)]
     assert both[0] == pytest.approx(both[1], rel=0.1)
+
+
+DAMAGE = {
+    "fp8_e4m3": "fp8_e4m3", "eden4": "eden4", "transform, 3 bits": "transform bits 3 anchors 1024",
+}  # fmt: skip
+"""Of each codec, the row of the measurement."""
+
+
+def test_added_losses_are_those_that_were_measured():
+    rows = [row for row in read_csv(RESULTS / "damage.csv") if row["text"] == "C++"]
+    for codec, name in DAMAGE.items():
+        measured = {int(row["links"]): float(row["damage"]) for row in rows if row["codec"] == name}
+        assert LOSSES[codec] == pytest.approx(measured, abs=0.0006)
 
 
 def test_beyond_seven_links_the_loss_grows_on():

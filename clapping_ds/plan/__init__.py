@@ -5,7 +5,7 @@ without compression, beside data parallelism, ZeRO and one GPU; which to use, an
 
 Nothing is measured. Compute is counted in FLOPs at a share of the GPU's published rate, links are as told,
 and a pipeline's step is the model of `clapping_ds.plan.timeline`, which gives the step times that this
-project measured, of two stages on CPU ranks, to 10 %. Codecs were never timed on a GPU: what they take is what memory needs
-for it. What a codec does to the loss was measured on SmolLM2-135M, with nothing trained, and is told beside
-the times.
+project measured, of two stages on CPU ranks, to 10 %. Codecs were never timed on a GPU: what they take is
+what memory needs for it. What a codec does to the loss was measured on SmolLM2-135M, with nothing trained,
+and is told beside the times.
 """

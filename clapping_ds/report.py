@@ -1,6 +1,8 @@
 """What was compressed, what it cost and what it saved, as tables and as events of a monitor."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +24,10 @@ class Measured(Protocol):
     def memory_nbytes(self) -> int: ...
 
 
-def make_row(channel: Measured) -> dict[str, Any]:
-    """One channel's figures, for `format_table` and for the monitor."""
-    traffic = channel.traffic
+def make_row(channel: Measured, traffic: Traffic | None = None) -> dict[str, Any]:
+    """One channel's figures, for `format_table` and for the monitor. traffic: of these counters, in place of
+    those since the start."""
+    traffic = channel.traffic if traffic is None else traffic
     return {
         "link": channel.link,
         "direction": channel.direction,
@@ -39,15 +42,35 @@ def make_row(channel: Measured) -> dict[str, Any]:
     }
 
 
-def make_events(channels: Iterable[Measured], samples: int) -> list[tuple[str, float, int]]:
-    """The figures as events of DeepSpeed's monitor: (name, value, samples)."""
-    found = []
-    for figures in map(make_row, channels):
-        for name in ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes"):
-            if figures[name] is not None:
-                tag = f"Train/Clapping/{figures['link']}/{figures['direction']}/{name}"
-                found.append((tag, float(figures[name]), samples))
-    return found
+class Lately:
+    """What channels did since it was asked last."""
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[str, str], Traffic] = {}
+
+    def list_rows(self, channels: Iterable[Measured]) -> list[dict[str, Any]]:
+        """As `make_row`, of each."""
+        rows = []
+        for channel in channels:
+            now = channel.traffic.since(Traffic())
+            before = self._before.get((channel.link, channel.direction), Traffic())
+            rows.append(make_row(channel, now.since(before)))
+            self._before[channel.link, channel.direction] = now
+        return rows
+
+
+EVENTS = ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes", "held_back")
+
+
+def make_events(rows: Iterable[Mapping[str, Any]], samples: int) -> list[tuple[str, float, int]]:
+    """Rows of `make_row` as events of DeepSpeed's monitor: (name, value, samples). The value is the mean over
+    rows of the same link and direction, which replicas have."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name in EVENTS:
+            if row.get(name) is not None:
+                found[f"Train/Clapping/{row['link']}/{row['direction']}/{name}"].append(row[name])
+    return [(name, mean(values), samples) for name, values in found.items()]
 
 
 def describe_cost(plans: Mapping[str, Plan], dtype: torch.dtype) -> str:

@@ -79,6 +79,7 @@ class Averaging:
         self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
         # State
         self.step = 0
+        self._lately = report.Lately()
         self.is_used = True
         """False: `links` found that it saves nothing."""
         links = config.links
@@ -227,13 +228,12 @@ class Averaging:
         legs = [leg for leg in self._legs if leg.traffic.num_messages]
         return [row for rows in self.control.gather(list(map(report.make_row, legs))) for row in rows]
 
-    def make_events(self, samples: int) -> list[tuple[str, float, int]]:
-        """As `report.make_events`, and of each way what is held back, as a part of the gradient."""
+    def list_lately(self) -> list[dict[str, Any]]:
+        """A row for each way of this rank's gradients, as since the last call; held_back: what error feedback
+        keeps, as a part of the gradient. No communication."""
         legs = [leg for leg in self._legs if leg.traffic.num_messages]
-        held_back = [
-            (f"Train/Clapping/{leg.link}/{leg.direction}/held_back", leg.held_back, samples) for leg in legs
-        ]
-        return [*report.make_events(legs, samples), *held_back]
+        rows = self._lately.list_rows(legs)
+        return [{**row, "held_back": leg.held_back} for leg, row in zip(legs, rows, strict=True)]
 
     # Checkpoints
 

@@ -47,6 +47,14 @@ class Traffic:
             self.value_square += value_square
             self._squares = None
 
+    def since(self, earlier: "Traffic") -> "Traffic":
+        """What was counted after `earlier`, a copy of this; of one that counts more, all."""
+        self.settle()
+        names = [each.name for each in fields(Traffic)]
+        if earlier.num_messages > self.num_messages:  # a checkpoint was loaded
+            earlier = Traffic()
+        return Traffic(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
     @property
     def fresh_share(self) -> float:
         return self.num_fresh / max(1, self.num_messages)

@@ -89,6 +89,7 @@ class Endpoints:
         """Whether some rank's held batches are of more than one shape."""
         self.loss_scale = 1.0
         self._has_room = False
+        self._lately = report.Lately()
         """Whether disks were found to have room for the pool."""
         self.depth_is_measured = self.links_are_measured = False
         """Whether `in_flight` and codecs are those that measurements led to."""
@@ -230,8 +231,14 @@ class Endpoints:
     def sent(self) -> list[dict[str, Any]]:
         """A row for each channel through which this rank sends, with counters and memory. No
         communication."""
-        ends = [(stage, end) for stage in self.stages for end in stage.channels if end.sends]
-        return [report.make_row(stage.channels[end]) for stage, end in ends]
+        return [report.make_row(channel) for channel in self._list_sending()]
+
+    def list_lately(self) -> list[dict[str, Any]]:
+        """As `sent`, of what was counted since the last call. No communication."""
+        return self._lately.list_rows(self._list_sending())
+
+    def _list_sending(self) -> list[Channel]:
+        return [stage.channels[end] for stage in self.stages for end in stage.channels if end.sends]
 
     def report(self) -> list[dict[str, Any]]:
         """The rows of `sent` of all ranks: one per channel and replica; the receiving end has the same. A

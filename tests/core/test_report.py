@@ -45,12 +45,28 @@ def test_relative_error_is_measured_when_asked(block, fresh, bound):
 def test_events_are_the_figures_by_link_and_direction():
     channel = Channel(config_of(strategy="fc").plan("gradients"), 0, "gradients", QueueWire())
     channel.send(0, True, [value_of(0)])
-    events = {name: value for name, value, samples in report.make_events([channel], 32) if samples == 32}
+    rows = [report.make_row(channel), {**report.make_row(channel), "memory_bytes": 0}]  # of two replicas
+    events = {name: value for name, value, samples in report.make_events(rows, 32) if samples == 32}
     assert events["Train/Clapping/0-1/gradients/fresh_share"] == 1
-    assert events["Train/Clapping/0-1/gradients/memory_bytes"] == 3 * 40 * 64 * 4
+    assert events["Train/Clapping/0-1/gradients/memory_bytes"] == 3 * 40 * 64 * 4 / 2
     assert (
         events["Train/Clapping/0-1/gradients/ratio"] == 30720 / 3968
     )  # 3,840 code and 120 scale bytes, padded to 16
+
+
+def test_lately_is_since_it_was_asked_last():
+    channel = Channel(config_of(strategy="fc").plan("gradients"), 0, "gradients", QueueWire())
+    lately = report.Lately()
+    shares = []
+    for fresh in (True, False, False):
+        channel.send(0, fresh, [value_of(0)])
+        (row,) = lately.list_rows([channel])
+        shares.append((row["messages"], row["fresh_share"]))
+    assert shares == [(1, 1), (1, 0), (1, 0)]
+    assert report.make_row(channel)["messages"] == 3
+    channel.traffic = Traffic(num_messages=2, num_fresh=2)  # as a checkpoint has it
+    (row,) = lately.list_rows([channel])
+    assert (row["messages"], row["fresh_share"]) == (2, 1)
 
 
 def test_total_adds_the_counters():

@@ -5,6 +5,7 @@ import contextlib
 import io
 
 import pytest
+import torch.distributed as dist
 
 from clapping_ds.codecs import CODECS
 from tests import models
@@ -156,6 +157,29 @@ def reports(block, steps):
     early = [row["memory_bytes"] for row in engine.clapping_report()]
     models.train(engine, steps)
     return early, engine.clapping_report()
+
+
+def names_of_events(folder, num_stages, data_parallel):
+    """Of a monitor that only the first rank has: links and directions, by figure."""
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "run"}
+    ds = {**ZERO1, "steps_per_print": 2, **({"csv_monitor": monitor} if dist.get_rank() == 0 else {})}
+    block = {**INT2, "data_parallel": data_parallel} if data_parallel is not None else INT2
+    models.train(models.make_engine(block, num_stages, ds=ds), 2)
+    dist.barrier()
+    names = [path.stem for path in (folder / "run").glob("Train_Clapping_*.csv")]
+    return {
+        figure: {name.split("_")[2] + " " + name.split("_")[3] for name in names if name.endswith(figure)}
+        for figure in ("relative_error", "held_back")
+    }
+
+
+def test_the_monitor_of_the_first_rank_shows_every_link(four_ranks, tmp_path):
+    four, *_ = four_ranks.run(names_of_events, tmp_path / "4", 4, None)
+    both = ("activations", "gradients")
+    assert four["relative_error"] == {f"{link} {way}" for link in ("0-1", "1-2", "2-3") for way in both}
+    replicas, *_ = four_ranks.run(names_of_events, tmp_path / "2", 2, {"scatter": "eden2"})
+    assert {"0-1 activations", "0-1 gradients"} <= replicas["relative_error"]
+    assert len(replicas["held_back"]) >= 2
 
 
 @pytest.mark.parametrize(("strategy", "key_bytes"), [("fu", 2 * 64 * 64 * 4), ("fc", 64 * 32 + 64 * 2)])

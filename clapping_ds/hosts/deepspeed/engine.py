@@ -99,6 +99,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
             averaging.is_used = known is None or known.compresses_replicas is not False
             if not averaging.is_used and self.global_rank == 0:
                 report.say("links.read: compressing gradients of replicas saved nothing, and is off")
+        interval = self.steps_per_print() if self.monitor.enabled else None
+        self._event_interval: int | None = self._control.gather(interval)[0]
         self._shapes = Shapes(self)
         if self.num_stages > 1:
             self._endpoints.announce(self._find_sent_dtype())
@@ -145,8 +147,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if isinstance(pipe_schedule, schedule.InferenceSchedule) or not is_training:
             with self._instructed(self._EVALUATION):
                 return super()._exec_schedule(pipe_schedule)
-        interval = self.steps_per_print()
-        reports = bool(interval) and (self.global_steps + 1) % interval == 0
+        reports = _is_due(self.steps_per_print(), self.global_steps + 1)
+        writes_events = _is_due(self._event_interval, self.global_steps + 1)
         try:
             _check_step(pipe_schedule, self._INSTRUCTION_MAP, self.micro_batches)
             self._begin_step(reports)
@@ -162,7 +164,7 @@ class ClappingPipelineEngine(CheckpointingEngine):
                 super()._exec_schedule(pipe_schedule)
         finally:
             self._is_training_step = self._has_own_data = False
-        self._end_step(reports)
+        self._end_step(writes_events)
 
     @contextmanager
     def _instructed(self, instructions: Mapping[type, Any]) -> Iterator[None]:
@@ -187,16 +189,25 @@ class ClappingPipelineEngine(CheckpointingEngine):
         self._endpoint.leads = self._find_leads()
         self._look_ahead()
 
-    def _end_step(self, reports: bool) -> None:
+    def _end_step(self, writes_events: bool) -> None:
         self._endpoints.end_step()
         if self._gradients is not None:
             self._gradients.end_step()
         self._tuning.end_step(self.micro_batches)
-        if reports and self.monitor.enabled and self.global_rank == 0:
-            self.monitor.write_events(self._make_events())
+        if writes_events:
+            self._write_events()
         decided = self._tuning.settle(self.micro_batches, get_accelerator().available_memory())
         if decided is not None and self.global_rank == 0:
             report.say(decided)
+
+    def _write_events(self) -> None:
+        """Of all links, since the last time. A collective of all ranks."""
+        mine = self._endpoints.list_lately()
+        if self._gradients is not None:
+            mine += self._gradients.averaging.list_lately()
+        rows = [row for rows_of_rank in self._control.gather(mine) for row in rows_of_rank]
+        if self.global_rank == 0:
+            self.monitor.write_events(report.make_events(rows, self.global_samples))
 
     def _loss_scale(self) -> float:
         """What the engine will multiply the losses of the coming step by: with fp16 and ZeRO, not 1."""
@@ -227,13 +238,6 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if self._gradients is not None:
             rows += self._gradients.averaging.report()
         return rows
-
-    def _make_events(self) -> list[tuple[str, float, int]]:
-        """For the monitor."""
-        events = report.make_events(self._endpoints.channels, self.global_samples)
-        if self._gradients is not None:
-            events += self._gradients.averaging.make_events(self.global_samples)
-        return events
 
     # Instructions
 
@@ -413,6 +417,10 @@ def agree_on_engine(
     config, control = agree_on_config(read, facts, device)
     refuse_without_links(config, f"PipelineModule(num_stages={num_stages})", num_stages)
     return config, control
+
+
+def _is_due(interval: int | None, step: int) -> bool:
+    return step % interval == 0 if interval else False
 
 
 def _find_device() -> torch.device:

@@ -6,6 +6,7 @@ import platform
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
@@ -25,6 +26,9 @@ GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY_GIB = 0.25
 """Docker's default is 0.06, of which NCCL's buffers between the GPUs of a machine need more."""
+
+STALE_S = 1800
+"""After which a build's lock is of one that was interrupted: none of DeepSpeed's takes as long."""
 
 
 # Versions
@@ -221,7 +225,8 @@ def compare_blocks(facts: Sequence[str | None]) -> Finding | None:
 
 
 def check_files(visit: Visit) -> Finding:
-    """Folders in which kernels are kept, shared memory, and a compiler where the block wants one."""
+    """Folders in which kernels are kept, shared memory, a compiler where the block wants one, and builds of
+    extensions (DeepSpeed's, for one) that were interrupted: every later process waits for their lock."""
     on_gpu, compiles = visit.device.type != "cpu", visit.config is not None and visit.config.compile
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     kernels = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
@@ -231,6 +236,10 @@ def check_files(visit: Visit) -> Finding:
         fail(f"{folder} cannot be written", "set TRITON_CACHE_DIR or TMPDIR to a folder that can")
         for folder in folders
         if not _is_writable(folder)
+    ]
+    problems += [
+        warn(f"{lock} is of a build that was interrupted", "delete it: what needs it waits, without a word")
+        for lock in _list_stale_locks()
     ]
     if compiles and shutil.which(compiler) is None:
         problems.append(fail(f"no C++ compiler {compiler!r}", 'install one, or leave "compile" out'))
@@ -243,6 +252,18 @@ def check_files(visit: Visit) -> Finding:
     if compiles:
         texts.append(f"C++ compiler {shutil.which(compiler)}")
     return sum_up("; ".join(texts), problems)
+
+
+def _list_stale_locks() -> list[Path]:
+    """Of torch's folder of extensions, where each build has one while it runs."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    return [
+        lock
+        for pattern in ("*/lock", "*/*/lock")
+        for lock in sorted(folder.glob(pattern))
+        if time.time() - lock.stat().st_mtime > STALE_S
+    ]
 
 
 def _is_writable(folder: Path) -> bool:

@@ -15,6 +15,8 @@ Assumed, for all of them:
 * ZeRO-3: every micro-batch gathers all weights twice and scatters gradients once (arXiv 1910.02054), while it
   computes; micro-batches are as large as is best and fits. ZeRO++ (arXiv 2306.10209): weights in 8 bits,
   once, as each node keeps them, gradients in 4. "ZeRO-3 in each node": nodes are replicas.
+* DiLoCo (arXiv 2311.08105): nodes train alone, with their part of the batch and an optimizer each, and send
+  what changed every LOCAL_STEPS steps, which nothing hides. The outer step's two copies are on the CPU.
 * Pipelines: a sequence per micro-batch, a stage per GPU, nodes in a row. What replicas exchange does not
   overlap. A codec takes what the memory needs to read and write.
 
@@ -40,6 +42,7 @@ VALUE_BYTES = 2
 LAYER_BYTES_PER_VALUE, LOGIT_BYTES = 34, 12
 WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 2.0, 4.0, 12.0
 INSIDE_LATENCY_S = 10e-6
+LOCAL_STEPS = 100
 
 
 class Training(NamedTuple):
@@ -91,7 +94,7 @@ class Estimate:
     codec: str = "none"
     """Of a pipeline's links."""
     trains_as_asked: bool = True
-    """False: adapters alone, where all weights were asked for."""
+    """False: adapters alone, where all weights were asked for; or nodes that hardly exchange anything."""
     shape: str = ""
     """Of a pipeline."""
     num_stages: int = 1
@@ -188,6 +191,7 @@ def list_ways(task: Task) -> Iterator[Estimate]:
         yield _shard(inside, "one node, ZeRO-3", 0.0, _gathered(task))
     if machines.num_nodes > 1:
         yield from _list_data_parallel(task, "")
+        yield train_alone(task, LOCAL_STEPS)
         weights, gradients = _gathered(task)
         yield _shard(task, "ZeRO-3", 2 * weights + gradients, (0.0, 0.0))
         kept = weights / machines.gpus_per_node
@@ -218,6 +222,23 @@ def _list_data_parallel(task: Task, place: str) -> Iterator[Estimate]:
         step_s = compute_s + max(0.0, exchange_s - task.hiding_s)
         memory_bytes = task.whole_bytes(machines.num_gpus)
         yield Estimate(f"{place}data parallel{name}", step_s, memory_bytes, wire_bytes, of_ours)
+
+
+def train_alone(task: Task, steps: int) -> Estimate:
+    """DiLoCo: so many steps between two exchanges. Bytes and seconds are of a step, in the mean."""
+    machines, trained = task.machines, task.training.share * task.model.parameters
+    inside_s = 2 * VALUE_BYTES * trained / machines.inside_bytes_per_s if machines.gpus_per_node > 1 else 0.0
+    exchange_s, wire_bytes = task.ring_s(VALUE_BYTES * trained, machines.num_nodes)
+    return Estimate(
+        f"DiLoCo, H = {steps}",
+        task.compute_s(-(-task.batch // machines.num_gpus))
+        + task.optimizer_s(task.model.parameters / machines.gpus_per_node)
+        + max(0.0, inside_s - task.hiding_s)
+        + exchange_s / steps,
+        task.whole_bytes(machines.gpus_per_node),
+        wire_bytes / steps,
+        trains_as_asked=False,
+    )
 
 
 def _gathered(task: Task) -> tuple[float, float]:

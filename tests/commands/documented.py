@@ -73,6 +73,7 @@ def recorded(*names: str) -> Elsewhere:
 
 
 STEPS = Here({".json": ".json --steps 2"})
+OF_CPU = "--steps 2 --dtype float32 --clip-grad 0.0"
 SMALL_MODEL = "--model my/model --data my/text --length 64"
 RULES: dict[str, Here | Elsewhere] = {
     # Of which a command has the text, the first counts.
@@ -90,8 +91,7 @@ RULES: dict[str, Here | Elsewhere] = {
     "launch.pretrain_crnet": STEPS,
     "launch.pretrain_gpt --deepspeed_config launch/ds": STEPS,
     "launch.pretrain_gpt --deepspeed_config watched": Here({"160": "5"}),
-    "launch.pretrain_gpt_megatron --clapping-config launch": STEPS,
-    "launch.pretrain_gpt_megatron --clapping-config clapping": Here({"100": "2"}),
+    "launch.pretrain_gpt_megatron": Here({"-m": "on_cpu.py -m", ".json": f".json {OF_CPU}", "--steps 100": ""}),
     "launch.finetune --deepspeed_config launch": Here({"--save": "--length 64 --steps 2 --save"}),
     "launch.finetune_torch": Here({".json": f".json --steps 1 {SMALL_MODEL}"}),
     "clapping_ds.run train.py": Here({"deepspeed": "deepspeed --num_accelerators 2"}),
@@ -146,6 +146,7 @@ from torch import nn
 
 parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
 parser.add_argument("--local_rank", type=int)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute of compiling
 deepspeed.init_distributed()
 layers = [LayerSpec(nn.Linear, 128, 128), LayerSpec(nn.ReLU), LayerSpec(nn.Linear, 128, 10)]
 module = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.cross_entropy)
@@ -156,16 +157,23 @@ engine.train_batch(data_iter=iter(lambda: (x, x[:, :10].argmax(1)), None))
 assert type(engine).__module__.startswith("clapping_ds"), type(engine)
 """
 ON_CPU = """
-import sys
-from pathlib import Path
+import runpy, sys
+import torch.distributed as dist
 from launch.megatron_on_cpu import on_cpu
 from unittest import mock
-import torch
 
-source = Path(sys.argv[1]).read_text().replace('"nccl"', '"gloo"')
-with on_cpu(), mock.patch("torch.cuda.set_device"):
-    exec(compile(source, sys.argv[1], "exec"), {"__name__": "__main__"})
+def start(backend, start=dist.init_process_group):
+    start("gloo")
+
+del sys.argv[0]
+with on_cpu(), mock.patch("torch.cuda.set_device"), mock.patch("torch.distributed.init_process_group", start):
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""What names CUDA and NCCL, on CPU ranks."""
 
 
 def prepare(folder: Path) -> None:
@@ -183,7 +191,7 @@ def prepare(folder: Path) -> None:
     (folder / "hostfile").write_text("pc-a slots=1\npc-b slots=1\n")
     (folder / "clapping.json").write_text(find_block(megatron, "json"))
     (folder / "my_loop.py").write_text(find_block(megatron, "python"))
-    (folder / "watched.json").write_text(find_block(monitoring, "json"))
+    (folder / "watched.json").write_text(find_block(monitoring, "json").replace("tensorboard", "csv_monitor"))
     (folder / "ds_config.json").write_text((ROOT / "launch" / "finetune.json").read_text())
     (folder / "train.py").write_text(TRAIN)
     (folder / "on_cpu.py").write_text(ON_CPU)

@@ -1,5 +1,6 @@
 """The doctor's checks, each with what it looks at put wrong; and how ranks' findings become lines."""
 
+import os
 import socket
 from threading import Thread
 from types import SimpleNamespace
@@ -257,6 +258,7 @@ def test_block(tmp_path):
 
 def test_files(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "to" / "make"))
     found = machine.check_files(Visit(device=GPU))
     assert f"{tmp_path}/to/make, " in found.text
@@ -272,6 +274,18 @@ def test_files(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 26))
     monkeypatch.delenv("TRITON_CACHE_DIR")
     assert "NCCL may lack shared memory: docker run" in machine.check_files(Visit(device=GPU)).text
+
+
+def test_the_lock_of_a_build_that_was_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert machine.check_files(Visit()).status is Status.OK  # it may be running
+    os.utime(lock, (0, 0))
+    found = machine.check_files(Visit())
+    assert found.status is Status.WARN
+    assert f"{lock} is of a build that was interrupted: delete it" in found.text
 
 
 def test_network(monkeypatch):

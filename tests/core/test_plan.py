@@ -120,6 +120,10 @@ def test_ways_by_hand():
     assert ddp.step_s == pytest.approx(8 * sequence_s + ddp.wire_bytes / 125e6 - hidden_s, rel=0.01)
     assert 9 * 7e9 < ddp.memory_bytes < 10 * 7e9
     assert found["data parallel, eden4"].wire_bytes == pytest.approx(ddp.wire_bytes * 4.125 / 16)
+    alone = found["DiLoCo, H = 100"]
+    assert alone.wire_bytes == pytest.approx(ddp.wire_bytes / 100)
+    assert alone.step_s == pytest.approx(8 * sequence_s + ddp.wire_bytes / 125e8, rel=0.02)
+    assert alone.memory_bytes > 18 * 7e9 and not alone.trains_as_asked
     pipeline = found["pipeline of 4, overlapped"]
     assert pipeline.wire_bytes == 2 * 32 * 2048 * 4096 * 2  # both directions leave the nodes in the middle
     assert pipeline.step_s > 32 * sequence_s / 4

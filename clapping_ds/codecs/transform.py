@@ -332,10 +332,10 @@ def _write_side_(rows: Rows, moments: Moments, sections: Sections, num_words: in
     sections.means.copy_(moments.means)
     sections.deviations.copy_(moments.deviations)
     in_order_C = sections.deviations.float()[sections.coding.order]
-    sections.bits.copy_(_give_out_bits(in_order_C, num_words))
+    sections.bits.copy_(give_out_bits(in_order_C, num_words))
 
 
-def _give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
+def give_out_bits(deviation_C: torch.Tensor, num_bits: int) -> torch.Tensor:
     """uint8 [B]: the bits of each block of sorted coordinates. A block's error falls ever less with each bit,
     so the largest falls of all are those that giving out one bit after the other would reach."""
     variance_B = deviation_C.double().square().view(-1, BLOCK).sum(1)

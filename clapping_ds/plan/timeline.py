@@ -15,12 +15,13 @@ Not modelled: jitter, slow starts of TCP, a stage that computes slower while its
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from clapping_ds.autotune import depth
+from clapping_ds.config import DIRECTIONS
 
 Operation = tuple[str, int]
 """What, and the slot. What: forward, backward, or send, await or receive with a direction. `await` ends
@@ -77,6 +78,16 @@ class Step:
         return len(self.activation_bytes)
 
 
+class Span(NamedTuple):
+    """What a stage computed, or a channel carried, and when."""
+
+    name: str
+    """"forward", "backward", or the direction."""
+    slot: int
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What `simulate` found. Shares are of `step_s`."""
@@ -89,6 +100,10 @@ class Timeline:
     activation_shares: tuple[float, ...]
     """Per link: carrying bytes."""
     gradient_shares: tuple[float, ...]
+    work: tuple[tuple[Span, ...], ...]
+    """Of each stage: its passes."""
+    messages: tuple[tuple[Span, ...], ...]
+    """Of each link: both directions, while bytes are on the way."""
 
 
 def slot_bytes(num_slots: int, key_bytes: float, delta_bytes: float, fresh_share: float) -> tuple[float, ...]:
@@ -172,6 +187,7 @@ class Wire:
         self.sent_s: list[float] = []
         self.arrived_s: list[float] = []
         self.free_s = 0.0
+        self.starts_s: list[float] = []
 
     def send(self, slot: int, now_s: float) -> float:
         encoded_s = now_s + self.encode_s
@@ -198,7 +214,8 @@ class Wire:
         """Carries the messages that are both sent and asked for."""
         for slot in range(len(self.arrived_s), min(len(self.issued_s), len(self.posted_s))):
             ready_s = max(self.issued_s[slot], self.posted_s[slot])
-            self.free_s = max(ready_s, self.free_s) + self.durations_s[slot]
+            self.starts_s.append(max(ready_s, self.free_s))
+            self.free_s = self.starts_s[-1] + self.durations_s[slot]
             self.sent_s.append(max(ready_s, self.free_s - self.buffered_s))
             self.arrived_s.append(self.free_s + self.latency_s)
 
@@ -214,6 +231,7 @@ class Rank:
         self.handlers = handlers
         self.position = 0
         self.now_s = 0.0
+        self.passes: list[Span] = []
 
     def advance(self) -> bool:
         """Runs until a time is needed that is unknown. Whether anything ran."""
@@ -223,6 +241,8 @@ class Rank:
             end_s = self.handlers[name](slot, self.now_s)
             if end_s is None:
                 break
+            if name in ("forward", "backward"):
+                self.passes.append(Span(name, slot, self.now_s, end_s))
             self.now_s = end_s
             self.position += 1
         return self.position > start
@@ -242,7 +262,8 @@ def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Ti
 
     ahead: receives kept posted, from the start of the step; 0: each is posted when it is waited for.
     """
-    handlers = _handlers(step, ahead)
+    wires = _wires(step, ahead)
+    handlers = _handlers(step, wires)
     ranks = [Rank(*of_stage) for of_stage in zip(operations, handlers, strict=True)]
     while sum(rank.advance() for rank in ranks):
         pass
@@ -259,7 +280,17 @@ def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Ti
         tuple(work_s(step, stage_id) / step_s for stage_id in range(len(ranks))),
         activations,
         gradients,
+        tuple(tuple(rank.passes) for rank in ranks),
+        tuple(
+            tuple(span for direction in DIRECTIONS for span in _spans(direction, wires[i, direction]))
+            for i in range(len(step.links))
+        ),
     )
+
+
+def _spans(direction: str, wire: Wire) -> Iterator[Span]:
+    for slot, (start_s, duration_s) in enumerate(zip(wire.starts_s, wire.durations_s, strict=True)):
+        yield Span(direction, slot, start_s, start_s + duration_s)
 
 
 def work_s(step: Step, stage_id: int) -> float:
@@ -270,20 +301,26 @@ def work_s(step: Step, stage_id: int) -> float:
     return step.num_micro_batches * (stage.forward_s + stage.backward_s + codecs_s)
 
 
-def _handlers(step: Step, ahead: int) -> list[dict[str, Handler]]:
+def _wires(step: Step, ahead: int) -> dict[tuple[int, str], Wire]:
+    """By link and direction."""
+    found = {}
+    for i, link in enumerate(step.links):
+        here, there = step.stages[i : i + 2]
+        forth, back = step.activation_bytes, step.gradient_bytes
+        found[i, "activations"] = Wire(link, forth, here, there, ahead, step.codecs_overlap)
+        found[i, "gradients"] = Wire(link, back, there, here, ahead, step.codecs_overlap)
+    return found
+
+
+def _handlers(step: Step, wires: Mapping[tuple[int, str], Wire]) -> list[dict[str, Handler]]:
     """What runs each stage's operations."""
     handlers: list[dict[str, Handler]] = [
         {"forward": _takes(stage.forward_s), "backward": _takes(stage.backward_s)} for stage in step.stages
     ]
-    for i, link in enumerate(step.links):
-        for direction, slot_bytes, source, target in (
-            ("activations", step.activation_bytes, i, i + 1),
-            ("gradients", step.gradient_bytes, i + 1, i),
-        ):
-            ends = step.stages[source], step.stages[target]
-            wire = Wire(link, slot_bytes, *ends, ahead, step.codecs_overlap)
-            handlers[source] |= {f"send {direction}": wire.send, f"await {direction}": wire.await_sent}
-            handlers[target] |= {f"receive {direction}": wire.receive}
+    for (i, direction), wire in wires.items():
+        source, target = (i, i + 1) if direction == "activations" else (i + 1, i)
+        handlers[source] |= {f"send {direction}": wire.send, f"await {direction}": wire.await_sent}
+        handlers[target] |= {f"receive {direction}": wire.receive}
     return handlers
 
 

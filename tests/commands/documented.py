@@ -91,7 +91,9 @@ RULES: dict[str, Here | Elsewhere] = {
     "launch.pretrain_crnet": STEPS,
     "launch.pretrain_gpt --deepspeed_config launch/ds": STEPS,
     "launch.pretrain_gpt --deepspeed_config watched": Here({"160": "5"}),
-    "launch.pretrain_gpt_megatron": Here({"-m": "on_cpu.py -m", ".json": f".json {OF_CPU}", "--steps 100": ""}),
+    "launch.pretrain_gpt_megatron": Here(
+        {"-m": "on_cpu.py -m", ".json": f".json {OF_CPU}", "--steps 100": ""}
+    ),
     "launch.finetune --deepspeed_config launch": Here({"--save": "--length 64 --steps 2 --save"}),
     "launch.finetune_torch": Here({".json": f".json --steps 1 {SMALL_MODEL}"}),
     "clapping_ds.run train.py": Here({"deepspeed": "deepspeed --num_accelerators 2"}),

@@ -50,7 +50,7 @@ def draw_schedules(target: Path) -> None:
     timelines = {
         "stock DeepSpeed: a stage waits while its message travels": simulate(raw, "stock"),
         hidden: simulate(raw, "ours", depth),
-        "overlapped, eden4: the link is off the critical path": simulate(
+        "overlapped, eden4: messages take less than stages do": simulate(
             coded, "ours", automatic_depth(coded)
         ),
     }

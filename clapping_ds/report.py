@@ -48,15 +48,23 @@ class Lately:
     def __init__(self) -> None:
         self._before: dict[tuple[str, str], Traffic] = {}
 
+    def restart(self, channels: Iterable[Measured]) -> None:
+        """From here on, as after counters were loaded."""
+        self._before = {self._name(channel): channel.traffic.since(Traffic()) for channel in channels}
+
     def list_rows(self, channels: Iterable[Measured]) -> list[dict[str, Any]]:
-        """As `make_row`, of each."""
-        rows = []
-        for channel in channels:
-            now = channel.traffic.since(Traffic())
-            before = self._before.get((channel.link, channel.direction), Traffic())
-            rows.append(make_row(channel, now.since(before)))
-            self._before[channel.link, channel.direction] = now
+        """As `make_row`, of each that sent something."""
+        rows, known = [], list(channels)
+        for channel in known:
+            traffic = channel.traffic.since(self._before.get(self._name(channel), Traffic()))
+            if traffic.num_messages:
+                rows.append(make_row(channel, traffic))
+        self.restart(known)
         return rows
+
+    @staticmethod
+    def _name(channel: Measured) -> tuple[str, str]:
+        return channel.link, channel.direction
 
 
 EVENTS = ("ratio", "bits_per_value", "relative_error", "fresh_share", "memory_bytes", "held_back")

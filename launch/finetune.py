@@ -8,7 +8,7 @@ With `--beside-stock` the same run goes first over stock DeepSpeed's uncompresse
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
@@ -24,9 +25,30 @@ from clapping_ds.link.groups import Control
 from launch import llm
 from launch.finetuning import CONTROL_S, Finetuning, continue_prompt, gather, prepare_everywhere, report, save
 from launch.pretrain_gpt import parse, start_distributed
-from launch.trainer import RunResult, learning_rate_schedule, optimizer, train_engine
+from launch.trainer import (
+    RunResult,
+    learning_rate_schedule,
+    load_last,
+    optimizer,
+    save_at_times,
+    train_engine,
+)
 
 STOCK = "stock DeepSpeed"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """DeepSpeed's."""
+
+    checkpoints: Path | None = None
+    """Folder, on each machine's disk or a shared one, from whose last a run goes on. None: none."""
+    checkpoint_steps: int = 50
+    """Steps between two; there is one after the last step as well."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_steps < 1:
+            raise ValueError(f"--checkpoint-steps = {self.checkpoint_steps}; accepted: 1 or more")
 
 
 @dataclass(frozen=True)
@@ -36,10 +58,14 @@ class Options:
     deepspeed_config: Path
     """JSON of DeepSpeed, with the "clapping" block."""
     run: Finetuning = field(default_factory=Finetuning)
+    kept: Checkpoints = field(default_factory=Checkpoints)
     beside_stock: bool = False
     """Trains over uncompressed links first, from the same seed."""
     local_rank: int = 0
     """Passed by the launcher, and not used."""
+
+
+NO_CHECKPOINTS = Checkpoints()
 
 
 def pipeline(cuts: llm.Cuts) -> PipelineModule:
@@ -58,6 +84,16 @@ def pipeline(cuts: llm.Cuts) -> PipelineModule:
     return module
 
 
+def find_dtype(run: Finetuning, ds_config: Mapping[str, Any]) -> torch.dtype:
+    """In which the model is loaded: the engine's own, if its weights are frozen. Where all are trained the
+    optimizer's fp32 copies are made of what is loaded."""
+    if run.lora_rank and ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    if run.lora_rank and ds_config.get("fp16", {}).get("enabled"):
+        return torch.float16
+    return torch.float32
+
+
 def finetune(
     run: Finetuning,
     ds_config: dict[str, Any],
@@ -65,13 +101,15 @@ def finetune(
     title: str,
     control: Control,
     folder: Path | None = None,
+    kept: Checkpoints = NO_CHECKPOINTS,
 ) -> RunResult:
     """Trains, and saves the result. `initialize` is DeepSpeed's, or `clapping_ds.initialize`.
 
     folder   shared by all ranks, if all weights are trained; of adapters the first rank writes alone
+    kept     in what folder, and how often
     Raises ValueError, on every rank, for what one rank cannot train or save.
     """
-    prepared = prepare_everywhere(control, run, run.num_stages)
+    prepared = prepare_everywhere(control, run, run.num_stages, find_dtype(run, ds_config))
     module = pipeline(prepared.cuts)
     engine, *_ = initialize(
         model=module,
@@ -79,7 +117,11 @@ def finetune(
         lr_scheduler=lambda adam: learning_rate_schedule(adam, run),
         config=ds_config,
     )
-    result = train_engine(engine, run, prepared.corpus, run.length, title, validates_first=True)
+    end_step = None
+    if kept.checkpoints is not None:
+        load_last(engine, kept.checkpoints)
+        end_step = partial(save_at_times, engine, kept.checkpoints, kept.checkpoint_steps, run.steps)
+    result = train_engine(engine, run, prepared.corpus, run.length, title, end_step, validates_first=True)
     if folder is not None and engine.grid.get_data_parallel_id() == 0:
         (stage,) = (part for part in module.modules() if isinstance(part, llm.Stage))
         gather_stages = partial(gather, engine.grid.get_pipe_parallel_group())
@@ -103,7 +145,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = run.save or (Path(scratch) if run.lora_rank else None)
         results["clapping_ds"] = finetune(
-            run, ds_config, clapping_ds.initialize, "clapping_ds", control, folder
+            run, ds_config, clapping_ds.initialize, "clapping_ds", control, folder, options.kept
         )
         if is_first:
             report(run, results, before, folder)

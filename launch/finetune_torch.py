@@ -7,6 +7,7 @@ are trained in the dtype that they were loaded in.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ class Trainer:
         return _tell(losses)
 
     def validate(self, batches: Iterator[Batch], num_batches: int) -> float:
-        """The mean loss, with uncompressed messages."""
+        """The mean loss, with uncompressed messages; NaN of no batches."""
         found = []
         self.stage.eval()
         for _ in range(num_batches):
@@ -97,7 +98,7 @@ class Trainer:
                 self.pipeline.schedule.eval(*given, target=target, losses=losses, return_outputs=False)
             found.append(_tell(losses))
         self.stage.train()
-        return sum(found) / num_batches
+        return sum(found) / num_batches if found else math.nan
 
 
 def _tell(losses: Sequence[torch.Tensor]) -> float:

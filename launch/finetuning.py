@@ -54,7 +54,7 @@ class Finetuning(Training):
     eval_interval: int = 1000
     """Steps between two validations; there is one before the first and one after the last step as well."""
     eval_batches: int = 2
-    """Batches of each validation."""
+    """Batches of each validation; 0: there is none."""
 
 
 class Prepared(NamedTuple):
@@ -66,14 +66,15 @@ class Prepared(NamedTuple):
     corpus: np.ndarray
 
 
-def prepare(run: Finetuning, num_stages: int) -> Prepared:
-    """Loads model and text. Raises ValueError or OSError for what cannot be trained, or not be saved."""
+def prepare(run: Finetuning, num_stages: int, dtype: torch.dtype = torch.float32) -> Prepared:
+    """Loads model and text. dtype: of the model's weights. Raises ValueError or OSError for what cannot be
+    trained, or not be saved."""
     if run.save is not None:
         run.save.mkdir(parents=True, exist_ok=True)
         if any(run.save.iterdir()):
             raise ValueError(f"--save = {str(run.save)!r} has files; accepted: an empty folder, or a new one")
     torch.manual_seed(run.seed)
-    model, tokenizer = llm.load(run.model)
+    model, tokenizer = llm.load(run.model, dtype)
     corpus, _ = tokens(run.data, llm.find_encoder(tokenizer))
     _check_fits(run, model, corpus)
     lora = llm.add_lora(model, run.lora_rank) if run.lora_rank else None
@@ -82,10 +83,12 @@ def prepare(run: Finetuning, num_stages: int) -> Prepared:
     return Prepared(llm.Cuts(model, num_stages), tokenizer, lora, corpus)
 
 
-def prepare_everywhere(control: Control, run: Finetuning, num_stages: int) -> Prepared:
+def prepare_everywhere(
+    control: Control, run: Finetuning, num_stages: int, dtype: torch.dtype = torch.float32
+) -> Prepared:
     """`prepare` on every rank. Raises ValueError on every rank for what one cannot train or save, and where
     ranks have different texts: both ends of a pipeline read it, one for inputs and one for labels."""
-    prepared = control.check(lambda: prepare(run, num_stages))
+    prepared = control.check(lambda: prepare(run, num_stages, dtype))
     content = crc32(np.ascontiguousarray(prepared.corpus).tobytes())
     control.check_equal({"tokens of --data": len(prepared.corpus), "checksum of --data": content})
     return prepared

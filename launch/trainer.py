@@ -1,9 +1,11 @@
 """One training run: engine, schedule, validation, progress, figures. Used by the script and the benchmark."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class Training:
     eval_interval: int = 40
     """Steps between two validations; there is one after the last step as well."""
     eval_batches: int = 5
-    """Batches of each validation."""
+    """Batches of each validation; 0: there is none."""
     seed: int = 1
     """Of new weights and of the order of the data."""
 
@@ -58,7 +60,7 @@ class RunConfig(Training):
     gpt: GPTConfig = field(default_factory=GPTConfig)
     """The size of the model."""
     save: Path | None = None
-    """Folder for DeepSpeed's checkpoints; None: no checkpoints."""
+    """Folder for DeepSpeed's checkpoints, from the last of which a run goes on; None: no checkpoints."""
     save_interval: int = 320
     """Steps between two checkpoints; there is one after the last step as well."""
     checkpoint_interval: int = 0
@@ -107,13 +109,27 @@ def train(
         lr_scheduler=lambda adam: learning_rate_schedule(adam, run),
         config=ds_config,
     )
-    end_step = None if run.save is None else partial(_save_at_times, engine, run)
+    end_step = None
+    if run.save is not None:
+        load_last(engine, run.save)
+        end_step = partial(save_at_times, engine, run.save, run.save_interval, run.steps)
     return train_engine(engine, run, corpus, gpt.length, title, end_step)
 
 
-def _save_at_times(engine: Any, run: RunConfig, step: int) -> None:
-    if step % run.save_interval == 0 or step == run.steps:
-        engine.save_checkpoint(str(run.save))
+def load_last(engine: Any, folder: Path) -> None:
+    """Loads an engine's last checkpoint, if there is one. The first rank alone has the file "latest", where
+    machines share no disk: it tells the others. A collective of all ranks."""
+    latest = folder / "latest"
+    tag = [latest.read_text().strip() if dist.get_rank() == 0 and latest.exists() else None]
+    dist.broadcast_object_list(tag)
+    if tag[0] is not None:
+        engine.load_checkpoint(str(folder), tag=tag[0])
+
+
+def save_at_times(engine: Any, folder: Path, interval: int, last: int, step: int) -> None:
+    """A checkpoint after every `interval` steps, and after the last."""
+    if step % interval == 0 or step == last:
+        engine.save_checkpoint(str(folder))
 
 
 def train_engine(
@@ -126,13 +142,16 @@ def train_engine(
     *,
     validates_first: bool = False,
 ) -> RunResult:
-    """Trains an engine of DeepSpeed, stock or ours, on windows of `length` tokens.
+    """Trains an engine of DeepSpeed, stock or ours, on windows of `length` tokens. One that has loaded a
+    checkpoint goes on in its data.
 
     end_step   called after each step with its number, from 1
     """
-    replica = engine.grid.get_data_parallel_id()
+    replica, first = engine.grid.get_data_parallel_id(), engine.global_steps
     batch_size = engine.train_micro_batch_size_per_gpu()
     batches = Windows(corpus, length, batch_size, validation=False).batches(run.seed * 1000 + replica)
+    num_drawn = getattr(engine, "clapping_num_drawn", first * engine.micro_batches)
+    batches = islice(batches, num_drawn, None)
     held_out = Windows(corpus, length, batch_size, validation=True)
     tokens_per_step = engine.train_batch_size() * length
 
@@ -145,7 +164,7 @@ def train_engine(
         result.validate(step, report, loss)
 
     if validates_first:
-        validate(0)
+        validate(first)
     for step in trained_steps(
         result,
         run.steps,
@@ -153,6 +172,7 @@ def train_engine(
         lambda: float(engine.train_batch(data_iter=batches)),
         engine.clapping_traffic if has_channels else None,
         title,
+        first,
     ):
         if step % run.eval_interval == 0 or step == run.steps:
             validate(step)
@@ -168,19 +188,21 @@ def trained_steps(
     train_step: Callable[[], float],
     traffic: Callable[[], Traffic] | None,
     title: str,
+    first: int = 0,
 ) -> Iterator[int]:
     """Calls `train_step`, which returns a loss, for each step; yields the number of each, from 1, with its
     figures in `result` and on a progress bar. What is done between two steps is not timed.
 
     traffic   this rank's counters; None for a stock engine
+    first     steps that were trained before
     """
     busy_s = 0.0
-    bar = tqdm(total=num_steps, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
-    for step in range(1, num_steps + 1):
+    bar = tqdm(total=num_steps, initial=first, desc=title, disable=dist.get_rank() != 0, mininterval=1.0)
+    for step in range(first + 1, num_steps + 1):
         start = time.perf_counter()
         result.train_losses.append(train_step())
         busy_s += time.perf_counter() - start
-        result.tokens_per_s = step * tokens_per_step / busy_s
+        result.tokens_per_s = (step - first) * tokens_per_step / busy_s
         bar.update()
         bar.set_postfix(_progress(result, None if traffic is None else traffic()), refresh=False)
         yield step
@@ -188,9 +210,9 @@ def trained_steps(
 
 
 def validation_loss(engine: Any, batches: Iterator[Any], num_batches: int) -> float:
-    """Mean of `eval_batch` over `num_batches` batches; the same ones at every call."""
+    """Mean of `eval_batch` over `num_batches` batches; the same ones at every call. NaN without any."""
     losses = [float(engine.eval_batch(batches)) for _ in range(num_batches)]
-    return sum(losses) / num_batches
+    return sum(losses) / num_batches if losses else math.nan
 
 
 def optimizer(model: torch.nn.Module, run: Training) -> torch.optim.Optimizer:

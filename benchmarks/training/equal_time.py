@@ -32,11 +32,14 @@ LATENCY_S = 1e-3
 RATES_GBIT_PER_S = (1, 10)
 BATCHES = (32, 256)
 """Sequences of a step."""
-REFERENCE_STEPS = {SCRATCH: 300, TUNING: 32}
+REFERENCE_STEPS = {SCRATCH: 300, TUNING: 28}
 """Uncompressed, to the loss that all are to reach."""
-BUDGETS = (1.0, 2.0)
+BUDGETS = (1.0, 1.5)
 """Units of time, after which losses are compared."""
+BEYOND = 1.05
+"""Of the steps that were measured: a loss after more is not known."""
 PIPELINE = f"pipeline of {NUM_NODES}, "
+EXCHANGED = "data parallel, eden4"
 NOT_COMPRESSED = ("stock", "overlapped")
 
 
@@ -80,9 +83,11 @@ def list_candidates(setting: Setting, batch: int, gbit_per_s: float) -> Iterator
     """Those whose losses were measured."""
     task = setting.make_task(batch, gbit_per_s)
     for found in [*list_ways(task), train_alone(task, 30)]:
-        curve = _find_curve(found)
+        curve, memory_bytes = _find_curve(found), found.memory_bytes
+        if found.way == EXCHANGED:  # what was measured does not split the optimizer
+            memory_bytes = task.whole_bytes(1)
         if curve in WAYS[setting.kind]:
-            yield Candidate(found.way, curve, found.step_s, found.memory_bytes)
+            yield Candidate(found.way, curve, found.step_s, memory_bytes)
     if setting.kind == TUNING:
         lora = setting.make_task(batch, gbit_per_s, "lora")
         ways = {found.way: found for found in list_ways(lora)}
@@ -124,22 +129,24 @@ def compare(curves: Curves, setting: Setting, batch: int, gbit_per_s: float) -> 
     kind, steps = setting.kind, REFERENCE_STEPS[setting.kind]
     task = setting.make_task(batch, gbit_per_s)
     unit_s = steps * task.compute_s(batch / NUM_NODES)
-    targets = {seed: find_loss(curve, steps) for seed, curve in curves[kind, UNCOMPRESSED].items()}
+    targets = {seed: find_loss(curve, steps) or 0.0 for seed, curve in curves[kind, UNCOMPRESSED].items()}
     for candidate in list_candidates(setting, batch, gbit_per_s):
-        mine = curves.get((kind, candidate.curve))
+        measured = curves.get((kind, candidate.curve), {})
+        mine = {seed: curve for seed, curve in measured.items() if seed in targets}
         if not mine:
             continue
-        taken = [find_crossing(curve, targets[seed] or 0.0) for seed, curve in mine.items()]
+        is_stepped = candidate.curve.startswith("DiLoCo")
+        taken = [find_step(curve, targets[seed], is_stepped) for seed, curve in mine.items()]
         needed = _mean(taken)
         losses = {}
         for budget in BUDGETS:
             after = budget * unit_s / candidate.step_s
-            losses[f"loss at {budget:g}"] = _rounded(
-                _mean([find_loss(curve, after) for curve in mine.values()]), 3
-            )
+            found = [find_loss_after(curve, after, is_stepped) for curve in mine.values()]
+            losses[f"loss at {budget:g}"] = _rounded(_mean(found), 3)
         yield {
             "setting": setting.name, "batch": batch, "Gbit/s": gbit_per_s, "way": candidate.way,
-            "seeds": len(mine), "GB per GPU": round(candidate.memory_bytes / 1e9, 1),
+            "seeds": len(mine), "reached": len(taken) - taken.count(None),
+            "GB per GPU": round(candidate.memory_bytes / 1e9, 1),
             "fits": candidate.memory_bytes <= task.machines.gpu.memory_gb * 1e9,
             "step s": round(candidate.step_s, 3), "step": round(candidate.step_s * steps / unit_s, 2),
             "steps": _rounded(needed, 1),
@@ -148,6 +155,23 @@ def compare(curves: Curves, setting: Setting, batch: int, gbit_per_s: float) -> 
             "steps measured": max(step for curve in mine.values() for step, _ in curve),
             f"steps at {BUDGETS[-1]:g}": round(BUDGETS[-1] * unit_s / candidate.step_s, 1),
         }  # fmt: skip
+
+
+def find_step(curve: Curve, target: float, is_stepped: bool) -> float | None:
+    """After which a loss is reached, between two validations, at the first at most; None: never. is_stepped:
+    the model exists at validations alone."""
+    if curve[0][1] <= target:
+        return float(curve[0][0])
+    if is_stepped:
+        return next((float(step) for step, loss in curve if loss <= target), None)
+    return find_crossing(curve, target)
+
+
+def find_loss_after(curve: Curve, steps: float, is_stepped: bool) -> float | None:
+    """As `find_loss`, and None after more steps than were measured."""
+    if is_stepped:
+        steps = max((step for step, _ in curve if step <= steps), default=0)
+    return find_loss(curve, steps) if steps <= BEYOND * curve[-1][0] else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

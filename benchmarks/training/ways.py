@@ -15,9 +15,9 @@ with a micro-batch each:
     LoRA                    and over three links; and with one micro-batch a step, which is what one GPU of
                             four has time for
 
-ZeRO++ (groups of 2,048 values, each by its largest) and DiLoCo (with its own step size of 0.7 and momentum of
-0.9) are written here from the papers. All in one process; a run takes 4 minutes (byte GPT) to 25 on one core.
-Rows that `ways.csv` has are not measured again.
+ZeRO++ (groups of 2,048 values, each by its largest; gradients once a step) and DiLoCo (with its own step size
+of 0.7 and momentum of 0.9) are written here from the papers. All in one process; a run takes 4 minutes (byte
+GPT) to 25 on one core. Rows that `ways.csv` has are not measured again.
 """
 
 import argparse

@@ -28,7 +28,7 @@ LEAST_SHARED_MEMORY_GIB = 0.25
 """Docker's default is 0.06, of which NCCL's buffers between the GPUs of a machine need more."""
 
 STALE_S = 1800
-"""After which a build's lock is of one that was interrupted: none of DeepSpeed's takes as long."""
+"""After which a build's lock is most likely of one that was interrupted: DeepSpeed's take minutes."""
 
 
 # Versions
@@ -238,7 +238,7 @@ def check_files(visit: Visit) -> Finding:
         if not _is_writable(folder)
     ]
     problems += [
-        warn(f"{lock} is of a build that was interrupted", "delete it: what needs it waits, without a word")
+        warn(f"{lock} is old", "delete it, unless a build is running: what needs it waits without a word")
         for lock in _list_stale_locks()
     ]
     if compiles and shutil.which(compiler) is None:
@@ -255,15 +255,20 @@ def check_files(visit: Visit) -> Finding:
 
 
 def _list_stale_locks() -> list[Path]:
-    """Of torch's folder of extensions, where each build has one while it runs."""
+    """Of torch's folder of extensions for this Python, where each build has one while it runs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-    return [
-        lock
-        for pattern in ("*/lock", "*/*/lock")
-        for lock in sorted(folder.glob(pattern))
-        if time.time() - lock.stat().st_mtime > STALE_S
-    ]
+    major, minor, _ = platform.python_version_tuple()
+    locks = [*folder.glob("*/lock"), *folder.glob(f"py{major}{minor}_*/*/lock")]
+    return sorted(lock for lock in locks if _find_age_s(lock) > STALE_S)
+
+
+def _find_age_s(path: Path) -> float:
+    """Of a file; 0 of one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_writable(folder: Path) -> bool:

@@ -231,9 +231,9 @@ class Averaging:
     def list_lately(self) -> list[dict[str, Any]]:
         """A row for each way of this rank's gradients, as since the last call; held_back: what error feedback
         keeps, as a part of the gradient. No communication."""
-        legs = [leg for leg in self._legs if leg.traffic.num_messages]
-        rows = self._lately.list_rows(legs)
-        return [{**row, "held_back": leg.held_back} for leg, row in zip(legs, rows, strict=True)]
+        held_back = {(leg.link, leg.direction): leg.held_back for leg in self._legs}
+        rows = self._lately.list_rows(self._legs)
+        return [{**row, "held_back": held_back[row["link"], row["direction"]]} for row in rows]
 
     # Checkpoints
 
@@ -270,4 +270,5 @@ class Averaging:
             self._trial, self.is_used = None, state["is_used"]
         if self.delayed is not None:
             self.delayed.load_state_dict(state["travelling"])
+        self._lately.restart(self._legs)
         return None

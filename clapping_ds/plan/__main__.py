@@ -140,7 +140,7 @@ def describe(task: Task) -> str:
             "GB per GPU": f"{way.memory_bytes / 1e9:.3g}",
             "fits": "yes" if way.memory_bytes <= memory_bytes else "no",
             "MB on a link": f"{way.wire_bytes / 1e6:.4g}" if way.wire_bytes else "-",
-            "nats": f"{way.added_loss:.3f}" if way.num_links else "-",
+            "nats": "?" if not way.trains_as_asked else f"{way.added_loss:.3f}" if way.num_links else "-",
         }
         for way in ways
         if not way.shape or way.num_stages in shown or (best is not None and way.shape == best.shape)
@@ -151,7 +151,13 @@ def describe(task: Task) -> str:
         f"{model.width}; steps of {task.batch} sequences of {model.length} tokens; {machines.num_nodes} x "
         f"{machines.gpus_per_node} GPUs of {machines.gpu.memory_gb:g} GB; modelled, nothing is measured"
     )
-    return f"{head}\n\n{format_table(rows)}\n\n{advise(best)}"
+    others = [way.way for way in ways if not way.trains_as_asked]
+    note = (
+        f"{' and '.join(others)}: other training than was asked for, and so never advised.\n\n"
+        if others
+        else ""
+    )
+    return f"{head}\n\n{format_table(rows)}\n\n{note}{advise(best)}"
 
 
 def advise(best: Estimate | None) -> str:

@@ -289,7 +289,7 @@ def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Ti
 
 
 def _spans(direction: str, wire: Wire) -> Iterator[Span]:
-    for slot, (start_s, duration_s) in enumerate(zip(wire.starts_s, wire.durations_s, strict=True)):
+    for slot, (start_s, duration_s) in enumerate(zip(wire.starts_s, wire.durations_s, strict=False)):
         yield Span(direction, slot, start_s, start_s + duration_s)
 
 

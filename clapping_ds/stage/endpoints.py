@@ -89,8 +89,8 @@ class Endpoints:
         """Whether some rank's held batches are of more than one shape."""
         self.loss_scale = 1.0
         self._has_room = False
-        self._lately = report.Lately()
         """Whether disks were found to have room for the pool."""
+        self._lately = report.Lately()
         self.depth_is_measured = self.links_are_measured = False
         """Whether `in_flight` and codecs are those that measurements led to."""
 
@@ -285,6 +285,7 @@ class Endpoints:
         self.loss_scale, self.num_held = state["loss_scale"], dict(state["num_held"])
         for stage, saved in zip(self.stages, plans, strict=True):
             stage.load_state_dict(state["stages"][stage.stage_id], saved)
+        self._lately.restart(self._list_sending())
         links_are_read = self.config.links is not None and self.config.links.read is not None
         if not links_are_read:
             self._adopt_measured(state)

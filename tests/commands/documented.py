@@ -31,22 +31,33 @@ FIRST_WORDS = (
     *("python", "python3", "pip", "make", "deepspeed", "torchrun", "git", "tensorboard", "for"),
     *("sky", "kubectl", "sbatch", "sudo", "wg", "ping", "iperf3", "rsync"),
 )
-"""Of commands. What only sets the shell up (cd, export, umask, `.`) is not one."""
+"""Of commands."""
+MOST_S = 600
+"""For one command."""
+SETTINGS = ("cd", "export", "umask", ".")
+"""What only sets the shell up."""
 
 
 def list_commands(page: Path) -> list[str]:
-    """Each on one line: of blocks in `sh`, but for whole scripts, and of indented blocks."""
+    """Each on one line: of blocks in `sh`, and of indented blocks. ValueError for a line of the former that
+    is neither a command nor a setting. Whole scripts, and those in YAML, are `tests.core.test_recipes`'s."""
     text = page.read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     plain = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    blocks += re.findall(r"(?:^    .*\n)+", plain, re.MULTILINE)
-    lines = [
-        re.sub(r"\s+", " ", line.split("  #")[0]).strip()
-        for block in blocks
-        if not block.startswith("#!")
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    return [line for line in lines if line.split(" ")[0] in FIRST_WORDS]
+    found = [line for block in fenced if not block.startswith("#!") for line in _join(block)]
+    for line in found:
+        if line.split(" ")[0] not in FIRST_WORDS + SETTINGS:
+            raise ValueError(f"{page.name}: {line!r}; accepted: first words {FIRST_WORDS + SETTINGS}")
+    found += [line for block in re.findall(r"(?:^    .*\n)+", plain, re.MULTILINE) for line in _join(block)]
+    return [line for line in found if line.split(" ")[0] in FIRST_WORDS]
+
+
+def _join(block: str) -> list[str]:
+    """Its lines, without those that are empty, comments, and ends of lines that are escaped."""
+    lines = (
+        re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in block.replace("\\\n", " ").splitlines()
+    )
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 class Here(NamedTuple):
@@ -97,11 +108,6 @@ RULES: dict[str, Here | Elsewhere] = {
     "launch.finetune --deepspeed_config launch": Here({"--save": "--length 64 --steps 2 --save"}),
     "launch.finetune_torch": Here({".json": f".json --steps 1 {SMALL_MODEL}"}),
     "clapping_ds.run train.py": Here({"deepspeed": "deepspeed --num_accelerators 2"}),
-    "finetune_two_pcs.py --checkpoints": Here({
-        "python": "torchrun --nproc_per_node 2",
-        "checkpoints checkpoints": "checkpoints job",
-        "--num-stages 4": f"--num-stages 2 {SMALL_MODEL} --steps 2 --prompt ''",
-    }),
     "do echo": Here({"/tmp/": "pods_"}),
     "--hostfile /tmp/": Here(
         {
@@ -185,20 +191,19 @@ def prepare(folder: Path) -> None:
     from launch import llm
 
     two_pcs, megatron, monitoring = (
-        (ROOT / "docs" / name).read_text()
+        (folder / "docs" / name).read_text()
         for name in ("recipes/two-pcs.md", "recipes/megatron-lm.md", "monitoring.md")
     )
     (folder / "two_pcs.json").write_text(find_block(two_pcs, "json"))
-    (folder / "finetune_two_pcs.py").write_text(find_block(two_pcs, "python", "torch.distributed"))
     (folder / "hostfile").write_text("pc-a slots=1\npc-b slots=1\n")
     (folder / "clapping.json").write_text(find_block(megatron, "json"))
     (folder / "my_loop.py").write_text(find_block(megatron, "python"))
     (folder / "watched.json").write_text(find_block(monitoring, "json").replace("tensorboard", "csv_monitor"))
-    (folder / "ds_config.json").write_text((ROOT / "launch" / "finetune.json").read_text())
+    (folder / "ds_config.json").write_text((folder / "launch" / "finetune.json").read_text())
     (folder / "train.py").write_text(TRAIN)
     (folder / "on_cpu.py").write_text(ON_CPU)
     (folder / "results").mkdir()
-    curves = ROOT / "benchmarks" / "results" / "time_to_loss_curves.csv"
+    curves = folder / "benchmarks" / "results" / "time_to_loss_curves.csv"
     (folder / "results" / curves.name).write_text(curves.read_text())
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=False)
@@ -210,9 +215,9 @@ def prepare(folder: Path) -> None:
         (folder / "my" / "text" / f"{page.parent.name}_{page.name}").write_text(page.read_text())
 
 
-def find_block(text: str, language: str, having: str = "") -> str:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return next(block for block in blocks if having in block)
+def find_block(text: str, language: str) -> str:
+    """The first."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
 
 
 def adapt(command: str, how: Here) -> str:
@@ -249,7 +254,7 @@ def main() -> None:
                 continue
             start_s = time.perf_counter()
             run = subprocess.run(
-                ["bash", "-c", adapt(command, how)],
+                ["timeout", str(MOST_S), "bash", "-c", adapt(command, how)],
                 cwd=folder,
                 env=environment,
                 capture_output=True,

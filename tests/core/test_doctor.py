@@ -285,7 +285,7 @@ def test_the_lock_of_a_build_that_was_interrupted(tmp_path, monkeypatch):
     os.utime(lock, (0, 0))
     found = machine.check_files(Visit())
     assert found.status is Status.WARN
-    assert f"{lock} is of a build that was interrupted: delete it" in found.text
+    assert f"{lock} is old: delete it, unless a build is running" in found.text
 
 
 def test_network(monkeypatch):

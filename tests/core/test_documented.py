@@ -6,8 +6,10 @@ import re
 import pytest
 
 from tests.commands.documented import PAGES, ROOT, RULES, Elsewhere, Here, adapt, find_rule, list_commands
+from tests.core.test_recipes import long_options, options_of
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+WITH_OPTIONS = re.compile(r"`python -m (?!pytest)([\w.]+)( [^`]*--[^`]*)`")
 MENTIONED = re.compile(
     r"`(?:[A-Z_0-9]+=\S+ )*(?:python -m|make|torchrun .*? -m|deepspeed .*?--module) ([\w.-]+)"
 )
@@ -25,6 +27,13 @@ def test_every_command_has_a_rule_and_every_rule_a_command():
 def test_what_a_page_mentions_exists(page):
     for name in MENTIONED.findall(page.read_text()):
         assert name in TARGETS or name == "pytest" or importlib.util.find_spec(name) is not None, name
+
+
+def test_options_in_running_text_exist():
+    found = [(name, text) for page in PAGES for name, text in WITH_OPTIONS.findall(page.read_text())]
+    assert len(found) >= 3
+    for module, text in found:
+        assert long_options(text.split()) <= options_of(module), (module, text)
 
 
 def test_what_is_changed_is_in_the_command():

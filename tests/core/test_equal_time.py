@@ -7,7 +7,15 @@ import torch
 
 from benchmarks.files import RESULTS
 from benchmarks.training import curves
-from benchmarks.training.equal_time import BATCHES, SETTINGS, compare, list_candidates, list_curves
+from benchmarks.training.equal_time import (
+    BATCHES,
+    SETTINGS,
+    compare,
+    find_loss_after,
+    find_step,
+    list_candidates,
+    list_curves,
+)
 from benchmarks.training.ways import (
     GROUP,
     OF_CURVES,
@@ -63,6 +71,19 @@ def test_every_candidate_has_losses_to_be_measured():
         found = list(list_candidates(setting, BATCHES[0], 1))
         assert {candidate.curve for candidate in found} == set(WAYS[setting.kind])
         assert len({candidate.way for candidate in found}) == len(found)
+
+
+def test_steps_and_losses_of_a_curve():
+    curve = [(10, 4.0), (20, 3.0), (30, 2.0)]
+    assert find_step(curve, 2.5, is_stepped=False) == 25
+    assert find_step(curve, 2.5, is_stepped=True) == 30
+    assert find_step(curve, 5.0, is_stepped=False) == 10
+    assert find_step(curve, 1.0, is_stepped=True) is None
+    assert find_loss_after(curve, 25, is_stepped=False) == 2.5
+    assert find_loss_after(curve, 25, is_stepped=True) == 3.0
+    assert find_loss_after(curve, 5, is_stepped=True) is None
+    assert find_loss_after(curve, 31, is_stepped=False) == 2.0
+    assert find_loss_after(curve, 40, is_stepped=False) is None
 
 
 def test_times_by_hand():

@@ -220,7 +220,9 @@ PREPARE = {"model": "small", "data": Path(__file__), "lora_rank": 0, "length": 1
 def small(monkeypatch, smollm2):
     """A small random model with SmolLM2's tokenizer, which is all that `prepare` looks at."""
     config = hf.LlamaConfig(**{**SIZES, "vocab_size": 49152})
-    monkeypatch.setattr(llm, "load", lambda name: (hf.AutoModelForCausalLM.from_config(config), smollm2[1]))
+    monkeypatch.setattr(
+        llm, "load", lambda name, dtype: (hf.AutoModelForCausalLM.from_config(config), smollm2[1])
+    )
 
 
 def test_what_fits_is_prepared(small):

@@ -64,9 +64,12 @@ def test_lately_is_since_it_was_asked_last():
         shares.append((row["messages"], row["fresh_share"]))
     assert shares == [(1, 1), (1, 0), (1, 0)]
     assert report.make_row(channel)["messages"] == 3
+    assert not lately.list_rows([channel])
     channel.traffic = Traffic(num_messages=2, num_fresh=2)  # as a checkpoint has it
+    lately.restart([channel])
+    channel.send(0, False, [value_of(0)])
     (row,) = lately.list_rows([channel])
-    assert (row["messages"], row["fresh_share"]) == (2, 1)
+    assert (row["messages"], row["fresh_share"]) == (1, 0)
 
 
 def test_total_adds_the_counters():

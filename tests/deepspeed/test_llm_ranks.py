@@ -1,24 +1,28 @@
 """A Hugging Face model over two real ranks, of DeepSpeed and of torch, trains as in one process with the same
 channels between its blocks: `benchmarks.model.links`."""
 
+import contextlib
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import clapping_ds
 from benchmarks.model.links import Links
 from benchmarks.training.finetune import train
 from clapping_ds.link.groups import Control
 from launch import llm
-from launch.finetune import pipeline
+from launch.finetune import Checkpoints, finetune, pipeline
 from launch.finetune_torch import Trainer
 from launch.finetuning import Finetuning, prepare_everywhere
-from launch.trainer import learning_rate_schedule, optimizer
+from launch.trainer import learning_rate_schedule, optimizer, save_at_times
 from tests.cluster import assert_same_error, free_groups
+from tests.core.test_llm import SIZES as SMALL
 from tests.core.test_llm import make, make_ids
 from tests.models import DIRECT, INT2, NONE
 
@@ -117,6 +121,67 @@ def test_ranks_train_as_one_process_does(two_ranks, host, tmp_path):
         with torch.no_grad():
             found = load(tmp_path / str(number), name, rank)(make_ids()).logits
             assert torch.equal(found, model.eval()(make_ids()).logits)
+
+
+BF16 = {
+    "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+    "data_types": {"grad_accum_dtype": "fp32"},
+}  # fmt: skip
+"""Without ZeRO DeepSpeed 0.19.8 cannot load what its optimizer for bf16 saved."""
+
+
+def finetune_and_stop(folder, model, steps, lora_rank, bf16):
+    """Losses of steps, of a run that goes on from what is in the folder; this rank's weights."""
+    torch.manual_seed(0)
+    options = {
+        "model": str(model),
+        "data": Path(__file__),
+        "length": 32,
+        "lora_rank": lora_rank,
+        "save": None,
+    }
+    run = Finetuning(**options, steps=6, warmup_steps=1, learning_rate=1e-2, eval_batches=1)
+    config = {**SIZES, **QUIET, **(BF16 if bf16 else {}), "clapping": INT2}
+    made = []
+
+    def initialize(**given):
+        made.append(clapping_ds.initialize(**given)[0])
+        return (made[0],)
+
+    kept = Checkpoints(folder, checkpoint_steps=2)
+    with (
+        mock.patch("launch.finetune.save_at_times", partial(stop_after, steps)),
+        contextlib.suppress(StoppedError),
+    ):
+        finetune(run, config, initialize, "", Control(60.0), kept=kept)
+    weights = {name: weight.detach().clone() for name, weight in made[0].module.named_parameters()}
+    free_groups()
+    return made[0].global_steps, weights
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(steps, engine, folder, interval, last, step):
+    save_at_times(engine, folder, interval, last, step)
+    if step == steps:
+        raise StoppedError
+
+
+@pytest.mark.parametrize(("lora_rank", "bf16"), [(0, False), (4, True)])
+def test_a_run_that_was_stopped_goes_on(two_ranks, tmp_path, lora_rank, bf16):
+    model = tmp_path / "model"
+    config = AutoConfig.for_model("llama", **{**SMALL, "vocab_size": 49152})
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    llm.load(llm.SMOLLM2)[1].save_pretrained(model)
+    whole = two_ranks.run(finetune_and_stop, tmp_path / "whole", model, 6, lora_rank, bf16)
+    two_ranks.run(finetune_and_stop, tmp_path / "parts", model, 3, lora_rank, bf16)
+    parts = two_ranks.run(finetune_and_stop, tmp_path / "parts", model, 6, lora_rank, bf16)
+    for (steps, wanted), (steps_of_parts, found) in zip(whole, parts, strict=True):
+        assert steps == steps_of_parts == 6
+        assert {weight.dtype for weight in found.values()} == {torch.bfloat16 if bf16 else torch.float32}
+        assert all(torch.equal(weight, found[name]) for name, weight in wanted.items())
 
 
 def sum_tied_gradients(host):

@@ -147,8 +147,8 @@ class ClappingPipelineEngine(CheckpointingEngine):
         if isinstance(pipe_schedule, schedule.InferenceSchedule) or not is_training:
             with self._instructed(self._EVALUATION):
                 return super()._exec_schedule(pipe_schedule)
-        reports = _is_due(self.steps_per_print(), self.global_steps + 1)
-        writes_events = _is_due(self._event_interval, self.global_steps + 1)
+        writes_events = _is_due(self._event_interval, self._endpoints.step + 1)
+        reports = writes_events or _is_due(self.steps_per_print(), self.global_steps + 1)
         try:
             _check_step(pipe_schedule, self._INSTRUCTION_MAP, self.micro_batches)
             self._begin_step(reports)

@@ -12,7 +12,7 @@ Writes equal_time.csv and a plot.
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -183,6 +183,18 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
+def list_times(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line per way, its time in each setting: "too large" where it does not fit a GPU, "-" where the loss
+    was not reached."""
+    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        place = f"{row['setting']}, {row['Gbit/s']} Gbit/s"
+        told = "-" if row["time"] is None else f"{row['time']:.2f}"
+        found[row["way"]][place] = told if row["fits"] else "too large"
+    places = list(dict.fromkeys(place for cells in found.values() for place in cells))
+    return [{"way": way, **{place: cells.get(place, "") for place in places}} for way, cells in found.items()]
+
+
 def plot(curves: Curves, target: Path) -> None:
     """Loss against time, a line per way that fits, a panel per setting and rate, with the larger batch."""
     figure, axes = new_figure(len(SETTINGS), len(RATES_GBIT_PER_S), inches=(14, 5 * len(SETTINGS)))
@@ -226,7 +238,9 @@ def main() -> None:
     ]
     write_csv(options.results / "equal_time.csv", rows)
     plot(curves, options.results / "equal_time.png")
-    print(format_table(rows))
+    for batch in BATCHES:
+        print(f"\ntime to the loss, steps of {batch} sequences")
+        print(format_table(list_times(row for row in rows if row["batch"] == batch)))
 
 
 if __name__ == "__main__":

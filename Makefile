@@ -11,6 +11,7 @@ CONFIG ?= launch/finetune.json
 MODEL ?=
 DATA ?=
 STEPS ?=
+SAVE ?=
 STAGES ?= 2
 
 export OMP_NUM_THREADS := 1
@@ -22,7 +23,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 # A pretrained LLM, fine-tuned over a pipeline: stock DeepSpeed's links, then compressed ones.
 train: $(VENV)/installed
 	$(LAUNCH) launch.finetune --deepspeed_config $(CONFIG) --beside-stock --num-stages $(STAGES) \
-		$(if $(MODEL),--model $(MODEL)) $(OPTIONS)
+		$(if $(MODEL),--model $(MODEL)) $(if $(SAVE),--save $(SAVE)) $(OPTIONS)
 
 # A small GPT from scratch under sixteen configurations.
 compare: $(VENV)/installed

@@ -2,10 +2,12 @@
 what no host, or no host with a schedule of its own, can do is refused.
 """
 
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,22 @@ from clapping_ds.report import say
 from clapping_ds.version import __version__
 
 PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
+
+Source = Mapping[str, Any] | str | Path
+"""What has the block, or its file."""
+
+
+def read_source(source: Source) -> Mapping[str, Any]:
+    """Raises OSError or ValueError for a file that is missing, or no JSON object."""
+    block = source
+    if not isinstance(source, Mapping):
+        try:
+            block = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON ({error})") from error
+    if not isinstance(block, Mapping):
+        raise ValueError(f'{source} is no JSON object; accepted: {{"{BLOCK_NAME}": {{...}}}}')
+    return block
 
 
 def agree_on_config(

@@ -75,7 +75,7 @@ FRESH = Elsewhere("run in a fresh clone without an environment, before a release
 INSTALLED = Elsewhere("installs; `make train` in a fresh clone does the same, in this order")
 NEEDS = "needs {}, which a machine for tests has not"
 MEGATRON_LM = Elsewhere("tests.commands.megatron_lm, which needs a checkout of Megatron-LM")
-SMALL = {"--steps 500": "--steps 2", "--steps 5 ": "--steps 2 ", "--length 2048": "--length 64"}
+SMALL = {"--steps 500": "--steps 2", "--steps 40 ": "--steps 2 ", "--length 2048": "--length 64"}
 TWO_NODES = {"192.168.1.10": "127.0.0.1", **SMALL}
 
 

@@ -4,7 +4,6 @@ of its own, or one that does not come from `deepspeed.initialize`.
 The engine's class becomes a subclass of its own class, as torch's `fully_shard` does it with modules.
 """
 
-from collections.abc import Mapping
 from functools import wraps
 from inspect import signature
 from typing import Any, TypeVar
@@ -15,16 +14,18 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from clapping_ds.hosts.deepspeed.checkpoint import CheckpointingEngine
 from clapping_ds.hosts.deepspeed.engine import ClappingPipelineEngine, agree_on_engine
 from clapping_ds.hosts.extension import extend
+from clapping_ds.stage.handshake import Source, read_source
 
 EngineOrClass = TypeVar("EngineOrClass")
 
 
-def attach(engine: EngineOrClass, config: Mapping[str, Any] | None = None) -> EngineOrClass:
+def attach(engine: EngineOrClass, config: Source | None = None) -> EngineOrClass:
     """Sends what an existing engine's stages tell each other through channels. Returns the engine.
 
     engine   a DeepSpeed `PipelineEngine`, or of a subclass of it, between two steps; or, as a decorator,
              such a subclass, whose engines are all attached once they are made
-    config   a mapping with the "clapping" block; None: the engine's own DeepSpeed configuration
+    config   what has the "clapping" block, or the path of its JSON; None: the engine's own DeepSpeed
+             configuration
 
     A collective of all ranks. The engine stays one of its class and keeps its `train_batch`, `eval_batch` and
     instructions, whenever these are changed; only the schedule of training steps, the four instructions that
@@ -42,9 +43,9 @@ def attach(engine: EngineOrClass, config: Mapping[str, Any] | None = None) -> En
     return engine
 
 
-def _attach(engine: Any, config: Mapping[str, Any] | None) -> None:
+def _attach(engine: Any, config: Source | None) -> None:
     ds_config = engine._config
-    read = (lambda: ds_config._param_dict) if config is None else (lambda: config)
+    read = (lambda: ds_config._param_dict) if config is None else (lambda: read_source(config))
     found, control = agree_on_engine(read, ds_config, engine.num_stages, engine.device)
     if not found.enabled:
         return
@@ -65,7 +66,7 @@ def _attach(engine: Any, config: Mapping[str, Any] | None) -> None:
         engine._gradients.averaging.step = engine.global_steps
 
 
-def _attach_class(own: Any, config: Mapping[str, Any] | None) -> type:
+def _attach_class(own: Any, config: Source | None) -> type:
     """In place, so that `super(TheClass, self)` in its methods stays what it was."""
     _check_class(own)
     make_own = own.__init__

@@ -1,8 +1,6 @@
 """What is checked before Megatron-Core trains: the configuration, and what a schedule is called with."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +10,12 @@ from clapping_ds.gradients.averaging import KEY
 from clapping_ds.hosts.megatron.core import VERSION, P2PCommunicator
 from clapping_ds.link.groups import Control
 from clapping_ds.stage.handshake import (
+    Source,
     agree_on_config,
+    read_source,
     refuse_tuning,
     refuse_without_links,
 )
-
-Source = Mapping[str, Any] | str | Path
 
 
 def agree(
@@ -37,22 +35,10 @@ def agree(
         "use_ring_exchange_p2p": model_config.use_ring_exchange_p2p,
         "megatron.core.__version__": VERSION,
     }
-    config, control = agree_on_config(lambda: _read(source), facts, device)
+    config, control = agree_on_config(lambda: read_source(source), facts, device)
     if config.enabled:
         _check(config, model_config, num_ranks)
     return config, control
-
-
-def _read(source: Source) -> Mapping[str, Any]:
-    block = source
-    if not isinstance(source, Mapping):
-        try:
-            block = json.loads(Path(source).read_text())
-        except ValueError as error:
-            raise ValueError(f"{source} is no JSON ({error})") from error
-    if not isinstance(block, Mapping):
-        raise ValueError(f'{source} is no JSON object; accepted: {{"{BLOCK_NAME}": {{...}}}}')
-    return block
 
 
 def _check(config: ClappingConfig, model_config: Any, num_ranks: int) -> None:

@@ -23,7 +23,7 @@ from clapping_ds.gradients.averaging import KEY, Averaging
 from clapping_ds.gradients.exchange import Round
 from clapping_ds.gradients.layout import Parameter
 from clapping_ds.link.groups import Control, get_group_ranks, rank
-from clapping_ds.stage.handshake import agree_on_config, refuse_tuning
+from clapping_ds.stage.handshake import Source, agree_on_config, read_source, refuse_tuning
 from clapping_ds.streams import is_asynchronous, mark
 
 
@@ -134,19 +134,19 @@ class ReplicaGradients:
 
 def compress_gradients(
     module: DistributedDataParallel,
-    config: Mapping[str, Any],
+    config: Source,
     scaler: torch.amp.GradScaler | None = None,
 ) -> ReplicaGradients | None:
     """Has a DistributedDataParallel module exchange its gradients as the block's `data_parallel` says.
     Without that, or without an enabled block: None, and nothing changes.
 
-    config   a mapping with the "clapping" block, such as the parsed JSON
+    config   what has the "clapping" block, or the path of its JSON
     scaler   the GradScaler of the losses, if there is one
     A collective of all ranks. Raises ValueError on every rank for a block that is wrong on one, and where
     blocks or parameters differ.
     """
     device = next(module.module.parameters()).device
-    found, control = agree_on_config(lambda: config, {}, device)
+    found, control = agree_on_config(lambda: read_source(config), {}, device)
     if not found.enabled or found.data_parallel is None:
         if found.enabled and rank() == 0:
             report.say(f'gradients are not compressed (no "data_parallel" in the "{BLOCK_NAME}" block)')

@@ -36,7 +36,13 @@ from clapping_ds.hosts.torch.stage import ClappingStage
 from clapping_ds.link.groups import get_group_ranks
 from clapping_ds.stage.endpoint import ACTIVATIONS_FROM_PREVIOUS, GRADIENTS_FROM_NEXT, End
 from clapping_ds.stage.endpoints import Endpoints
-from clapping_ds.stage.handshake import agree_on_config, refuse_tuning, refuse_without_links
+from clapping_ds.stage.handshake import (
+    Source,
+    agree_on_config,
+    read_source,
+    refuse_tuning,
+    refuse_without_links,
+)
 from clapping_ds.stage.sampling import LazySampler, to_iterator
 
 # What a schedule calls a message: the end that gets it, the stage that has this end, what uses it there.
@@ -57,24 +63,24 @@ class MicroBatch(NamedTuple):
 class ClappingPipeline:
     """Training steps of a schedule with compressed links.
 
-    config     a mapping with the "clapping" block, such as the parsed JSON; without one torch's own messages
+    config     what has the "clapping" block, or the path of its JSON; without one torch's own messages
     schedule   of torch.distributed.pipelining, made of ClappingStages
 
     Making one is a collective of all ranks. Raises ValueError on every rank for a block that is wrong on
     one, and where blocks or schedules differ.
     """
 
-    def __init__(self, config: Mapping[str, Any], schedule: Any) -> None:
+    def __init__(self, config: Source, schedule: Any) -> None:
         self._start(config, schedule, attaches=False)
 
-    def _start(self, config: Mapping[str, Any], schedule: Any, attaches: bool) -> None:
+    def _start(self, config: Source, schedule: Any, attaches: bool) -> None:
         # Configuration
         self.schedule = schedule
         self.stages: Sequence[ClappingStage] = getattr(schedule, "_stages", None) or [schedule._stage]
         self.num_slots: int = schedule._n_microbatches
         first = self.stages[0]
         facts = _list_facts(schedule, first)
-        self.config, self.control = agree_on_config(lambda: config, facts, first.device)
+        self.config, self.control = agree_on_config(lambda: read_source(config), facts, first.device)
         _check(self.config, schedule, self.stages)
         if attaches:
             _check_attached(self.config)
@@ -96,7 +102,7 @@ class ClappingPipeline:
         """Of the stages, where replicas compress them."""
 
     @classmethod
-    def attach(cls, config: Mapping[str, Any], schedule: Any) -> Self:
+    def attach(cls, config: Source, schedule: Any) -> Self:
         """A pipeline of a schedule that was made of torch's own `PipelineStage`s, or of a subclass: from now
         on the messages of `schedule.step`, with whatever arguments, go through channels. `schedule.eval` is
         torch's own. Without an enabled block nothing changes.

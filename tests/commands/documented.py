@@ -89,6 +89,7 @@ SMALL_MODEL = "--model my/model --data my/text --length 64"
 RULES: dict[str, Here | Elsewhere] = {
     # Of which a command has the text, the first counts.
     "make ": FRESH,
+    "pip install tensorboard": Elsewhere("the run beside it writes CSV files, which need nothing more"),
     "pip install": INSTALLED,
     "-m venv": INSTALLED,
     "clapping_ds.plan": Here(),
@@ -122,6 +123,8 @@ RULES: dict[str, Here | Elsewhere] = {
     "patches.megatron_lm": MEGATRON_LM,
     "git clone": MEGATRON_LM,
     "benchmarks.training.time_to_loss": Here({"loss": "loss --results results"}),
+    "benchmarks.training.equal_time": Here({"equal_time": "equal_time --results results"}),
+    "benchmarks.training.ways": recorded("ways.json"),
     "benchmarks.model.damage": recorded("damage.json"),
     "benchmarks.training.finetune": recorded("finetune.json"),
     "benchmarks.training.scratch": recorded("scratch.json"),
@@ -203,8 +206,8 @@ def prepare(folder: Path) -> None:
     (folder / "train.py").write_text(TRAIN)
     (folder / "on_cpu.py").write_text(ON_CPU)
     (folder / "results").mkdir()
-    curves = folder / "benchmarks" / "results" / "time_to_loss_curves.csv"
-    (folder / "results" / curves.name).write_text(curves.read_text())
+    for name in ("time_to_loss_curves.csv", "ways.csv"):
+        (folder / "results" / name).write_text((folder / "benchmarks" / "results" / name).read_text())
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "my" / "model")

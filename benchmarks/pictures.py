@@ -6,7 +6,7 @@ go.
 The schedules are `clapping_ds.plan.timeline`'s; the spectra are of SmolLM2-135M reading torch's C++ headers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from clapping_ds.autotune.depth import count_warmup
 from clapping_ds.codecs.base import ceil_div
 from clapping_ds.codecs.statistics import find_gains, find_moments
 from clapping_ds.codecs.transform import BLOCK, give_out_bits
+from clapping_ds.config import DIRECTIONS
 from clapping_ds.plan.bounds import automatic_depth
-from clapping_ds.plan.timeline import Link, Span, Stage, Step, Timeline, simulate
+from clapping_ds.plan.timeline import Link, Order, Span, Stage, Step, simulate, trace
 from launch import llm
 from launch.data import Windows, tokens
 from launch.finetuning import C10
@@ -47,43 +48,40 @@ def draw_schedules(target: Path) -> None:
     hidden = (
         f"overlapped: messages travel while stages compute ({held} micro-batches held on the first stage)"
     )
-    timelines = {
-        "stock DeepSpeed: a stage waits while its message travels": simulate(raw, "stock"),
-        hidden: simulate(raw, "ours", depth),
-        "overlapped, eden4: messages take less than stages do": simulate(
-            coded, "ours", automatic_depth(coded)
-        ),
+    schedules: dict[str, tuple[Step, Order, int]] = {
+        "stock DeepSpeed: a stage waits while its message travels": (raw, "stock", 0),
+        hidden: (raw, "ours", depth),
+        "overlapped, eden4: messages take less than stages do": (coded, "ours", automatic_depth(coded)),
     }
-    longest_s = max(timeline.step_s for timeline in timelines.values())
-    figure, axes = new_figure(len(timelines), 1, inches=(13, 9), sharex=True)
-    for (title, timeline), axis in zip(timelines.items(), axes.flat, strict=True):
-        _draw_timeline(axis, timeline)
-        axis.set(title=f"{title}: {timeline.step_s:.1f}", xlim=(0, longest_s))
+    steps_s = [simulate(*schedule).step_s for schedule in schedules.values()]
+    figure, axes = new_figure(len(schedules), 1, inches=(13, 9), sharex=True)
+    for (title, schedule), step_s, axis in zip(schedules.items(), steps_s, axes.flat, strict=True):
+        _draw_spans(axis, trace(*schedule))
+        axis.set(title=f"{title}: {step_s:.1f}", xlim=(0, max(steps_s)))
     axes.flat[-1].set_xlabel("time, of a stage for a micro-batch, forward and backward")
     axes.flat[1].legend(handles=[_patch(name) for name in COLOURS], loc="center right")
     save_figure(figure, target)
 
 
-def _draw_timeline(axis: Any, timeline: Timeline) -> None:
+def _draw_spans(axis: Any, found: Mapping[tuple[int, str], Sequence[Span]]) -> None:
     """A row per stage, and between two of them one per direction of their link."""
-    rows: list[tuple[str, Sequence[Span]]] = []
-    for number, passes in enumerate(timeline.work):
-        rows.append((f"stage {number}", passes))
-        if number < len(timeline.messages):
-            for name in ("activations", "gradients"):
-                messages = [span for span in timeline.messages[number] if span.name == name]
-                rows.append((f"link {number}-{number + 1}", messages))
-    for place, (label, spans) in enumerate(rows):
-        height = 0.9 if label.startswith("stage") else 0.45
-        for span in spans:
-            length_s = span.end_s - span.start_s
-            axis.barh(place, length_s, height, span.start_s, color=COLOURS[span.name], edgecolor="white")
-            if height == 0.9:
-                axis.text(
-                    span.start_s + length_s / 2, place, str(span.slot), ha="center", va="center", fontsize=7
-                )
-    axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    labels: list[str] = []
+    for number in range(NUM_STAGES):
+        _draw_row(axis, len(labels), 0.9, {name: found[number, name] for name in ("forward", "backward")})
+        labels.append(f"stage {number}")
+        for name in DIRECTIONS if number < NUM_STAGES - 1 else ():
+            _draw_row(axis, len(labels), 0.45, {name: found[number, name]})
+            labels.append(f"link {number}-{number + 1}")
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
+
+
+def _draw_row(axis: Any, place: int, height: float, found: Mapping[str, Sequence[Span]]) -> None:
+    for name, spans in found.items():
+        for slot, start_s, end_s in spans:
+            axis.barh(place, end_s - start_s, height, start_s, color=COLOURS[name], edgecolor="white")
+            if name not in DIRECTIONS:
+                axis.text((start_s + end_s) / 2, place, str(slot), ha="center", va="center", fontsize=7)
 
 
 def _patch(name: str) -> Any:

@@ -21,7 +21,6 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from clapping_ds.autotune import depth
-from clapping_ds.config import DIRECTIONS
 
 Operation = tuple[str, int]
 """What, and the slot. What: forward, backward, or send, await or receive with a direction. `await` ends
@@ -78,16 +77,6 @@ class Step:
         return len(self.activation_bytes)
 
 
-class Span(NamedTuple):
-    """What a stage computed, or a channel carried, and when."""
-
-    name: str
-    """"forward", "backward", or the direction."""
-    slot: int
-    start_s: float
-    end_s: float
-
-
 @dataclass(frozen=True)
 class Timeline:
     """What `simulate` found. Shares are of `step_s`."""
@@ -100,10 +89,6 @@ class Timeline:
     activation_shares: tuple[float, ...]
     """Per link: carrying bytes."""
     gradient_shares: tuple[float, ...]
-    work: tuple[tuple[Span, ...], ...]
-    """Of each stage: its passes."""
-    messages: tuple[tuple[Span, ...], ...]
-    """Of each link: both directions, while bytes are on the way."""
 
 
 def slot_bytes(num_slots: int, key_bytes: float, delta_bytes: float, fresh_share: float) -> tuple[float, ...]:
@@ -231,7 +216,8 @@ class Rank:
         self.handlers = handlers
         self.position = 0
         self.now_s = 0.0
-        self.passes: list[Span] = []
+        self.starts_s: list[float] = []
+        """Of each operation, so far."""
 
     def advance(self) -> bool:
         """Runs until a time is needed that is unknown. Whether anything ran."""
@@ -241,8 +227,7 @@ class Rank:
             end_s = self.handlers[name](slot, self.now_s)
             if end_s is None:
                 break
-            if name in ("forward", "backward"):
-                self.passes.append(Span(name, slot, self.now_s, end_s))
+            self.starts_s.append(self.now_s)
             self.now_s = end_s
             self.position += 1
         return self.position > start
@@ -250,11 +235,16 @@ class Rank:
 
 def simulate(step: Step, order: Order, in_flight: int = 0) -> Timeline:
     """One step with the stock order, or with ours at a depth of `in_flight`."""
+    return run(step, *_list_operations(step, order, in_flight))
+
+
+def _list_operations(step: Step, order: Order, in_flight: int) -> tuple[list[Iterator[Operation]], int]:
+    """Of each stage; and the receives that it keeps posted."""
     shape = step.num_micro_batches, len(step.stages)
     if order == "stock":
-        return run(step, [stock_operations(*shape, stage_id) for stage_id in range(shape[1])], ahead=0)
+        return [stock_operations(*shape, stage_id) for stage_id in range(shape[1])], 0
     operations = [our_operations(*shape, stage_id, in_flight) for stage_id in range(shape[1])]
-    return run(step, operations, ahead=in_flight + 2)
+    return operations, in_flight + 2
 
 
 def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Timeline:
@@ -262,15 +252,7 @@ def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Ti
 
     ahead: receives kept posted, from the start of the step; 0: each is posted when it is waited for.
     """
-    wires = _wires(step, ahead)
-    handlers = _handlers(step, wires)
-    ranks = [Rank(*of_stage) for of_stage in zip(operations, handlers, strict=True)]
-    while sum(rank.advance() for rank in ranks):
-        pass
-    stuck = [(number, rank) for number, rank in enumerate(ranks) if rank.position < len(rank.operations)]
-    if stuck:
-        waits = (f"stage {number} at {rank.operations[rank.position]}" for number, rank in stuck)
-        raise RuntimeError(f"deadlock: {', '.join(waits)}")
+    ranks, _ = _play(step, operations, ahead)
     step_s = max(rank.now_s for rank in ranks) + step.overhead_s
     sums = sum(step.activation_bytes), sum(step.gradient_bytes)
     activations, gradients = (tuple(x / link.bytes_per_s / step_s for link in step.links) for x in sums)
@@ -280,17 +262,52 @@ def run(step: Step, operations: Sequence[Iterable[Operation]], ahead: int) -> Ti
         tuple(work_s(step, stage_id) / step_s for stage_id in range(len(ranks))),
         activations,
         gradients,
-        tuple(tuple(rank.passes) for rank in ranks),
-        tuple(
-            tuple(span for direction in DIRECTIONS for span in _spans(direction, wires[i, direction]))
-            for i in range(len(step.links))
-        ),
     )
 
 
-def _spans(direction: str, wire: Wire) -> Iterator[Span]:
-    for slot, (start_s, duration_s) in enumerate(zip(wire.starts_s, wire.durations_s, strict=False)):
-        yield Span(direction, slot, start_s, start_s + duration_s)
+def _play(
+    step: Step, operations: Sequence[Iterable[Operation]], ahead: int
+) -> tuple[list[Rank], dict[tuple[int, str], Wire]]:
+    """Stages, and wires by link and direction, after all operations."""
+    wires = _wires(step, ahead)
+    handlers = _handlers(step, wires)
+    ranks = [Rank(*of_stage) for of_stage in zip(operations, handlers, strict=True)]
+    while sum(rank.advance() for rank in ranks):
+        pass
+    stuck = [(number, rank) for number, rank in enumerate(ranks) if rank.position < len(rank.operations)]
+    if stuck:
+        waits = (f"stage {number} at {rank.operations[rank.position]}" for number, rank in stuck)
+        raise RuntimeError(f"deadlock: {', '.join(waits)}")
+    return ranks, wires
+
+
+class Span(NamedTuple):
+    """What a stage computed, or a channel carried, and when."""
+
+    slot: int
+    start_s: float
+    end_s: float
+
+
+def trace(step: Step, order: Order, in_flight: int = 0) -> dict[tuple[int, str], list[Span]]:
+    """As `simulate`: when each stage had its "forward" and "backward" passes, and when bytes of each link's
+    "activations" and "gradients" were on the way. By number of the stage or link, and what."""
+    ranks, wires = _play(step, *_list_operations(step, order, in_flight))
+    found = {
+        key: [
+            Span(slot, start_s, start_s + wire.durations_s[slot])
+            for slot, start_s in enumerate(wire.starts_s)
+        ]
+        for key, wire in wires.items()
+    }
+    for number, (rank, stage) in enumerate(zip(ranks, step.stages, strict=True)):
+        for name, seconds in (("forward", stage.forward_s), ("backward", stage.backward_s)):
+            found[number, name] = [
+                Span(slot, start_s, start_s + seconds)
+                for (what, slot), start_s in zip(rank.operations, rank.starts_s, strict=True)
+                if what == name
+            ]
+    return found
 
 
 def work_s(step: Step, stage_id: int) -> float:

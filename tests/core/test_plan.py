@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,7 @@ from clapping_ds.config import ClappingConfig
 from clapping_ds.plan.__main__ import advise, choose, describe, main, parse
 from clapping_ds.plan.machines import GPUS, Machines
 from clapping_ds.plan.models import from_config, from_numbers
-from clapping_ds.plan.timeline import Link, Stage, Step, simulate
+from clapping_ds.plan.timeline import Link, Stage, Step, simulate, trace
 from clapping_ds.plan.ways import LOSSES, TRAININGS, Pipeline, Task, list_ways
 
 LLAMA = {
@@ -76,6 +77,20 @@ def test_every_measured_step_is_modelled_to_ten_percent():
     found = [check_row(row) for row in read_csv(RESULTS / "pipeline.csv")]
     assert len(found) == 49
     assert all(abs(row["predicted/measured"] - 1) <= MOST_WRONG for row in found)
+
+
+@pytest.mark.parametrize("order", ["stock", "ours"])
+def test_a_trace_is_of_the_step_that_is_simulated(order):
+    step = Step((Stage(0.3, 0.7),) * 3, (Link(1.0, 0.1),) * 2, (0.5,) * 4, (0.25,) * 4)
+    found, timeline = trace(step, order, 1), simulate(step, order, 1)
+    assert max(span.end_s for spans in found.values() for span in spans) == timeline.step_s
+    for number in range(3):
+        passes = [*found[number, "forward"], *found[number, "backward"]]
+        assert sum(end_s - start_s for _, start_s, end_s in passes) == pytest.approx(4.0)
+    for link in range(2):
+        carried = found[link, "activations"]
+        assert [span.slot for span in carried] == [0, 1, 2, 3]
+        assert all(later.start_s >= earlier.end_s for earlier, later in pairwise(carried))
 
 
 PUBLISHED_RHO, PUBLISHED_SPEED_UP, PUBLISHED_BITS = 3.5, 5.4, 4.41

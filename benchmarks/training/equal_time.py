@@ -61,6 +61,15 @@ class Setting(NamedTuple):
         model = from_numbers(self.parameters, self.num_layers, self.width, 2048)
         return Task(model, machines, batch, TRAININGS[train])
 
+    def find_unit_s(self, batch: int) -> float:
+        """Of time: of REFERENCE_STEPS on all GPUs, over links that take none."""
+        task = self.make_task(batch, RATES_GBIT_PER_S[0])
+        return REFERENCE_STEPS[self.kind] * task.compute_s(batch / NUM_NODES)
+
+    def has_room(self, memory_bytes: float) -> bool:
+        """Whether a GPU has."""
+        return memory_bytes <= GPUS[self.gpu].memory_gb * 1e9
+
 
 SETTINGS = (
     Setting(SCRATCH, 1.3e9, 24, 2048, "A100"),
@@ -127,9 +136,8 @@ def list_curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
 def compare(curves: Curves, setting: Setting, batch: int, gbit_per_s: float) -> Iterator[dict[str, Any]]:
     """A row per way. Losses and steps are means over seeds; None where one seed has none."""
     kind, steps = setting.kind, REFERENCE_STEPS[setting.kind]
-    task = setting.make_task(batch, gbit_per_s)
-    unit_s = steps * task.compute_s(batch / NUM_NODES)
-    targets = {seed: find_loss(curve, steps) or 0.0 for seed, curve in curves[kind, UNCOMPRESSED].items()}
+    unit_s = setting.find_unit_s(batch)
+    targets = {seed: find_target(curve, steps) for seed, curve in curves[kind, UNCOMPRESSED].items()}
     for candidate in list_candidates(setting, batch, gbit_per_s):
         measured = curves.get((kind, candidate.curve), {})
         mine = {seed: curve for seed, curve in measured.items() if seed in targets}
@@ -147,7 +155,7 @@ def compare(curves: Curves, setting: Setting, batch: int, gbit_per_s: float) -> 
             "setting": setting.name, "batch": batch, "Gbit/s": gbit_per_s, "way": candidate.way,
             "seeds": len(mine), "reached": len(taken) - taken.count(None),
             "GB per GPU": round(candidate.memory_bytes / 1e9, 1),
-            "fits": candidate.memory_bytes <= task.machines.gpu.memory_gb * 1e9,
+            "fits": setting.has_room(candidate.memory_bytes),
             "step s": round(candidate.step_s, 3), "step": round(candidate.step_s * steps / unit_s, 2),
             "steps": _rounded(needed, 1),
             "time": None if needed is None else round(needed * candidate.step_s / unit_s, 2),
@@ -155,6 +163,14 @@ def compare(curves: Curves, setting: Setting, batch: int, gbit_per_s: float) -> 
             "steps measured": max(step for curve in mine.values() for step, _ in curve),
             f"steps at {BUDGETS[-1]:g}": round(BUDGETS[-1] * unit_s / candidate.step_s, 1),
         }  # fmt: skip
+
+
+def find_target(curve: Curve, steps: int) -> float:
+    """The loss of the uncompressed run after so many steps. ValueError where it was not measured so early."""
+    loss = find_loss(curve, steps)
+    if loss is None:
+        raise ValueError(f"first validation = step {curve[0][0]}; accepted: at most {steps}")
+    return loss
 
 
 def find_step(curve: Curve, target: float, is_stepped: bool) -> float | None:
@@ -206,11 +222,10 @@ def plot(curves: Curves, target: Path) -> None:
 
 def _draw(axis: Any, curves: Curves, setting: Setting, gbit_per_s: float) -> None:
     batch = BATCHES[-1]
-    task = setting.make_task(batch, gbit_per_s)
-    unit_s = REFERENCE_STEPS[setting.kind] * task.compute_s(batch / NUM_NODES)
+    unit_s = setting.find_unit_s(batch)
     for candidate in list_candidates(setting, batch, gbit_per_s):
         mine = list(curves.get((setting.kind, candidate.curve), {}).values())
-        if mine and candidate.memory_bytes <= task.machines.gpu.memory_gb * 1e9:
+        if mine and setting.has_room(candidate.memory_bytes):
             times = [step * candidate.step_s / unit_s for step, _ in mine[0]]
             losses = [
                 mean(losses) for losses in zip(*([loss for _, loss in curve] for curve in mine), strict=True)

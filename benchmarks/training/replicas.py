@@ -292,9 +292,16 @@ def measure(run: Run) -> list[dict[str, Any]]:
 
 
 def compute(
-    trainee: Trainee, weights: Sequence[torch.Tensor], num_replicas: int, links: Links | None, step: int
+    trainee: Any,
+    weights: Sequence[torch.Tensor],
+    num_replicas: int,
+    links: Links | None = None,
+    step: int = 0,
 ) -> tuple[list[dict[int, torch.Tensor]], float]:
-    """Each replica's gradients, the mean over its part of the step's micro-batches; the mean loss."""
+    """Each replica's gradients, the mean over its part of the step's micro-batches; the mean loss.
+
+    trainee   has the model, the batches and, with links, the blocks
+    """
     found, losses = [], []
     num_each = NUM_SLOTS // num_replicas
     if links is not None:

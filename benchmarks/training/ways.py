@@ -37,6 +37,7 @@ from benchmarks.training import curves, finetune
 from benchmarks.training.compare import block
 from benchmarks.training.curves import UNCOMPRESSED, Task, Trainee, read_curves
 from benchmarks.training.finetune import NUM_SLOTS, add_rows, validate
+from benchmarks.training.replicas import compute
 from clapping_ds.config import DataParallelConfig
 from clapping_ds.gradients.layout import Parameter
 from clapping_ds.plan.ways import CODECS
@@ -117,32 +118,20 @@ def data_parallel(task: Task, seed: int) -> Losses:
     trainee = start(task, seed)
     named = [(name, weight) for name, weight in trainee.model.named_parameters() if weight.requires_grad]
     weights = [weight for _, weight in named]
-    parameters = [Parameter(name, weight.shape) for name, weight in named]
-    replicas = Replicas(DataParallelConfig(), parameters, NUM_SLOTS, seed=seed)
+    replicas = Replicas(
+        DataParallelConfig(), [Parameter(name, weight.shape) for name, weight in named], NUM_SLOTS, seed=seed
+    )
     schedule = warm_up(trainee, task)
 
     def steps() -> Iterator[float]:
         while True:
-            losses, gradients = [], []
-            for _ in range(NUM_SLOTS):
-                losses.append(_pass(trainee, 1.0, next(trainee.batches)))
-                gradients.append(_take(weights))
-            replicas.average_([dict(enumerate(each)) for each in gradients])
-            _step(trainee, weights, gradients[0])
+            gradients, loss = compute(trainee, weights, NUM_SLOTS)
+            replicas.average_(gradients)
+            _step(trainee, weights, list(gradients[0].values()))
             schedule.step()
-            yield mean(losses)
+            yield loss
 
     return Losses(trainee, steps(), task.interval)
-
-
-def _take(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Their gradients, which they have no more."""
-    found = []
-    for weight in weights:
-        assert weight.grad is not None
-        found.append(weight.grad)
-        weight.grad = None
-    return found
 
 
 def _step(trainee: Trainee, weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
@@ -162,15 +151,15 @@ def zero_plus_plus(task: Task, seed: int) -> Losses:
         while True:
             exact = [weight.detach().clone() for weight in weights]
             _put(weights, [quantize(weight, 8) for weight in exact])
-            losses, means = [], [torch.zeros_like(weight) for weight in exact]
-            for _ in range(NUM_SLOTS):
-                losses.append(_pass(trainee, 1.0, next(trainee.batches)))
-                for total, gradient in zip(means, _take(weights), strict=True):
+            gradients, loss = compute(trainee, weights, NUM_SLOTS)
+            means = [torch.zeros_like(weight) for weight in exact]
+            for of_replica in gradients:
+                for total, gradient in zip(means, of_replica.values(), strict=True):
                     total.add_(quantize(gradient, 4), alpha=1 / NUM_SLOTS)
             _put(weights, exact)
             _step(trainee, weights, means)
             schedule.step()
-            yield mean(losses)
+            yield loss
 
     return Losses(trainee, steps(), task.interval)
 

@@ -63,7 +63,7 @@ def test_replicas_of_diloco_see_the_data_of_one_and_are_equal_after_an_outer_ste
 def test_the_committed_losses_are_of_these_ways():
     found = list_curves(curves.read_curves(RESULTS / "ways.csv"))
     assert set(found) <= {(kind, name) for kind, ways in WAYS.items() for name in ways}
-    assert all(name in WAYS[kind] for kind in (SCRATCH, TUNING) for name in ("uncompressed", "ZeRO++"))
+    assert all((kind, name) in found for kind in (SCRATCH, TUNING) for name in ("uncompressed", "ZeRO++"))
 
 
 def test_every_candidate_has_losses_to_be_measured():

@@ -42,7 +42,7 @@ def make_row(channel: Measured, traffic: Traffic | None = None) -> dict[str, Any
     }
 
 
-class Lately:
+class Recent:
     """What channels did since it was asked last."""
 
     def __init__(self) -> None:

@@ -79,7 +79,7 @@ class Averaging:
         self.delayed = DelayedExchange(self.exchange, self.plan.delay) if self.plan.delay else None
         # State
         self.step = 0
-        self._lately = report.Lately()
+        self._recent = report.Recent()
         self.is_used = True
         """False: `links` found that it saves nothing."""
         links = config.links
@@ -226,14 +226,14 @@ class Averaging:
     def report(self) -> list[dict[str, Any]]:
         """A row for each way of every rank's gradients. A collective of all ranks."""
         legs = [leg for leg in self._legs if leg.traffic.num_messages]
-        return [row for rows in self.control.gather(list(map(report.make_row, legs))) for row in rows]
+        return self.control.gather_rows([report.make_row(leg) for leg in legs])
 
-    def list_lately(self) -> list[dict[str, Any]]:
+    def list_recent(self) -> list[dict[str, Any]]:
         """A row for each way of this rank's gradients, as since the last call; held_back: what error feedback
         keeps, as a part of the gradient. No communication."""
-        held_back = {(leg.link, leg.direction): leg.held_back for leg in self._legs}
-        rows = self._lately.list_rows(self._legs)
-        return [{**row, "held_back": held_back[row["link"], row["direction"]]} for row in rows]
+        legs = {(leg.link, leg.direction): leg for leg in self._legs}
+        rows = self._recent.list_rows(self._legs)
+        return [{**row, "held_back": legs[row["link"], row["direction"]].held_back} for row in rows]
 
     # Checkpoints
 
@@ -270,5 +270,5 @@ class Averaging:
             self._trial, self.is_used = None, state["is_used"]
         if self.delayed is not None:
             self.delayed.load_state_dict(state["travelling"])
-        self._lately.restart(self._legs)
+        self._recent.restart(self._legs)
         return None

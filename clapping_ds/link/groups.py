@@ -38,6 +38,10 @@ class Control:
             dist.all_gather_object(items, item, group=self.group)
         return items
 
+    def gather_rows(self, rows: Sequence[Any]) -> list[Any]:
+        """Those of every rank, one after the other."""
+        return [row for rows_of_rank in self.gather(rows) for row in rows_of_rank]
+
     def agree(self, answers: Sequence[bool]) -> list[bool]:
         """For each question, whether every rank answered yes."""
         votes = torch.tensor(answers, dtype=torch.int32, device="cpu")

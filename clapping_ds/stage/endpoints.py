@@ -90,7 +90,7 @@ class Endpoints:
         self.loss_scale = 1.0
         self._has_room = False
         """Whether disks were found to have room for the pool."""
-        self._lately = report.Lately()
+        self._recent = report.Recent()
         self.depth_is_measured = self.links_are_measured = False
         """Whether `in_flight` and codecs are those that measurements led to."""
 
@@ -233,9 +233,9 @@ class Endpoints:
         communication."""
         return [report.make_row(channel) for channel in self._list_sending()]
 
-    def list_lately(self) -> list[dict[str, Any]]:
+    def list_recent(self) -> list[dict[str, Any]]:
         """As `sent`, of what was counted since the last call. No communication."""
-        return self._lately.list_rows(self._list_sending())
+        return self._recent.list_rows(self._list_sending())
 
     def _list_sending(self) -> list[Channel]:
         return [stage.channels[end] for stage in self.stages for end in stage.channels if end.sends]
@@ -243,7 +243,7 @@ class Endpoints:
     def report(self) -> list[dict[str, Any]]:
         """The rows of `sent` of all ranks: one per channel and replica; the receiving end has the same. A
         collective of all ranks."""
-        return [row for rows_of_rank in self.control.gather(self.sent()) for row in rows_of_rank]
+        return self.control.gather_rows(self.sent())
 
     # Checkpoints
 
@@ -285,7 +285,7 @@ class Endpoints:
         self.loss_scale, self.num_held = state["loss_scale"], dict(state["num_held"])
         for stage, saved in zip(self.stages, plans, strict=True):
             stage.load_state_dict(state["stages"][stage.stage_id], saved)
-        self._lately.restart(self._list_sending())
+        self._recent.restart(self._list_sending())
         links_are_read = self.config.links is not None and self.config.links.read is not None
         if not links_are_read:
             self._adopt_measured(state)

@@ -54,21 +54,21 @@ def test_events_are_the_figures_by_link_and_direction():
     )  # 3,840 code and 120 scale bytes, padded to 16
 
 
-def test_lately_is_since_it_was_asked_last():
+def test_recent_is_since_it_was_asked_last():
     channel = Channel(config_of(strategy="fc").plan("gradients"), 0, "gradients", QueueWire())
-    lately = report.Lately()
+    recent = report.Recent()
     shares = []
     for fresh in (True, False, False):
         channel.send(0, fresh, [value_of(0)])
-        (row,) = lately.list_rows([channel])
+        (row,) = recent.list_rows([channel])
         shares.append((row["messages"], row["fresh_share"]))
     assert shares == [(1, 1), (1, 0), (1, 0)]
     assert report.make_row(channel)["messages"] == 3
-    assert not lately.list_rows([channel])
+    assert not recent.list_rows([channel])
     channel.traffic = Traffic(num_messages=2, num_fresh=2)  # as a checkpoint has it
-    lately.restart([channel])
+    recent.restart([channel])
     channel.send(0, False, [value_of(0)])
-    (row,) = lately.list_rows([channel])
+    (row,) = recent.list_rows([channel])
     assert (row["messages"], row["fresh_share"]) == (1, 0)
 
 

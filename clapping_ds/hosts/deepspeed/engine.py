@@ -202,10 +202,10 @@ class ClappingPipelineEngine(CheckpointingEngine):
 
     def _write_events(self) -> None:
         """Of all links, since the last time. A collective of all ranks."""
-        mine = self._endpoints.list_lately()
+        mine = self._endpoints.list_recent()
         if self._gradients is not None:
-            mine += self._gradients.averaging.list_lately()
-        rows = [row for rows_of_rank in self._control.gather(mine) for row in rows_of_rank]
+            mine += self._gradients.averaging.list_recent()
+        rows = self._control.gather_rows(mine)
         if self.global_rank == 0:
             self.monitor.write_events(report.make_events(rows, self.global_samples))
 
